@@ -1,0 +1,125 @@
+"""The command line and the YAML file, both generated from the dataclasses in `config`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from megatron_dtrpo.config import GROUPS, Config
+from megatron_dtrpo.errors import UserError
+
+
+def _base_type(kind: type) -> dict:
+    """Key -> the type of one value (``list[str]`` stays a list; ``X | None`` becomes X)."""
+    types_of = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if isinstance(hint, types.UnionType):
+            hint = next(t for t in typing.get_args(hint) if t is not type(None))
+        types_of[name] = hint
+    return types_of
+
+
+TYPES = {key: hint for kind in GROUPS.values() for key, hint in _base_type(kind).items()}
+FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind)}
+
+
+def _unknown(kind: str, given: str, known) -> UserError:
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0)
+    return UserError(f"unknown {kind} {given}: the nearest known one is {near[0]}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, underscores for hyphens.")
+    for group, kind in GROUPS.items():
+        section = parser.add_argument_group(group, kind.__doc__)
+        for f in dataclasses.fields(kind):
+            hint, flag = TYPES[f.name], "--" + f.name.replace("_", "-")
+            suffix = "" if f.default is None else f" Default: {f.default}."
+            common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + suffix}
+            if hint is bool:
+                section.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            elif typing.get_origin(hint) is list:
+                section.add_argument(flag, nargs="+", metavar="PATTERN", **common)
+            else:
+                section.add_argument(
+                    flag, type=hint, choices=f.metadata["choices"] or None,
+                    metavar=None if f.metadata["choices"] else hint.__name__.upper(), **common,
+                )  # fmt: skip
+    return parser
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Reads and type-checks a flat YAML file of settings. Raises UserError naming file and key."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except yaml.YAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines")
+    for key in values:
+        if key not in TYPES:
+            raise _unknown(f"key in {path}:", str(key), TYPES)
+    return {key: _coerce(path, key, value) for key, value in values.items()}
+
+
+def _coerce(path: Path, key: str, value):
+    """YAML reads ``1e-4`` as text and ``1`` as an integer: bring a value to its setting's type."""
+    hint, field = TYPES[key], FIELDS[key]
+    if value is None:
+        if field.default is None:
+            return None
+        raise UserError(f"{path}: {key} has no value")
+    wanted = "a list of texts" if typing.get_origin(hint) is list else hint.__name__
+    mistake = UserError(f"{path}: {key} is {value!r}: it must be {wanted}")
+    if typing.get_origin(hint) is list:
+        if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise mistake
+        return value
+    if isinstance(value, bool) != (hint is bool) or isinstance(value, (list, dict)):
+        raise mistake
+    try:
+        converted = hint(value)
+    except ValueError:
+        raise mistake from None
+    if hint is int and converted != float(value):
+        raise mistake
+    if field.metadata["choices"] and converted not in field.metadata["choices"]:
+        raise UserError(f"{path}: {key} is {value!r}: choose one of {', '.join(field.metadata['choices'])}")
+    return converted
+
+
+def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str]]:
+    """Reads ``argv`` and its ``--config`` file; flags win over the file.
+
+    Returns:
+        The configuration, not yet validated, and the keys that were given explicitly.
+    """
+    parser = build_parser(prog, description)
+    arguments, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("--"):
+            known = [option for action in parser._actions for option in action.option_strings]
+            raise _unknown("flag", word.split("=")[0], known)
+        raise UserError(f"stray argument {word!r}: settings are given as --flag value")
+    flags = vars(arguments)
+    config_file = flags.pop("config", None)
+    values = {**(read_yaml(config_file) if config_file else {}), **flags}
+    return Config.from_flat(values), set(values)

@@ -1,0 +1,276 @@
+"""Every setting of the trainer: one dataclass field is one YAML key, one flag, one help text and one default.
+
+Names are Megatron-LM's where Megatron-LM has the setting. YAML files are flat: the groups below only say what a
+setting belongs to. `validate` is the one door: code behind it does not check settings again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
+from megatron_dtrpo.errors import UserError
+
+
+def _setting(default, help: str, choices: tuple = (), *, at_least=None, at_most=None):
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelSettings:
+    """The architecture. Saved beside every checkpoint; with ``load`` it is read from there."""
+
+    num_layers: int | None = _setting(None, "Transformer layers.", at_least=1)
+    hidden_size: int | None = _setting(None, "Width of the residual stream.", at_least=1)
+    ffn_hidden_size: int | None = _setting(None, "Width of the gated MLP.", at_least=1)
+    num_attention_heads: int | None = _setting(None, "Query heads.", at_least=1)
+    num_query_groups: int | None = _setting(None, "Key/value heads; default: as many as query heads.", at_least=1)
+    kv_channels: int | None = _setting(None, "Width of one head; default: hidden_size / num_attention_heads.", at_least=1)
+    max_position_embeddings: int = _setting(32768, "Longest prompt plus response, in tokens.", at_least=1)
+    rotary_base: float = _setting(1000000.0, "Base of the rotary angles (rope_theta).")
+    norm_epsilon: float = _setting(1e-6, "Epsilon of the RMS norms.", at_least=0)
+    add_qkv_bias: bool = _setting(True, "Biases on the query, key and value projections, as Qwen2 has.")
+    untie_embeddings_and_output_weights: bool = _setting(True, "Separate embedding and output matrices.")
+    init_method_std: float = _setting(0.02, "Standard deviation of random initial weights.", at_least=0)
+    vocab_size: int | None = _setting(None, "Vocabulary before padding; default: the tokenizer's.", at_least=1)
+    make_vocab_size_divisible_by: int = _setting(
+        128, "Pad the vocabulary to a multiple of this, whatever the layout, so that TP does not change the model.", at_least=1,
+    )
+    block_size: int = _setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size).", at_least=1)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass
+class ParallelSettings:
+    """How the one program is spread over processes, and in which precision it runs."""
+
+    tensor_model_parallel_size: int = _setting(1, "Processes that share each layer.", at_least=1)
+    pipeline_model_parallel_size: int = _setting(1, "Pipeline stages.", at_least=1)
+    sequence_parallel: bool = _setting(False, "Shard norms and residuals along the sequence; no effect without TP.")
+    use_distributed_optimizer: bool = _setting(False, "Shard optimizer state over data-parallel processes.")
+    overlap_grad_reduce: bool = _setting(False, "Overlap gradient reduction with the backward pass.")
+    overlap_param_gather: bool = _setting(False, "Overlap the distributed optimizer's gather with the forward pass.")
+    bf16: bool = _setting(False, "bfloat16 weights and activations, fp32 main weights and gradient reduction.")
+    attention_backend: str = _setting("auto", "auto: flex on CUDA, sdpa elsewhere.", ("auto", "flex", "sdpa"))
+    recompute_granularity: str | None = _setting(
+        None, "Recompute activations in the backward pass: whole layers or the core attention.", ("full", "selective")
+    )
+    recompute_method: str | None = _setting(
+        None, "With full: uniform chunks of layers, or a number of layers per stage (block).", ("uniform", "block")
+    )
+    recompute_num_layers: int | None = _setting(None, "Layers per recomputed chunk (uniform) or recomputed (block).", at_least=1)
+
+
+@dataclass
+class DataSettings:
+    """What is trained on and how it is packed."""
+
+    data_path: str | None = _setting(None, "JSONL, Parquet or a saved Hugging Face data set.")
+    data_cache_path: str | None = _setting(None, "Folder of tokenized data; default: data_cache in the run folder.")
+    tokenizer_type: str | None = _setting(
+        None,
+        "Tokenizer library; with load, default: the checkpoint's own.",
+        ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteLevelTokenizer"),
+    )
+    tokenizer_model: str | None = _setting(None, "Tokenizer folder (Hugging Face) or model file (SentencePiece).")
+    mask_token: str | None = _setting(None, "The mask token; default: the tokenizer's own.")
+    apply_chat_template: bool = _setting(False, "Wrap text prompts in the chat template as one user message.")
+    seq_length: int = _setting(8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1)
+    micro_batch_size: int = _setting(8, "At most this many examples in one packed sequence.", at_least=1)
+    global_batch_size: int = _setting(32, "Examples per step, over all processes.", at_least=1)
+    overlong: str = _setting(
+        "skip", "Examples that do not fit seq_length: skip (counted in a warning) or error.", ("skip", "error")
+    )
+    shuffle: bool = _setting(True, "A new order every epoch; off: file order.")
+
+
+@dataclass
+class ObjectiveSettings:
+    """What is optimised."""
+
+    objective: str = _setting("preference", "preference (dTRPO) or sft.", ("preference", "sft"))
+    estimator: str | None = _setting(None, "Default: dtrpo for preference, sft for sft.", tuple(ESTIMATORS))
+    block_start: str | None = _setting(
+        None,
+        "Where a block's first token is read: the clean pass, as the decoder does (default for preference), or the "
+        "noisy view, as Fast-dLLM v2 trains (default for sft).",
+        ("clean", "noisy"),
+    )
+    num_views: int = _setting(1, "K, independent noisy views per response (pairs of views if complementary).", at_least=1)
+    steps_per_block: int = _setting(8, "T_B, decoding steps per block that the dtrpo estimator assumes.", at_least=1)
+    complementary: bool = _setting(True, "sft: a second view masks what the first left visible.")
+    min_timestep: float = _setting(1e-3, "sft: least masking probability.", at_least=0, at_most=1)
+    loss_type: str = _setting("sigmoid", "Preference loss.", ("sigmoid", "ipo"))
+    beta: float = _setting(0.5, "Strength of the preference: the paper's lambda, DPO's beta.", at_least=0)
+    label_smoothing: float = _setting(0.0, "Probability that a preference label is wrong (sigmoid loss).", at_least=0, at_most=1)
+    rpo_alpha: float = _setting(0.0, "Weight of the likelihood anchor: mean -log p of chosen tokens. 0: no anchor.", at_least=0)
+    trainable_modules: list[str] | None = _setting(
+        None, "Train only parameters whose name contains one of these patterns, e.g. mlp linear_proj. Default: all."
+    )
+
+
+@dataclass
+class OptimizerSettings:
+    """Adam and its schedule, as Megatron names them."""
+
+    train_iters: int | None = _setting(None, "Steps to train. Give this or num_epochs.", at_least=1)
+    num_epochs: float | None = _setting(None, "Passes over the data to train. Give this or train_iters.", at_least=0)
+    lr: float = _setting(5e-7, "Peak learning rate.", at_least=0)
+    min_lr: float = _setting(0.0, "Learning rate at the end of the decay.", at_least=0)
+    lr_decay_style: str = _setting("cosine", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root"))
+    lr_warmup_iters: int = _setting(0, "Steps of linear warm-up.", at_least=0)
+    weight_decay: float = _setting(0.0, "Decoupled weight decay (norms and biases excluded).", at_least=0)
+    adam_beta1: float = _setting(0.9, "Adam's first moment decay.", at_least=0, at_most=1)
+    adam_beta2: float = _setting(0.95, "Adam's second moment decay.", at_least=0, at_most=1)
+    adam_eps: float = _setting(1e-8, "Adam's epsilon.", at_least=0)
+    clip_grad: float = _setting(1.0, "Clip the global gradient norm to this; 0: do not clip.", at_least=0)
+    seed: int = _setting(1234, "Seed of initial weights, data order and noise.", at_least=0)
+
+
+@dataclass
+class RunSettings:
+    """Where a run starts from and what it leaves behind."""
+
+    load: str | None = _setting(None, "Checkpoint folder to start from (and the reference policy's weights).")
+    save: str | None = _setting(None, "Run folder: checkpoints, metrics.jsonl, TensorBoard. Resumed if it has any.")
+    save_interval: int = _setting(500, "Steps between checkpoints; the last step is always saved.", at_least=1)
+    ckpt_format: str = _setting("torch_dist", "Checkpoint format.", ("torch_dist",))
+    log_interval: int = _setting(1, "Steps between lines on the terminal; metrics.jsonl has every step.", at_least=1)
+    tensorboard: bool = _setting(True, "Write TensorBoard events to the run folder.")
+    wandb_project: str | None = _setting(None, "Also log to this Weights & Biases project (extra wandb).")
+    wandb_exp_name: str | None = _setting(None, "Run name in Weights & Biases.")
+    progress: bool = _setting(True, "A progress bar on rank 0 where standard error is a terminal.")
+
+
+GROUPS = {
+    "model": ModelSettings,
+    "parallel": ParallelSettings,
+    "data": DataSettings,
+    "objective": ObjectiveSettings,
+    "optimizer": OptimizerSettings,
+    "run": RunSettings,
+}
+
+
+@dataclass
+class Config:
+    """All settings of one run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    @classmethod
+    def from_flat(cls, values: dict) -> Config:
+        """Builds the groups from ``{key: value}``; keys must be known."""
+        group_of = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
+        grouped: dict[str, dict] = {group: {} for group in GROUPS}
+        for key, value in values.items():
+            grouped[group_of[key]][key] = value
+        return cls(**{group: kind(**grouped[group]) for group, kind in GROUPS.items()})
+
+    def to_flat(self) -> dict:
+        return {key: value for group in GROUPS for key, value in dataclasses.asdict(getattr(self, group)).items()}
+
+
+def _demand(condition, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    _demand(
+        value % divisor == 0,
+        f"{name} {value} is not divisible by {divisor_name} {divisor}: change one of the two",
+    )
+
+
+def _fill_defaults(config: Config) -> None:
+    """Resolves the defaults that depend on another setting."""
+    model, objective = config.model, config.objective
+    objective.estimator = objective.estimator or {"preference": "dtrpo", "sft": "sft"}[objective.objective]
+    objective.block_start = objective.block_start or {"preference": "clean", "sft": "noisy"}[objective.objective]
+    model.num_query_groups = model.num_query_groups or model.num_attention_heads
+    model.kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    if config.parallel.tensor_model_parallel_size == 1:
+        config.parallel.sequence_parallel = False  # as Megatron-LM does
+    if config.parallel.recompute_granularity == "full":
+        config.parallel.recompute_method = config.parallel.recompute_method or "uniform"
+        config.parallel.recompute_num_layers = config.parallel.recompute_num_layers or 1
+
+
+def validate(config: Config, world_size: int) -> int:
+    """Checks every setting, fills in dependent defaults and returns the data-parallel size.
+
+    Raises:
+        UserError: naming the key and what to do.
+    """
+    model, parallel, data = config.model, config.parallel, config.data
+    objective, optimizer, run = config.objective, config.optimizer, config.run
+    for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+        _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
+    _demand(data.data_path, "data_path is missing: give --data-path FILE")
+    _demand(run.save, "save is missing: give --save DIR, the run folder")
+    _fill_defaults(config)
+
+    for group in (model, parallel, data, objective, optimizer, run):
+        _check_ranges(group)
+
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    _multiple("world size", world_size, "tensor_model_parallel_size x pipeline_model_parallel_size =", tp * pp)
+    data_parallel = world_size // (tp * pp)
+    _multiple("global_batch_size", data.global_batch_size, "the data-parallel size", data_parallel)
+    _multiple("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
+    _multiple("num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
+    _multiple("num_query_groups", model.num_query_groups, "tensor_model_parallel_size", tp)
+    _multiple("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    _multiple("make_vocab_size_divisible_by", model.make_vocab_size_divisible_by, "tensor_model_parallel_size", tp)
+    _multiple("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    _demand(model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} is odd: rotary angles need an even width")
+    _demand(
+        model.block_size > 1 or objective.block_start == "noisy",
+        "block_size 1 with block_start clean leaves nothing to unmask: choose a larger block_size",
+    )
+    if parallel.sequence_parallel:
+        _multiple("block_size", model.block_size, "tensor_model_parallel_size (sequence_parallel)", tp)
+    _demand(
+        not (parallel.overlap_param_gather and not parallel.use_distributed_optimizer),
+        "overlap_param_gather needs use_distributed_optimizer",
+    )
+    if parallel.recompute_granularity == "full" and parallel.recompute_method == "uniform":
+        per_stage, chunk = model.num_layers // pp, parallel.recompute_num_layers
+        _multiple("layers per stage", per_stage, "recompute_num_layers", chunk)
+
+    preference = objective.objective == "preference"
+    _demand(
+        preference == (objective.estimator != "sft"),
+        f"estimator {objective.estimator} does not fit objective {objective.objective}",
+    )
+    _demand(
+        objective.loss_type == "sigmoid" or objective.label_smoothing == 0,
+        f"label_smoothing is defined for loss_type sigmoid only: set it to 0 for {objective.loss_type}",
+    )
+    _demand(
+        (optimizer.train_iters is None) != (optimizer.num_epochs is None),
+        "give exactly one of train_iters and num_epochs",
+    )
+    _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
+    return data_parallel
+
+
+def _check_ranges(group) -> None:
+    for f in dataclasses.fields(group):
+        value, low, high = getattr(group, f.name), f.metadata["at_least"], f.metadata["at_most"]
+        if value is None:
+            continue
+        _demand(low is None or value >= low, f"{f.name} is {value}: it must be at least {low}")
+        _demand(high is None or value <= high, f"{f.name} is {value}: it must be at most {high}")

@@ -1,0 +1,137 @@
+"""Micro-batches: packed, noised and deterministic.
+
+A step takes exactly the next ``global_batch_size`` examples in sample order. Their noise depends on what they are, not
+on where they are computed, so any layout, micro-batch size and packing budget trains on the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_dtrpo.config import Config
+from megatron_dtrpo.data.packing import balance, pack
+from megatron_dtrpo.data.sampler import Sample, SampleOrder
+from megatron_dtrpo.data.token_store import TokenStore
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS, EstimatorOptions, noise_generator, total_views
+from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, concatenate, lay_out, packed_length
+
+
+@dataclass
+class MicroBatch:
+    """One packed sequence and what it was made of: ``samples`` in packed order and the token count of every response,
+    int64 ``[responses]``."""
+
+    sequence: PackedSequence
+    samples: list[Sample]
+    response_length: Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = self.sequence.map_tensors(lambda t: t.to(device, non_blocking=True))
+        return replace(self, sequence=moved, response_length=self.response_length.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How examples become packed documents; the same for training, reference scores and evaluation."""
+
+    estimator: str
+    options: EstimatorOptions
+    num_views: int
+    block_start: str
+    block_size: int
+    mask_id: int
+    seed: int
+
+    @classmethod
+    def from_config(cls, config: Config, mask_id: int) -> Noising:
+        objective = config.objective
+        options = EstimatorOptions(
+            steps_per_block=objective.steps_per_block,
+            complementary=objective.complementary,
+            min_timestep=objective.min_timestep,
+        )
+        return cls(
+            estimator=objective.estimator,
+            options=options,
+            num_views=objective.num_views,
+            block_start=objective.block_start,
+            block_size=config.model.block_size,
+            mask_id=mask_id,
+            seed=config.optimizer.seed,
+        )
+
+    def packed_length(self, prompt_length, response_lengths):
+        """Packed tokens: int (or int array ``[n]``) and one int (or array ``[n]``) per response."""
+        views = total_views(self.estimator, self.num_views, self.options)
+        return packed_length(prompt_length, response_lengths, self.block_size, views)
+
+    def document(self, sample: Sample, prompt: Tensor, responses: Sequence[Tensor]) -> PackedSequence:
+        """Noises and lays out one example: int64 ``[P]`` and ``[R]`` each."""
+        noise = []
+        for branch, response in enumerate(responses, start=1):
+            blocks = Blocks(prompt.numel(), response.numel(), self.block_size)
+            generators = [
+                noise_generator(self.seed, sample.epoch, sample.index, branch, view)
+                for view in range(1, self.num_views + 1)
+            ]
+            noise.append(ESTIMATORS[self.estimator](blocks.maskable(self.block_start), generators, self.options))
+        return lay_out(
+            prompt,
+            responses,
+            [n.masked for n in noise],
+            [n.weight for n in noise],
+            block_size=self.block_size,
+            mask_id=self.mask_id,
+            block_start=self.block_start,
+        )
+
+
+class BatchBuilder:
+    """Builds one data-parallel process's micro-batches of a step."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        order: SampleOrder,
+        noising: Noising,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seq_length: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ):
+        self.store, self.order, self.noising = store, order, noising
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size, self.seq_length = micro_batch_size, seq_length
+        self.rank, self.ranks = data_parallel_rank, data_parallel_size
+
+    def samples(self, consumed: int) -> list[Sample]:
+        """The examples of the step that follows ``consumed`` samples, over all processes."""
+        return self.order.take(consumed, self.global_batch_size)
+
+    def step(self, consumed: int) -> list[MicroBatch]:
+        """This process's micro-batches of that step, on the CPU; their number may differ between processes."""
+        samples = self.samples(consumed)
+        prompt_lengths, response_lengths = self.store.lengths
+        costs = [
+            int(self.noising.packed_length(int(prompt_lengths[s.index]), response_lengths[s.index].tolist()))
+            for s in samples
+        ]
+        mine = balance(costs, self.ranks)[self.rank]
+        groups = pack(costs, mine, self.seq_length, self.micro_batch_size)
+        return [self.micro_batch([samples[i] for i in group]) for group in groups]
+
+    def micro_batch(self, samples: Sequence[Sample]) -> MicroBatch:
+        documents, lengths = [], []
+        for sample in samples:
+            example = self.store[sample.index]
+            prompt = torch.from_numpy(example.prompt.astype("int64"))
+            responses = [torch.from_numpy(r.astype("int64")) for r in example.responses]
+            documents.append(self.noising.document(sample, prompt, responses))
+            lengths += [r.numel() for r in responses]
+        return MicroBatch(concatenate(documents), list(samples), torch.tensor(lengths))

@@ -1,0 +1,136 @@
+"""What a row of a data file must hold, checked once, before anything is tokenized.
+
+A record is a prompt and its responses as the user wrote them, text or message lists: two responses (chosen, rejected)
+for preferences, one (the completion) for supervised fine-tuning. The fields are TRL's. Messages of the errors raised
+here do not say which row they are about; the caller, who knows, puts that in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from megatron_dtrpo.data.chat import Messages
+from megatron_dtrpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt and its responses, each text or a message list; the response lists hold one assistant message."""
+
+    prompt: str | Messages
+    responses: tuple[str | Messages, ...]
+
+
+def preference_record(row: dict[str, Any]) -> Record:
+    """``prompt``, ``chosen``, ``rejected``; or whole conversations in ``chosen`` and ``rejected`` (implicit prompt).
+
+    As in TRL, a text prompt beside two conversations is a label, and the prompt is what the conversations share.
+    """
+    conversations = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
+    implicit = conversations and not isinstance(row.get("prompt"), list)
+    _require(row, ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected"))
+    if not implicit:
+        prompt = _prompt(row["prompt"])
+        return Record(prompt, tuple(_response(row[name], name, prompt) for name in ("chosen", "rejected")))
+    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+    # The last message is always an answer, so equal conversations still leave one to compare.
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared == 0:
+        raise UserError("chosen and rejected share no first message; give the prompt as a list of messages")
+    prompt = _prompt(chosen[:shared])
+    answers = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return Record(prompt, tuple(_response(answer, name, prompt) for name, answer in answers.items()))
+
+
+def sft_record(row: dict[str, Any]) -> Record:
+    """``prompt`` and ``completion``, or ``messages``: the last assistant message answers those before it.
+
+    Messages after the last answer are left out: nothing is learned from them.
+    """
+    if "messages" not in row or "prompt" in row:
+        _require(row, ("prompt", "completion"))
+        prompt = _prompt(row["prompt"])
+        return Record(prompt, (_response(row["completion"], "completion", prompt),))
+    messages = _messages(row["messages"], "messages")
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise UserError("messages: no message has the role 'assistant'; the last one that has is the completion")
+    if answers[-1] == 0:
+        raise UserError("messages: nothing comes before the assistant's message; begin with the user's")
+    prompt = _prompt(messages[: answers[-1]], name="messages")
+    return Record(prompt, (_response([messages[answers[-1]]], "messages", prompt),))
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Record]] = {"preference": preference_record, "sft": sft_record}
+
+
+def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        present = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
+        raise UserError(f"missing field {missing[0]!r}; the row has {present}")
+
+
+def _prompt(value: Any, name: str = "prompt") -> str | Messages:
+    if isinstance(value, str):
+        return _text(value, name)
+    if not isinstance(value, list):
+        raise UserError(f"{name}: must be text or a list of messages, not {_kind(value)}")
+    messages = _messages(value, name)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{name}: the prompt ends with an assistant message; end it with the user's")
+    return messages
+
+
+def _response(value: Any, name: str, prompt: str | Messages) -> str | Messages:
+    if not isinstance(value, (str, list)):
+        raise UserError(f"{name}: must be text or a list of messages, not {_kind(value)}")
+    if isinstance(value, str) != isinstance(prompt, str):
+        raise UserError(f"{name}: is {_kind(value)} but the prompt is {_kind(prompt)}; give both in one form")
+    if isinstance(value, str):
+        return _text(value, name)
+    messages = _messages(value, name)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"{name}: must be one assistant message after the prompt, not {roles}")
+    _text(messages[0]["content"], name)
+    return messages
+
+
+def _messages(value: Any, name: str) -> Messages:
+    if not isinstance(value, list):
+        raise UserError(f"{name}: must be a list of messages, not {_kind(value)}")
+    if not value:
+        raise UserError(f"{name}: is an empty list; give at least one message")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise UserError(f"{name}[{number}]: a message is an object with role and content, not {_kind(message)}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise UserError(f"{name}[{number}]: {key!r} must be text, not {_kind(message.get(key))}")
+        _encodable(message["content"], f"{name}[{number}]")
+    return value
+
+
+def _text(value: str, name: str) -> str:
+    if not value.strip():
+        raise UserError(f"{name}: is empty; give some text or take the row out")
+    _encodable(value, name)
+    return value
+
+
+def _encodable(value: str, name: str) -> None:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: character {error.start} is half a surrogate pair; remove it") from None
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", list: "a list", dict: "an object", type(None): "missing", bool: "a boolean"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

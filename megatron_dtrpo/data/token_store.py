@@ -1,0 +1,229 @@
+"""Every example validated and tokenized once, then read from disk by number.
+
+A store is a folder ``cache_dir/<fingerprint>/`` of three files: all token ids end to end, where each prompt and
+response ends, and what they were made from. It is memory-mapped, so a million pairs take no more memory than ten, and
+all lengths are known before training begins. The fingerprint covers data file, tokenizer and settings: change one and
+the next run builds another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dtrpo.data.records import READERS, Record
+from megatron_dtrpo.data.rows import Rows, open_rows
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.errors import UserError
+
+FORMAT_VERSION = 1
+RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
+
+_BATCH = 512  # rows tokenized in one call
+_TOKENS, _ENDS, _META = "tokens.int32", "ends.int64", "meta.json"
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row: ``prompt`` int32 [P], ``responses`` int32 [R] each, their end token included.
+
+    Preferences have two responses, (chosen, rejected); fine-tuning has one. The arrays are read-only.
+    """
+
+    index: int
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+
+class TokenStore:
+    """A finished store, opened for reading. ``build_token_store`` makes or finds one; ``store[i]`` is an Example."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open the store in ``directory``. Raises UserError where it is missing or damaged."""
+        self.directory = Path(directory)
+        try:
+            meta = json.loads((self.directory / _META).read_text(encoding="utf-8"))
+            self._ends = np.memmap(self.directory / _ENDS, dtype=np.int64, mode="r")
+            self._tokens = np.memmap(self.directory / _TOKENS, dtype=np.int32, mode="r")
+        except (OSError, ValueError):
+            raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
+        self.kind: str = meta["kind"]
+        self.source: str = meta["source"]
+        self._size: int = meta["examples"]
+        self._parts = 1 + len(RESPONSES[self.kind])
+        if len(self._ends) != self._size * self._parts or self._ends[-1] != len(self._tokens):
+            raise UserError(f"{self.directory}: the token store is damaged; delete the folder and run again")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Example:
+        """Example ``index``, 0 .. len - 1; its arrays are views of the file."""
+        if not 0 <= index < self._size:
+            raise IndexError(f"example {index} of {self._size}")
+        first = index * self._parts
+        begin = int(self._ends[first - 1]) if first else 0
+        parts = []
+        for end in self._ends[first : first + self._parts].tolist():
+            parts.append(np.asarray(self._tokens[begin:end]))
+            begin = end
+        return Example(int(index), parts[0], tuple(parts[1:]))
+
+    @cached_property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens in each prompt, int32 [n], and in each response, int32 [n, responses]."""
+        sizes = np.diff(self._ends, prepend=0).astype(np.int32).reshape(self._size, self._parts)
+        return sizes[:, 0], sizes[:, 1:]
+
+    def location(self, index: int) -> str:
+        """Where example ``index`` was read, as error messages name it: ``pairs.jsonl:17``."""
+        return self._rows.location(index)
+
+    @cached_property
+    def _rows(self) -> Rows:
+        # Only errors ask for locations, so the data file is not read again before one does.
+        return open_rows(self.source)
+
+
+def build_token_store(
+    path: str | Path,
+    kind: str,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    apply_chat_template: bool = False,
+    progress: bool = False,
+) -> TokenStore:
+    """Open the store of data file ``path``, building it first where ``cache_dir`` does not hold it yet.
+
+    ``kind`` is ``preference`` or ``sft``. Several processes may build at once: each writes a folder of its own and
+    the first to finish wins. Raises UserError that names file and line of the first row that cannot be used.
+    """
+    if kind not in READERS:
+        raise UserError(f"kind: unknown {kind!r}; use one of {', '.join(READERS)}")
+    target = Path(cache_dir) / _fingerprint(Path(path), kind, tokenizer, apply_chat_template)
+    if target.exists():
+        return TokenStore(target)
+    rows = open_rows(path)
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".building-{target.name[:8]}-", dir=cache_dir))
+    except OSError as error:
+        raise UserError(f"{cache_dir}: the cache folder cannot be written ({error.strerror}); give another") from None
+    try:
+        _write(building, str(path), rows, kind, tokenizer, apply_chat_template, progress)
+        building.chmod(0o755)  # mkdtemp's folders are private to their user; a cache is shared
+        try:
+            building.rename(target)
+        except OSError:
+            if not target.exists():  # otherwise another process finished the same store first
+                raise
+        return TokenStore(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _fingerprint(path: Path, kind: str, tokenizer: Tokenizer, apply_chat_template: bool) -> str:
+    """Hex name of the store that these inputs make."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    parts = [FORMAT_VERSION, stats, kind, tokenizer.fingerprint(), apply_chat_template]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _write(
+    directory: Path,
+    source: str,
+    rows: Rows,
+    kind: str,
+    tokenizer: Tokenizer,
+    apply_chat_template: bool,
+    progress: bool,
+) -> None:
+    """Write the three files of a store; the tokens go straight to disk, 8 bytes a part stay in memory."""
+    ends = array("q")
+    end = 0
+    with (directory / _TOKENS).open("wb") as file:
+        for first, records in _record_batches(rows, kind, progress):
+            for parts in _tokenize(rows, first, records, kind, tokenizer, apply_chat_template):
+                for ids in parts:
+                    file.write(np.asarray(ids, dtype=np.int32).tobytes())
+                    end += len(ids)
+                    ends.append(end)
+    (directory / _ENDS).write_bytes(ends.tobytes())
+    meta = {"kind": kind, "source": os.path.abspath(source), "examples": len(rows)}
+    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _record_batches(rows: Rows, kind: str, progress: bool) -> Iterator[tuple[int, list[Record]]]:
+    """(number of the first row, validated records) of up to ``_BATCH`` rows at a time."""
+    numbered: Iterable = enumerate(rows)
+    if progress:
+        from tqdm import tqdm
+
+        numbered = tqdm(numbered, total=len(rows), desc="tokenizing", unit=" rows")
+    numbered = iter(numbered)
+    while batch := list(islice(numbered, _BATCH)):
+        records = []
+        for index, row in batch:
+            with _located(rows, index):
+                records.append(READERS[kind](row))
+        yield batch[0][0], records
+
+
+def _tokenize(
+    rows: Rows, first: int, records: list[Record], kind: str, tokenizer: Tokenizer, apply_chat_template: bool
+) -> Iterator[list[list[int]]]:
+    """Token ids of each record, [prompt, *responses]; every text of the batch goes to the tokenizer in one call."""
+    texts: list[str] = []
+    for index, record in enumerate(records, start=first):
+        with _located(rows, index):
+            texts.append(tokenizer.render_prompt(record.prompt, apply_chat_template))
+            for response in record.responses:
+                texts.append(tokenizer.render_response(response, record.prompt, apply_chat_template))
+    ids = tokenizer.encode_batch(texts)
+    parts_each = 1 + len(RESPONSES[kind])
+    for number in range(len(records)):
+        parts = ids[number * parts_each : (number + 1) * parts_each]
+        parts = [parts[0], *(tokenizer.close(part) for part in parts[1:])]
+        with _located(rows, first + number):
+            _check_ids(parts, RESPONSES[kind], tokenizer)
+        yield parts
+
+
+def _check_ids(parts: list[list[int]], names: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    """Refuse what only shows once tokenized."""
+    for name, ids in zip(("prompt", *names), parts, strict=True):
+        if tokenizer.mask_id in ids:
+            raise UserError(f"{name}: contains the mask token {tokenizer.mask_token!r}; remove it from the text")
+    if not parts[0]:
+        raise UserError("prompt: is empty once tokenized; give some text or take the row out")
+    for name, ids in zip(names, parts[1:], strict=True):
+        if len(ids) < 2:
+            raise UserError(f"{name}: is empty once tokenized; give some text or take the row out")
+    if len(parts) == 3 and parts[1] == parts[2]:
+        raise UserError("chosen and rejected are the same; take the row out, it prefers nothing")
+
+
+class _located:
+    """Put the row's location in front of a UserError raised inside."""
+
+    def __init__(self, rows: Rows, index: int) -> None:
+        self._rows, self._index = rows, index
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"{self._rows.location(self._index)}: {error}") from None

@@ -1,0 +1,260 @@
+"""The packed layout: what one forward pass sees, and the one predicate that says who sees whom.
+
+A *document* is a prompt with its one (SFT) or two (preference) responses. Blocks of ``B`` tokens tile prompt and
+response together; the block the prompt ends in belongs to the response. A document is laid out as
+
+    [ prompt's full blocks, clean ]                                                                 branch 0, view 0
+    [ prompt tail + response 1, clean, without its last block ][ the same, noisy ] x K views         branch 1
+    [ prompt tail + response 2, clean, without its last block ][ the same, noisy ] x K views         branch 2
+
+so every run of tokens starts and ends on a block boundary, the prompt is computed once for both responses, and
+nothing is computed that no prediction reads: the last clean block has no successor, and an unmasked noisy block of
+the prompt would repeat its clean one. The noisy copy of the last block is filled with ``[MASK]`` after the end token,
+as the decoder sees it.
+
+Legend: P prompt tokens, R response tokens, B block size, n response blocks, K noisy views, S packed tokens,
+N targets. Nothing here touches a device, a process group or global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CLEAN = 0  # the view number of clean tokens
+PADDING_DOCUMENT = -1
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where one response lies on the block grid. Positions are absolute: the prompt is ``0 .. P-1``."""
+
+    prompt_length: int
+    response_length: int
+    block_size: int
+
+    @property
+    def first(self) -> int:
+        """The first response block: the one the prompt ends in, or the next if the prompt fills its last block."""
+        return self.prompt_length // self.block_size
+
+    @property
+    def count(self) -> int:
+        """n, the number of blocks that hold at least one response token."""
+        return (self.prompt_length + self.response_length - 1) // self.block_size + 1 - self.first
+
+    @property
+    def start(self) -> int:
+        """The position of the first token of the first response block."""
+        return self.first * self.block_size
+
+    def is_response(self) -> Tensor:
+        """Bool ``[n, B]``: which places of the response blocks hold response tokens, its end token included."""
+        position = torch.arange(self.start, self.start + self.count * self.block_size)
+        is_response = (position >= self.prompt_length) & (position < self.prompt_length + self.response_length)
+        return is_response.view(self.count, self.block_size)
+
+    def maskable(self, block_start: str) -> Tensor:
+        """Bool ``[n, B]``: the response tokens that noise may mask.
+
+        With ``block_start="clean"`` the first token of a block is a decoding step of its own, read from the clean
+        pass, and stays visible in every noisy view.
+        """
+        maskable = self.is_response()
+        if block_start == "clean":
+            maskable[:, 0] = False
+        return maskable
+
+
+class Coordinates(NamedTuple):
+    """Where a packed token belongs: four int tensors of one shape ``[...]``."""
+
+    document: Tensor
+    branch: Tensor
+    view: Tensor
+    block: Tensor
+
+    def at(self, index) -> Coordinates:
+        return Coordinates(*(field[index] for field in self))
+
+
+def visible(query: Coordinates, key: Coordinates) -> Tensor:
+    """The whole attention mask: may ``query`` attend to ``key``? Shapes broadcast; plain ``&`` and ``|`` only, so
+    that FlexAttention can trace it.
+
+    A clean query sees the clean keys of blocks up to its own; a noisy query sees the clean keys of the blocks before
+    its own, and its own block in its own view. Branch 0, the prompt, is seen by every branch of its document.
+    """
+    same_document = query.document == key.document
+    shared = (key.branch == 0) | (key.branch == query.branch)
+    history = (key.view == CLEAN) & (key.block < query.block)
+    own_block = (key.view == query.view) & (key.block == query.block)
+    return same_document & shared & (history | own_block)
+
+
+@dataclass
+class PackedSequence:
+    """Tokens of one or more documents in the packed layout, and the predictions that are read from it.
+
+    ``tokens, document, branch, view, position``: int64 ``[S]``. The prediction of ``target_token`` (int64 ``[N]``) is
+    read from the hidden state at packed row ``target_row`` (int64 ``[N]``), counts with ``target_weight`` (float64
+    ``[N]``) and belongs to response ``target_response`` (int64 ``[N]``), numbered through the sequence.
+    """
+
+    block_size: int
+    responses: int
+    tokens: Tensor
+    document: Tensor
+    branch: Tensor
+    view: Tensor
+    position: Tensor
+    target_row: Tensor
+    target_token: Tensor
+    target_weight: Tensor
+    target_response: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.numel()
+
+    def coordinates(self) -> Coordinates:
+        """Token coordinates, each ``[S]``."""
+        return Coordinates(self.document, self.branch, self.view, self.position // self.block_size)
+
+    def map_tensors(self, function) -> PackedSequence:
+        """A copy with ``function`` applied to every tensor (to move it to a device, say)."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def packed_length(prompt_length, response_lengths: Sequence, block_size: int, views: int):
+    """Packed tokens of one document; works on ints and, elementwise, on arrays (one per response in the sequence)."""
+    first = prompt_length // block_size
+    total = first * block_size
+    for length in response_lengths:
+        count = (prompt_length + length - 1) // block_size + 1 - first
+        total = total + ((count - 1) + views * count) * block_size
+    return total
+
+
+def lay_out(
+    prompt: Tensor,
+    responses: Sequence[Tensor],
+    masked: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    block_size: int,
+    mask_id: int,
+    block_start: str,
+) -> PackedSequence:
+    """Lays out one document.
+
+    Args:
+        prompt: int64 ``[P]``, P >= 1.
+        responses: int64 ``[R]`` each, R >= 1, the end token included.
+        masked: per response bool ``[K, n, B]``: the tokens that each noisy view hides.
+        weight: per response float ``[K, n, B]``: the weight of predicting a token from its noisy view; tokens of
+            weight 0 are not read.
+        block_start: ``"clean"`` reads the first token of a block from the clean pass, weight 1, once for all views;
+            ``"noisy"`` reads it, as any other token, from the row before it in its own view, or from the prompt
+            where the block before is all prompt.
+    """
+    B = block_size
+    parts, targets = [], []
+    prompt_full = prompt.numel() // B * B
+    parts.append(_run(prompt[:prompt_full], branch=0, view=CLEAN, start=0))
+    length = prompt_full
+    for r, (response, hidden, w) in enumerate(zip(responses, masked, weight, strict=True)):
+        blocks = Blocks(prompt.numel(), response.numel(), B)
+        end = blocks.start + blocks.count * B
+        tokens = torch.full((end - blocks.start,), mask_id, dtype=torch.long)
+        tail = prompt.numel() - blocks.start
+        tokens[:tail] = prompt[prompt_full:]
+        tokens[tail : tail + response.numel()] = response
+
+        clean_row = length - blocks.start  # packed row of a position's clean copy; the prompt's rows are its positions
+        parts.append(_run(tokens[:-B], branch=r + 1, view=CLEAN, start=blocks.start))
+        length += tokens.numel() - B
+        if block_start == "clean":
+            starts = torch.arange(blocks.start, end, B)
+            starts = starts[starts >= prompt.numel()]
+            rows = torch.where(starts - 1 < blocks.start, starts - 1, starts - 1 + clean_row)
+            targets.append((rows, tokens[starts - blocks.start], torch.ones(starts.numel(), dtype=torch.float64), r))
+
+        for k in range(hidden.shape[0]):
+            parts.append(
+                _run(tokens.masked_fill(hidden[k].flatten(), mask_id), branch=r + 1, view=k + 1, start=blocks.start)
+            )
+            read = w[k].flatten().nonzero().squeeze(1)
+            # The token shift: the row before. Before the first response block lies the prompt, clean.
+            rows = torch.where(read == 0, blocks.start - 1, read - 1 + length)
+            targets.append((rows, tokens[read], w[k].flatten()[read].double(), r))
+            length += tokens.numel()
+
+    tokens, branch, view, position = (torch.cat(field) for field in zip(*parts, strict=True))
+    rows, target_tokens, weights, response_ids = zip(*targets, strict=True)
+    return PackedSequence(
+        block_size=B,
+        responses=len(responses),
+        tokens=tokens,
+        document=torch.zeros_like(tokens),
+        branch=branch,
+        view=view,
+        position=position,
+        target_row=torch.cat(rows),
+        target_token=torch.cat(target_tokens),
+        target_weight=torch.cat(weights),
+        target_response=torch.cat([torch.full_like(t, r) for t, r in zip(rows, response_ids, strict=True)]),
+    )
+
+
+def _run(tokens: Tensor, *, branch: int, view: int, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A contiguous run of tokens of one branch and view whose first token is at position ``start``."""
+    position = torch.arange(start, start + tokens.numel())
+    return tokens, torch.full_like(tokens, branch), torch.full_like(tokens, view), position
+
+
+def concatenate(documents: Sequence[PackedSequence]) -> PackedSequence:
+    """Packs documents one after the other into one sequence; they never see each other."""
+    rows = responses = 0
+    shifted = []
+    for number, document in enumerate(documents):
+        shifted.append(
+            replace(
+                document,
+                document=document.document + number,
+                target_row=document.target_row + rows,
+                target_response=document.target_response + responses,
+            )
+        )
+        rows += len(document)
+        responses += document.responses
+    merged = {
+        f.name: torch.cat([getattr(d, f.name) for d in shifted])
+        for f in fields(PackedSequence)
+        if isinstance(getattr(documents[0], f.name), Tensor)
+    }
+    return PackedSequence(block_size=documents[0].block_size, responses=responses, **merged)
+
+
+def pad_to(sequence: PackedSequence, length: int, pad_id: int) -> PackedSequence:
+    """Appends padding up to ``length`` tokens. Each block of padding sees only itself, so it costs next to nothing
+    where attention follows the mask. ``length`` is a multiple of the block size."""
+    extra = length - len(sequence)
+    if extra == 0:
+        return sequence
+
+    def extend(field: Tensor, values) -> Tensor:
+        return torch.cat([field, torch.as_tensor(values, dtype=field.dtype).expand(extra)])
+
+    return replace(
+        sequence,
+        tokens=extend(sequence.tokens, pad_id),
+        document=extend(sequence.document, PADDING_DOCUMENT),
+        branch=extend(sequence.branch, 0),
+        view=extend(sequence.view, 1),  # a noisy view without clean history sees its own block only
+        position=extend(sequence.position, torch.arange(extra)),
+    )

@@ -1,0 +1,1 @@
+"""What megatron-core builds: the layer spec, the core attention and the model."""

@@ -1,0 +1,105 @@
+"""Core attention over the packed layout.
+
+The mask is `diffusion.layout.visible` and nothing else. A backend turns the coordinates of one packed sequence into a
+plan, once per micro-batch, and every layer runs that plan. The plan travels through megatron-core as
+``packed_seq_params``: activation checkpointing passes that object by closure, whereas ``attention_mask`` may only
+carry tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dtrpo.diffusion.layout import Coordinates, visible
+from megatron_dtrpo.model.segmented_sdpa import plan_chunks, segmented_sdpa
+
+
+@dataclass
+class PackedAttention(PackedSeqParams):
+    """The attention of one packed sequence. ``qkv_format="sbhd"`` keeps megatron-core's own packed-sequence code,
+    which knows documents but not views, out of the way."""
+
+    qkv_format: str = "sbhd"
+    backend: str = "sdpa"
+    plan: Any = None
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
+    return segmented_sdpa(query, key, value, plan, scale)
+
+
+def _flex_plan(coordinates: Coordinates, block_size: int, grain: int = 128):
+    """A FlexAttention block mask; compiled, because eagerly it would build the dense mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(batch, head, query, key):
+        return visible(coordinates.at(query), coordinates.at(key))
+
+    length, device = coordinates.document.numel(), coordinates.document.device
+    on_gpu = device.type == "cuda"
+    return create_block_mask(mask_mod, None, None, length, length, device=device, BLOCK_SIZE=grain, _compile=on_gpu)
+
+
+@functools.cache
+def _flex_kernel(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    out = _flex_kernel(query.is_cuda)(q, k, v, block_mask=plan, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.squeeze(0).transpose(0, 1)
+
+
+# backend -> (plan from coordinates and block size, attention of [s, heads, d] tensors under the plan)
+BACKENDS = {"sdpa": (plan_chunks, _sdpa), "flex": (_flex_plan, _flex)}
+
+
+def plan_attention(coordinates: Coordinates, block_size: int, backend: str) -> PackedAttention:
+    """Prepares the attention of one packed sequence; coordinates are ``[S]`` on the device that computes."""
+    return PackedAttention(backend=backend, plan=BACKENDS[backend][0](coordinates, block_size))
+
+
+class BlockDiffusionAttention(MegatronModule):
+    """The ``core_attention`` of the layer spec. Holds no parameters and no state of a micro-batch."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedAttention | None = None,
+    ) -> Tensor:
+        """``query [s, 1, heads, d]``, ``key`` and ``value [s, 1, groups, d]`` of one packed sequence to
+        ``[s, 1, heads * d]``. ``attention_mask`` and ``attention_bias`` are ignored: the plan is the mask."""
+        attend = BACKENDS[packed_seq_params.backend][1]
+        out = attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.plan, self.softmax_scale)
+        return out.reshape(out.shape[0], 1, -1)

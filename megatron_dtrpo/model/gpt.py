@@ -1,0 +1,87 @@
+"""The block-diffusion model: megatron-core's GPT with two changes that the packed layout asks for.
+
+Rotary angles follow each token's position, because clean and noisy copies of a position share it; and the output layer
+runs on the rows that a prediction is read from, never on the whole packed sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_dtrpo.model.attention import PackedAttention
+from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
+
+# Target rows whose logits are alive at once; more rows are recomputed chunk by chunk in the backward pass.
+LOGIT_ROWS = 2048
+
+
+class BlockDiffusionGPTModel(GPTModel):
+    """One pipeline stage. Constructor as `GPTModel`; ``position_embedding_type`` must be ``"rope"``."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # The head sees gathered rows: it is an ordinary column-parallel layer even under sequence parallelism.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        attention: PackedAttention,
+        target_row: Tensor | None = None,
+        target_token: Tensor | None = None,
+    ) -> Tensor:
+        """Runs this stage on one packed sequence.
+
+        Args:
+            tokens, position: int64 ``[S]``.
+            attention: the sequence's attention plan.
+            target_row, target_token: int64 ``[N]``: packed row read and token predicted; last stage only.
+
+        Returns:
+            On the last stage the log-probability of each target, fp32 ``[N]`` (hidden states ``[S, 1, h]`` if no
+            targets are given); on the others hidden states ``[S, 1, h]``, ``[S / TP, 1, h]`` with sequence parallelism.
+        """
+        embedded = self.embedding(input_ids=tokens[None], position_ids=position[None]) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary_angles(position),
+            packed_seq_params=attention,
+        )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        if target_row is None:
+            return hidden
+        return self._target_log_probs(hidden.squeeze(1)[target_row], target_token)
+
+    def _rotary_angles(self, position: Tensor) -> Tensor:
+        """Angles ``[S, 1, 1, d]`` of positions ``[S]``, in fp32."""
+        self.rotary_pos_emb.inv_freq = self.rotary_pos_emb.inv_freq.to(position.device)
+        angles = torch.outer(position.to(self.rotary_pos_emb.inv_freq.dtype), self.rotary_pos_emb.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+    def _target_log_probs(self, rows: Tensor, target: Tensor) -> Tensor:
+        if rows.shape[0] <= LOGIT_ROWS:
+            return self._log_probs(rows, target)
+        chunks = zip(rows.split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True)
+        return torch.cat([checkpoint(self._log_probs, r, t, use_reentrant=False) for r, t in chunks])
+
+    def _log_probs(self, rows: Tensor, target: Tensor) -> Tensor:
+        """``[N, h], [N] -> [N]``."""
+        return vocab_parallel_log_probs(self.logits(rows), target, self.pg_collection.tp)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits ``[N, V / TP]`` of gathered hidden rows ``[N, h]``."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(rows, weight=weight)[0]

@@ -1,0 +1,45 @@
+"""The transformer layer of a block-diffusion model: megatron-core's GPT layer with two parts exchanged.
+
+The core attention becomes ours, because the packed layout is neither causal nor dense, and the local backend's norm
+becomes one that takes sequence parallelism. Everything else, and with it every sharded key of a checkpoint, is
+megatron-core's.
+"""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dtrpo.model.attention import BlockDiffusionAttention
+from megatron_dtrpo.model.norm import RMSNorm
+
+
+def _local_layer_spec() -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = BlockDiffusionAttention
+    # The mask comes from the packed layout, not from a type that a kernel knows.
+    spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
+    return spec
+
+
+# transformer_impl -> (layer spec, final norm)
+BACKENDS = {"local": (_local_layer_spec, RMSNorm)}
+
+
+def block_diffusion_layer_spec(transformer_impl: str = "local") -> ModuleSpec:
+    """The spec of one layer."""
+    return BACKENDS[transformer_impl][0]()
+
+
+def block_diffusion_block_spec(
+    config: TransformerConfig, transformer_impl: str = "local", vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers and of the final norm."""
+    layer_spec, final_norm = BACKENDS[transformer_impl]
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=final_norm)

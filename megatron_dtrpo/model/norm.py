@@ -1,0 +1,18 @@
+"""RMSNorm for the local layer spec."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with megatron-core's constructor.
+
+    megatron-core's own wrapper refuses sequence parallelism. All that asks for is that the weight is marked, so that
+    its gradient, which each rank has for its part of the sequence only, is summed over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel

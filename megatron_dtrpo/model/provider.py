@@ -1,0 +1,76 @@
+"""Builds this rank's stage of the model from the settings."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.layer_spec import block_diffusion_block_spec
+from megatron_dtrpo.runtime.precision import transformer_precision
+
+
+def _leave(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> TransformerConfig:
+    """megatron-core's configuration of a Qwen2-shaped transformer."""
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        # Weights are filled by model/initialization.py; megatron-core still marks them as sharded when it "initialises".
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Packed sequences differ in length from micro-batch to micro-batch; stages tell each other the shape.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        # Losses are sums; gradients are divided by the examples or tokens of the whole global batch.
+        calculate_per_token_loss=True,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **transformer_precision(parallel),
+    )
+
+
+def build_model(model: ModelSettings, parallel: ParallelSettings) -> BlockDiffusionGPTModel:
+    """This rank's stage, with uninitialised weights: load a checkpoint or call `initialize_weights`."""
+    config = transformer_config(model, parallel)
+    return BlockDiffusionGPTModel(
+        config=config,
+        transformer_layer_spec=block_diffusion_block_spec(config),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )

@@ -1,0 +1,101 @@
+"""SDPA that follows the mask's work instead of the packed length squared.
+
+Every run of the packed layout starts and ends on a block boundary and a block's tokens share their coordinates, so the
+mask is known per pair of blocks. Queries are cut into chunks of whole blocks within one run; a chunk attends exactly
+the key blocks that any of its blocks sees. Legend: S packed tokens, B block size, q and k tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_dtrpo.diffusion.layout import Coordinates, visible
+
+CHUNK_TOKENS = 256  # long enough to fill the matrix units, short enough to skip what a run's early queries cannot see
+
+
+class Chunk(NamedTuple):
+    """Queries ``start:stop``, the packed rows ``[k]`` of the keys they see, and the additive fp32 mask ``[q, k]``
+    (``None`` where everything is seen)."""
+
+    start: int
+    stop: int
+    keys: Tensor
+    mask: Tensor | None
+
+
+def plan_chunks(coordinates: Coordinates, block_size: int) -> list[Chunk]:
+    """Cuts one packed sequence into chunks; coordinates are ``[S]`` and S is a multiple of the block size."""
+    blocks = Coordinates(*(field[::block_size].cpu() for field in coordinates))
+    seen = visible(blocks.at((slice(None), None)), blocks.at((None, slice(None))))
+    run = torch.stack([blocks.document, blocks.branch, blocks.view])
+    run_ends = ((run[:, 1:] != run[:, :-1]).any(0).nonzero().squeeze(1) + 1).tolist() + [seen.shape[0]]
+    step = max(1, CHUNK_TOKENS // block_size)
+    device = coordinates.document.device
+    within = torch.arange(block_size)
+    chunks, start = [], 0
+    for end in run_ends:
+        for first in range(start, end, step):
+            last = min(first + step, end)
+            rows = seen[first:last]
+            key_blocks = rows.any(0).nonzero().squeeze(1)
+            keys = (key_blocks.unsqueeze(1) * block_size + within).flatten()
+            rows = rows[:, key_blocks]
+            mask = None
+            if not rows.all():
+                mask = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)
+                mask = mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1).to(device)
+            chunks.append(Chunk(first * block_size, last * block_size, keys.to(device), mask))
+        start = end
+    return chunks
+
+
+def segmented_sdpa(query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float) -> Tensor:
+    """Attention of ``query [S, heads, d]`` over ``key, value [S, groups, d]``: ``[S, heads, d]``."""
+    return _SegmentedSdpa.apply(query, key, value, chunks, scale, torch.is_grad_enabled())
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    mask = None if mask is None else mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.squeeze(0).transpose(0, 1)
+
+
+class _SegmentedSdpa(torch.autograd.Function):
+    """One autograd node for all chunks. Left to autograd, every slice of the query and every gather of the keys would
+    allocate and add a gradient as long as the whole sequence; here a chunk's gradients go straight to their rows."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, chunks, scale, with_grad):
+        out = torch.empty_like(query)
+        ctx.graphs = []
+        for chunk in chunks:
+            inputs = (query[chunk.start : chunk.stop], key[chunk.keys], value[chunk.keys])
+            if with_grad:
+                inputs = tuple(t.detach().requires_grad_() for t in inputs)
+            with torch.set_grad_enabled(with_grad):
+                result = _attend(*inputs, chunk.mask, scale)
+            out[chunk.start : chunk.stop] = result.detach()
+            if with_grad:
+                ctx.graphs.append((chunk, inputs, result))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_query = torch.empty_like(grad)
+        grad_key = grad_value = None
+        for chunk, inputs, result in ctx.graphs:
+            dq, dk, dv = torch.autograd.grad(result, inputs, grad[chunk.start : chunk.stop])
+            if grad_key is None:
+                grad_key = dk.new_zeros((grad.shape[0], *dk.shape[1:]))
+                grad_value = torch.zeros_like(grad_key)
+            grad_query[chunk.start : chunk.stop] = dq
+            grad_key.index_add_(0, chunk.keys, dk)
+            grad_value.index_add_(0, chunk.keys, dv)
+        ctx.graphs = None
+        return grad_query, grad_key, grad_value, None, None, None

@@ -1,0 +1,56 @@
+"""Log-probabilities of target tokens from logits that are sharded over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, group) -> Tensor:
+        sharded = group is not None and group.size() > 1
+        shard = logits.shape[-1]
+        local = target - (group.rank() * shard if sharded else 0)
+        owned = (local >= 0) & (local < shard)
+        local = local.masked_fill(~owned, 0)
+
+        wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        peak = wide.amax(-1)
+        if sharded:
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+        probabilities = (wide - peak.unsqueeze(-1)).exp_()
+        # Normaliser and target logit travel in one message.
+        parts = torch.stack(
+            [probabilities.sum(-1), (wide.gather(-1, local.unsqueeze(-1)).squeeze(-1) - peak).masked_fill(~owned, 0)]
+        )
+        if sharded:
+            dist.all_reduce(parts, group=group)
+        normaliser, target_logit = parts
+        probabilities.div_(normaliser.unsqueeze(-1))
+        ctx.save_for_backward(probabilities.to(logits.dtype), local, owned)
+        return target_logit - normaliser.log()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        probabilities, local, owned = ctx.saved_tensors
+        # d log p(target) / d logit = 1[target] - softmax
+        grad_logits = probabilities * -grad.to(probabilities.dtype).unsqueeze(-1)
+        hit = torch.where(owned, grad, torch.zeros_like(grad)).to(grad_logits.dtype)
+        grad_logits.scatter_add_(-1, local.unsqueeze(-1), hit.unsqueeze(-1))
+        return grad_logits, None, None
+
+
+def vocab_parallel_log_probs(logits: Tensor, target: Tensor, group=None) -> Tensor:
+    """``log softmax(logits)[target]`` in fp32 (fp64 for fp64 logits).
+
+    Args:
+        logits: ``[N, V / ranks]``, this rank's contiguous part of the vocabulary.
+        target: int64 ``[N]``, global token ids.
+        group: tensor-parallel process group; ``None`` for unsharded logits.
+
+    Returns:
+        ``[N]``, the same on every rank. Each rank's gradient reaches its own logits.
+    """
+    return _VocabParallelLogProbs.apply(logits, target, group)

@@ -1,0 +1,65 @@
+"""Starts and ends a process: device, process groups, megatron-core's parallel state, seeds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.runtime import cpu
+
+
+def world_size() -> int:
+    """Processes in this run, known before anything is started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device() -> torch.device:
+    return torch.device("cpu") if cpu.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def enable_device() -> None:
+    """Makes megatron-core importable and usable on what this machine has; before anything imports it."""
+    cpu.enable()
+
+
+def start(parallel: ParallelSettings, seed: int, timeout_minutes: float = 10.0) -> None:
+    """Joins the process group (of one, when not started by torchrun) and builds megatron-core's parallel state."""
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    backend = "gloo" if cpu.is_cpu() else "nccl"
+    if not cpu.is_cpu():
+        torch.cuda.set_device(local_rank())
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    # Nothing of ours draws from these streams (weights and noise have generators of their own); megatron-core's
+    # tensor-parallel regions ask that they exist.
+    model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,136 @@
+"""Checkpoints in Megatron's ``torch_dist`` layout, self-contained and never half-written.
+
+    DIR/model_config.yaml                     the architecture (ModelSettings)
+    DIR/tokenizer/                            the tokenizer's own files
+    DIR/latest_checkpointed_iteration.txt     written last
+    DIR/iter_0000010/                         weights, optimizer, scheduler, progress; reshards on load
+
+An iteration is written to ``iter_0000010.partial`` and renamed when every process has finished: a folder with the final
+name is complete, and only then does the tracker file name it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from megatron_dtrpo.arguments import read_yaml
+from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MODEL_CONFIG = "model_config.yaml"
+TOKENIZER = "tokenizer"
+
+# Gathers the distributed optimizer's state into the layout of the model's own tensors: reloads under any TP, PP and DP.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def iteration_folder(directory: str | Path, iteration: int) -> Path:
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The last complete iteration in ``directory``, or None. Raises UserError if the tracker names a missing one."""
+    tracker = Path(directory) / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise UserError(f"{tracker}: expected an iteration number, found {text!r}")
+    if not (iteration_folder(directory, int(text)) / "metadata.json").exists():
+        raise UserError(f"{tracker} names iteration {text}, but {iteration_folder(directory, int(text))} is incomplete")
+    return int(text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def save_model_config(directory: str | Path, model: ModelSettings) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(directory) / MODEL_CONFIG, yaml.safe_dump(dataclasses.asdict(model), sort_keys=False))
+
+
+def load_model_config(directory: str | Path) -> ModelSettings:
+    path = Path(directory) / MODEL_CONFIG
+    if not path.exists():
+        raise UserError(f"{directory}: not a checkpoint folder of this project: {MODEL_CONFIG} is missing")
+    names = {f.name for f in dataclasses.fields(ModelSettings)}
+    values = read_yaml(path)
+    for key in values:
+        if key not in names:
+            raise UserError(f"{path}: {key} is not part of an architecture")
+    return ModelSettings(**values)
+
+
+def check_same_architecture(given: ModelSettings, saved: ModelSettings, directory: str | Path) -> None:
+    """Raises UserError naming the first setting in which ``given`` (where set) differs from the checkpoint's."""
+    for f in dataclasses.fields(ModelSettings):
+        mine, theirs = getattr(given, f.name), getattr(saved, f.name)
+        if mine is not None and mine != theirs:
+            raise UserError(f"{directory}: checkpoint of another architecture: {f.name} is {theirs} there, {mine} here")
+
+
+def _sharded_state(model, optimizer, is_loading: bool) -> dict:
+    state = {"model": model.sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_SHARDING)
+    return state
+
+
+def save(directory: str | Path, iteration: int, model, optimizer, scheduler, progress: dict) -> None:
+    """Saves one iteration; collective. ``model`` is the bare stage, ``progress`` plain values."""
+    from megatron.core import dist_checkpointing
+
+    final = iteration_folder(directory, iteration)
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        for leftover in (partial, final):  # of a run that was killed while saving, or resumed from before it
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(model, optimizer, is_loading=False)
+    state["scheduler"] = scheduler.state_dict()
+    state["progress"] = progress
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial, final)
+        write_atomically(Path(directory) / TRACKER, str(iteration))
+    dist.barrier()
+
+
+def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None) -> dict:
+    """Loads weights, and optimizer and scheduler where given, under any layout; collective. Returns ``progress``."""
+    from megatron.core import dist_checkpointing
+
+    folder = iteration_folder(directory, iteration)
+    wanted = _sharded_state(model, optimizer, is_loading=True)
+    state = _explained(folder, lambda: dist_checkpointing.load(wanted, str(folder)))
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    return state.get("progress", {})
+
+
+def _explained(folder: Path, read: Callable):
+    """Turns megatron-core's complaint about keys and shapes into one line."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        return read()
+    except (CheckpointingException, KeyError, RuntimeError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise UserError(f"{folder}: does not load into this model: {reason[:300]}") from error

@@ -1,0 +1,97 @@
+"""Where a run's numbers go: metrics.jsonl, the terminal, TensorBoard and, if asked, Weights & Biases. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_dtrpo.config import RunSettings
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.training.checkpoint import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def drop_later_lines(path: Path, iteration: int) -> None:
+    """Forgets the steps after ``iteration``, which a resumed run takes again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    write_atomically(path, "".join(kept))
+
+
+class MetricLog:
+    """Writes one object per step to every sink."""
+
+    def __init__(self, settings: RunSettings, start: int, total: int, config: dict):
+        self.settings, self.total = settings, total
+        folder = Path(settings.save)
+        drop_later_lines(folder / METRICS_FILE, start)
+        self._file = (folder / METRICS_FILE).open("a", buffering=1)
+        self._tensorboard = self._open_tensorboard(folder, start) if settings.tensorboard else None
+        self._wandb = self._open_wandb(config) if settings.wandb_project else None
+        show_bar = settings.progress and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if show_bar else None
+
+    @staticmethod
+    def _open_tensorboard(folder: Path, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+
+    def _open_wandb(self, config: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_project is set but wandb is not installed: pip install megatron-dtrpo[wandb]") from None
+        return wandb.init(project=self.settings.wandb_project, name=self.settings.wandb_exp_name, config=config)
+
+    def say(self, message: str) -> None:
+        """One line for the person at the terminal, above the progress bar."""
+        if self._bar is not None:
+            self._bar.write(message)
+        else:
+            print(message, flush=True)
+
+    def step(self, metrics: dict) -> None:
+        iteration = metrics["iteration"]
+        self._file.write(json.dumps(metrics) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if name != "iteration":
+                    self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=iteration)
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+        if iteration % self.settings.log_interval == 0 or iteration == self.total:
+            self.say(self._line(metrics))
+
+    def _line(self, metrics: dict) -> str:
+        shown = [f"iteration {metrics['iteration']}/{self.total}", f"loss {metrics['loss']:.6f}"]
+        if "rewards/accuracies" in metrics:
+            shown.append(f"accuracy {metrics['rewards/accuracies']:.3f}")
+            shown.append(f"margin {metrics['rewards/margins']:.4f}")
+        shown.append(f"grad norm {metrics['grad_norm']:.4f}")
+        shown.append(f"lr {metrics['lr']:.3e}")
+        shown.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+        return " | ".join(shown)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()

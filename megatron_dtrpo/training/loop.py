@@ -1,0 +1,196 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dtrpo.config import Config
+from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.model.initialization import initialize_weights
+from megatron_dtrpo.model.provider import build_model
+from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.training import checkpoint
+from megatron_dtrpo.training.logging import MetricLog
+from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
+from megatron_dtrpo.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable
+from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
+from megatron_dtrpo.training.step import DeviceBatch, reduce_metrics, score, train_pass
+
+
+class Trainer:
+    """One run: built from a validated configuration, then `run`."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, data_parallel_size: int):
+        self.config, self.device = config, initialize.device()
+        self.is_main = dist.get_rank() == 0
+        self.data: Data = open_data(config, tokenizer)
+        self.batches = self.data.batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
+        self.objective = OBJECTIVES[config.objective.objective](config.objective)
+        self.backend = config.parallel.attention_backend
+        if self.backend == "auto":
+            self.backend = "flex" if self.device.type == "cuda" else "sdpa"
+        self.train_iters = config.optimizer.train_iters or math.ceil(
+            config.optimizer.num_epochs * len(self.data.order) / config.data.global_batch_size
+        )
+        self.stop_requested = False
+        self._build(tokenizer)
+
+    def _build(self, tokenizer: Tokenizer) -> None:
+        config, run = self.config, self.config.run
+        resume_from = checkpoint.latest_iteration(run.save)
+        if resume_from is not None:
+            saved = checkpoint.load_model_config(run.save)
+            checkpoint.check_same_architecture(config.model, saved, run.save)
+
+        model = build_model(config.model, config.parallel)
+        self.model = model.to(self.device)
+        if run.load is None:
+            initialize_weights(self.model, config.optimizer.seed)
+        else:
+            checkpoint.load(run.load, checkpoint.latest_iteration(run.load), self.model)
+        self._freeze()
+        preference = config.objective.objective == "preference"
+        self.reference = ReferencePolicy(self.model) if preference else None
+        self.wrapped = wrap_data_parallel(self.model, config)
+        self.optimizer = build_optimizer(self.wrapped, config)
+        self.scheduler = build_scheduler(self.optimizer, config, self.train_iters)
+
+        self.iteration = self.consumed = 0
+        if resume_from is not None:
+            progress = checkpoint.load(run.save, resume_from, self.model, self.optimizer, self.scheduler)
+            self.iteration, self.consumed = progress["iteration"], progress["consumed_samples"]
+            for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
+                group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
+            self.scheduler.step(increment=0)
+        if self.is_main:
+            write_run_folder(config, tokenizer)
+        self.log = MetricLog(run, self.iteration, self.train_iters, config.to_flat()) if self.is_main else None
+        self._announce(resume_from)
+
+    def _freeze(self) -> None:
+        patterns = self.config.objective.trainable_modules
+        matched = [None] * dist.get_world_size()
+        dist.all_gather_object(matched, select_trainable(self.model, patterns))
+        check_patterns(patterns, set().union(*matched))
+
+    def _announce(self, resume_from: int | None) -> None:
+        if not self.is_main:
+            return
+        origin = f"resuming from iteration {resume_from}" if resume_from is not None else "starting"
+        self.log.say(f"{origin}: {len(self.data.order)} examples, {self.train_iters} steps")
+        if self.data.skipped:
+            self.log.say(
+                f"warning: {self.data.skipped} examples do not fit seq_length {self.config.data.seq_length} and are skipped"
+            )
+
+    def run(self) -> None:
+        """Trains to the last step, or until SIGTERM, and saves."""
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        saved_at = self.iteration
+        try:
+            # The next step's batches are built while this one computes.
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                upcoming = pool.submit(self.batches.step, self.consumed)
+                while self.iteration < self.train_iters:
+                    batches = upcoming.result()
+                    upcoming = pool.submit(self.batches.step, self.consumed + self.config.data.global_batch_size)
+                    stop = self._step(batches)
+                    if stop or self.iteration % self.config.run.save_interval == 0:
+                        self._save()
+                        saved_at = self.iteration
+                    if stop:
+                        self._say(f"stopped by SIGTERM after iteration {self.iteration}; the checkpoint is complete")
+                        return
+            if saved_at != self.iteration:
+                self._save()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            if self.log is not None:
+                self.log.close()
+
+    def _step(self, host_batches) -> bool:
+        """One optimizer step. Returns whether some process was asked to stop."""
+        started = time.perf_counter()
+        samples = [batch.samples for batch in host_batches]
+        packed = sum(len(batch.sequence) for batch in host_batches)
+        batches = [DeviceBatch(batch, self.device, self.backend) for batch in host_batches]
+        if self.reference is not None:
+            with self.reference.in_place_of_policy():
+                scores = score(self.wrapped, batches)
+            for batch, reference in zip(batches, scores, strict=False):  # no scores but on the last stage
+                batch.reference = reference
+
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outcomes = train_pass(self.wrapped, batches, self.objective)
+        names = self.objective.metric_names
+        reduced = reduce_metrics(outcomes, len(names), packed, self.stop_requested, self.device)
+        sums, count, tokens, stop = (t.tolist() for t in reduced)
+        metrics = {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
+        if not math.isfinite(metrics["loss"]):
+            self._fail("loss", metrics["loss"], samples, outcomes)
+        lr = self._learning_rate()
+        _, grad_norm, _ = self.optimizer.step()
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            self._fail("gradient norm", grad_norm, samples, outcomes)
+        self.scheduler.step(increment=1)
+
+        self.iteration += 1
+        self.consumed += self.config.data.global_batch_size
+        if self.log is not None:
+            seconds = time.perf_counter() - started
+            rate = "pairs_per_second" if self.reference is not None else "samples_per_second"
+            self.log.step(
+                {
+                    "iteration": self.iteration,
+                    "consumed_samples": self.consumed,
+                    **metrics,
+                    "grad_norm": float(grad_norm or 0.0),
+                    "lr": lr,
+                    rate: self.config.data.global_batch_size / seconds,
+                    "tokens_per_second": tokens / seconds,
+                }
+            )
+        return stop > 0
+
+    def _learning_rate(self) -> float:
+        return next(g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True))
+
+    def _fail(self, what: str, value: float, samples: list[list[Sample]], outcomes: list[Outcome]) -> None:
+        """Names the examples whose own loss is not finite or, where all are, every example of the step. Collective:
+        all processes see the same reduced number."""
+        flat = [sample for batch in samples for sample in batch]
+        culprits = []
+        if outcomes:
+            finite = torch.cat([o.per_example for o in outcomes]).isfinite().tolist()
+            culprits = [sample for sample, ok in zip(flat, finite, strict=True) if not ok]
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (culprits, flat))
+        named = {s.index for mine, _ in gathered for s in mine} or {s.index for _, all_ in gathered for s in all_}
+        places = ", ".join(self.data.store.location(index) for index in sorted(named))
+        last = checkpoint.latest_iteration(self.config.run.save)
+        kept = f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
+        raise UserError(f"{what} is {value} at iteration {self.iteration + 1} on {places}; {kept}")
+
+    def _save(self) -> None:
+        progress = {"iteration": self.iteration, "consumed_samples": self.consumed}
+        checkpoint.save(self.config.run.save, self.iteration, self.model, self.optimizer, self.scheduler, progress)
+        self._say(f"saved {checkpoint.iteration_folder(self.config.run.save, self.iteration)}")
+
+    def _say(self, message: str) -> None:
+        if self.log is not None:
+            self.log.say(message)
+
+    def _on_sigterm(self, signum, frame) -> None:
+        self.stop_requested = True

@@ -1,0 +1,140 @@
+"""Everything a run needs before its first step, checked before anything is allocated.
+
+The starting point of a run, ``--load`` or the seed, is also the reference policy. A resumed run therefore loads it
+again, takes the reference from it, and only then continues from its own checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+import yaml
+
+from megatron_dtrpo.config import Config, validate
+from megatron_dtrpo.data.batches import BatchBuilder, Noising
+from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
+from megatron_dtrpo.data.token_store import TokenStore, build_token_store
+from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.training import checkpoint
+
+RUN_CONFIG = "run_config.yaml"
+
+
+def resolve_start(config: Config) -> None:
+    """Fills in what the starting checkpoint decides, and a resumed run's original starting point."""
+    run = config.run
+    if run.save and run.load and Path(run.save).resolve() == Path(run.load).resolve():
+        record = Path(run.save) / RUN_CONFIG
+        if not record.exists():
+            raise UserError(f"save and load are both {run.load}: give the run a folder of its own with --save")
+        run.load = (yaml.safe_load(record.read_text()) or {}).get("load")  # resume: the reference is where it started
+    if run.load is None:
+        return
+    if checkpoint.latest_iteration(run.load) is None:
+        raise UserError(f"{run.load}: no checkpoint to load: {checkpoint.TRACKER} is missing")
+    saved = checkpoint.load_model_config(run.load)
+    for f in dataclasses.fields(saved):
+        default, given = f.default, getattr(config.model, f.name)
+        if given == default:
+            setattr(config.model, f.name, getattr(saved, f.name))
+    checkpoint.check_same_architecture(config.model, saved, run.load)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that was asked for, else the starting checkpoint's own."""
+    data, load = config.data, config.run.load
+    if data.tokenizer_type is None:
+        if load is None:
+            raise UserError("tokenizer_type is missing: give --tokenizer-type, or --load a checkpoint that has one")
+        return load_tokenizer(Path(load) / checkpoint.TOKENIZER)
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token)
+
+
+def settle_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    model = config.model
+    if model.vocab_size is None:
+        model.vocab_size = tokenizer.vocab_size
+    if tokenizer.vocab_size > model.padded_vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.padded_vocab_size}: "
+            "they do not belong together"
+        )
+
+
+@dataclass
+class Data:
+    """Tokenized examples and the order in which they are visited."""
+
+    store: TokenStore
+    order: SampleOrder
+    noising: Noising
+    skipped: int
+
+    def batches(self, config: Config, rank: int, ranks: int) -> BatchBuilder:
+        return BatchBuilder(
+            self.store,
+            self.order,
+            self.noising,
+            global_batch_size=config.data.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            seq_length=config.data.seq_length,
+            data_parallel_rank=rank,
+            data_parallel_size=ranks,
+        )
+
+
+def open_data(config: Config, tokenizer: Tokenizer) -> Data:
+    """Validates and tokenizes the data once per node (rank 0 first), then maps it into every process."""
+    data = config.data
+    cache = data.data_cache_path or str(Path(config.run.save) / "data_cache")
+    for builder in (initialize.rank() == 0, initialize.local_rank() == 0, True):
+        if builder:
+            store = build_token_store(
+                data.data_path, config.objective.objective, tokenizer, cache, data.apply_chat_template,
+                progress=config.run.progress and initialize.rank() == 0,
+            )  # fmt: skip
+        dist.barrier()
+    noising = Noising.from_config(config, tokenizer.mask_id)
+    usable, skipped = select_by_length(
+        store,
+        lambda prompt, responses: noising.packed_length(prompt.astype(np.int64), list(responses.T.astype(np.int64))),
+        data.seq_length,
+        data.overlong,
+    )
+    _check_positions(store, usable, config)
+    return Data(store, SampleOrder(usable, config.optimizer.seed, data.shuffle), noising, skipped)
+
+
+def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> None:
+    prompt, responses = store.lengths
+    longest = prompt[usable] + responses[usable].max(1)
+    worst = int(longest.argmax())
+    if longest[worst] > config.model.max_position_embeddings:
+        raise UserError(
+            f"{store.location(int(usable[worst]))}: {longest[worst]} tokens, the model has "
+            f"max_position_embeddings {config.model.max_position_embeddings}"
+        )
+
+
+def prepare(config: Config) -> tuple[Tokenizer, int]:
+    """Checks the settings and opens the tokenizer. Returns it and the data-parallel size."""
+    resolve_start(config)
+    data_parallel = validate(config, initialize.world_size())
+    tokenizer = open_tokenizer(config)
+    settle_vocabulary(config, tokenizer)
+    return tokenizer, data_parallel
+
+
+def write_run_folder(config: Config, tokenizer: Tokenizer) -> None:
+    """What makes the run folder self-contained; rank 0 only."""
+    folder = Path(config.run.save)
+    checkpoint.save_model_config(folder, config.model)
+    if not (folder / checkpoint.TOKENIZER).exists():
+        tokenizer.save(folder / checkpoint.TOKENIZER)
+    checkpoint.write_atomically(folder / RUN_CONFIG, yaml.safe_dump(config.to_flat(), sort_keys=False))

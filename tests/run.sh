@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets the CPU environment up if need be and runs the tests: all of them, or what pytest's own arguments choose.
+#
+#   bash tests/run.sh
+#   bash tests/run.sh tests/unit -k layout
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash requirements/setup_cpu.sh
+
+# Tests start several processes; each with a thread per core they would only get in each other's way.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# No test may depend on what the Hugging Face hub answers today.
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+
+exec .venv/bin/python -m pytest --durations=10 "$@"

@@ -47,7 +47,11 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
         for f in dataclasses.fields(kind):
             hint, flag = TYPES[f.name], "--" + f.name.replace("_", "-")
             suffix = "" if f.default is None else f" Default: {f.default}."
-            common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + suffix}
+            common = {
+                "dest": f.name,
+                "default": argparse.SUPPRESS,
+                "help": f.metadata["help"].replace("%", "%%") + suffix,
+            }
             if hint is bool:
                 section.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
             elif typing.get_origin(hint) is list:

@@ -27,7 +27,9 @@ class ModelSettings:
     ffn_hidden_size: int | None = _setting(None, "Width of the gated MLP.", at_least=1)
     num_attention_heads: int | None = _setting(None, "Query heads.", at_least=1)
     num_query_groups: int | None = _setting(None, "Key/value heads; default: as many as query heads.", at_least=1)
-    kv_channels: int | None = _setting(None, "Width of one head; default: hidden_size / num_attention_heads.", at_least=1)
+    kv_channels: int | None = _setting(
+        None, "Width of one head; default: hidden_size / num_attention_heads.", at_least=1
+    )
     max_position_embeddings: int = _setting(32768, "Longest prompt plus response, in tokens.", at_least=1)
     rotary_base: float = _setting(1000000.0, "Base of the rotary angles (rope_theta).")
     norm_epsilon: float = _setting(1e-6, "Epsilon of the RMS norms.", at_least=0)
@@ -36,7 +38,9 @@ class ModelSettings:
     init_method_std: float = _setting(0.02, "Standard deviation of random initial weights.", at_least=0)
     vocab_size: int | None = _setting(None, "Vocabulary before padding; default: the tokenizer's.", at_least=1)
     make_vocab_size_divisible_by: int = _setting(
-        128, "Pad the vocabulary to a multiple of this, whatever the layout, so that TP does not change the model.", at_least=1,
+        128,
+        "Pad the vocabulary to a multiple of this, whatever the layout, so that TP does not change the model.",
+        at_least=1,
     )
     block_size: int = _setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size).", at_least=1)
 
@@ -64,7 +68,9 @@ class ParallelSettings:
     recompute_method: str | None = _setting(
         None, "With full: uniform chunks of layers, or a number of layers per stage (block).", ("uniform", "block")
     )
-    recompute_num_layers: int | None = _setting(None, "Layers per recomputed chunk (uniform) or recomputed (block).", at_least=1)
+    recompute_num_layers: int | None = _setting(
+        None, "Layers per recomputed chunk (uniform) or recomputed (block).", at_least=1
+    )
 
 
 @dataclass
@@ -81,7 +87,9 @@ class DataSettings:
     tokenizer_model: str | None = _setting(None, "Tokenizer folder (Hugging Face) or model file (SentencePiece).")
     mask_token: str | None = _setting(None, "The mask token; default: the tokenizer's own.")
     apply_chat_template: bool = _setting(False, "Wrap text prompts in the chat template as one user message.")
-    seq_length: int = _setting(8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1)
+    seq_length: int = _setting(
+        8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1
+    )
     micro_batch_size: int = _setting(8, "At most this many examples in one packed sequence.", at_least=1)
     global_batch_size: int = _setting(32, "Examples per step, over all processes.", at_least=1)
     overlong: str = _setting(
@@ -102,14 +110,20 @@ class ObjectiveSettings:
         "noisy view, as Fast-dLLM v2 trains (default for sft).",
         ("clean", "noisy"),
     )
-    num_views: int = _setting(1, "K, independent noisy views per response (pairs of views if complementary).", at_least=1)
+    num_views: int = _setting(
+        1, "K, independent noisy views per response (pairs of views if complementary).", at_least=1
+    )
     steps_per_block: int = _setting(8, "T_B, decoding steps per block that the dtrpo estimator assumes.", at_least=1)
     complementary: bool = _setting(True, "sft: a second view masks what the first left visible.")
     min_timestep: float = _setting(1e-3, "sft: least masking probability.", at_least=0, at_most=1)
     loss_type: str = _setting("sigmoid", "Preference loss.", ("sigmoid", "ipo"))
     beta: float = _setting(0.5, "Strength of the preference: the paper's lambda, DPO's beta.", at_least=0)
-    label_smoothing: float = _setting(0.0, "Probability that a preference label is wrong (sigmoid loss).", at_least=0, at_most=1)
-    rpo_alpha: float = _setting(0.0, "Weight of the likelihood anchor: mean -log p of chosen tokens. 0: no anchor.", at_least=0)
+    label_smoothing: float = _setting(
+        0.0, "Probability that a preference label is wrong (sigmoid loss).", at_least=0, at_most=1
+    )
+    rpo_alpha: float = _setting(
+        0.0, "Weight of the likelihood anchor: mean -log p of chosen tokens. 0: no anchor.", at_least=0
+    )
     trainable_modules: list[str] | None = _setting(
         None, "Train only parameters whose name contains one of these patterns, e.g. mlp linear_proj. Default: all."
     )
@@ -123,7 +137,9 @@ class OptimizerSettings:
     num_epochs: float | None = _setting(None, "Passes over the data to train. Give this or train_iters.", at_least=0)
     lr: float = _setting(5e-7, "Peak learning rate.", at_least=0)
     min_lr: float = _setting(0.0, "Learning rate at the end of the decay.", at_least=0)
-    lr_decay_style: str = _setting("cosine", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root"))
+    lr_decay_style: str = _setting(
+        "cosine", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root")
+    )
     lr_warmup_iters: int = _setting(0, "Steps of linear warm-up.", at_least=0)
     weight_decay: float = _setting(0.0, "Decoupled weight decay (norms and biases excluded).", at_least=0)
     adam_beta1: float = _setting(0.9, "Adam's first moment decay.", at_least=0, at_most=1)

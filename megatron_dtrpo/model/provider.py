@@ -44,6 +44,7 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         sequence_parallel=parallel.sequence_parallel,
         # Packed sequences differ in length from micro-batch to micro-batch; stages tell each other the shape.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
         # Losses are sums; gradients are divided by the examples or tokens of the whole global batch.
         calculate_per_token_loss=True,
         recompute_granularity=parallel.recompute_granularity,

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def response_log_likelihoods(log_probs: Tensor, weight: Tensor, response: Tensor, responses: int) -> Tensor:
-    """``L(y) = sum of weight * log p`` per response: ``[N], [N], int64 [N] -> [responses]``."""
-    return log_probs.new_zeros(responses).index_add(0, response, log_probs * weight.to(log_probs.dtype))
+    """``L(y) = sum of weight * log p`` per response: ``[N], [N], int64 [N] -> fp64 [responses]``.
+
+    In fp64, because margins are small differences of these large sums.
+    """
+    return weight.new_zeros(responses).index_add(0, response, log_probs.to(weight.dtype) * weight)
 
 
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:

@@ -12,7 +12,19 @@ import functools
 import torch
 
 # Functions that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
-_FACTORIES = ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+_FACTORIES = (
+    "tensor",
+    "as_tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "empty_like",
+    "zeros_like",
+)
 _enabled = False
 
 
@@ -112,9 +124,11 @@ def _replace_adam() -> None:
     """Without Transformer Engine and Apex megatron-core falls back to torch's AdamW, whose per-parameter ``step``
     its distributed optimizer cannot reload; ours keeps ``step`` in the parameter group, as the fused Adams do."""
     import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     from megatron_dtrpo.runtime.cpu_adam import CpuAdam
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
-        optimizer.Adam = CpuAdam
+        optimizer.Adam = distrib_optimizer.Adam = CpuAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

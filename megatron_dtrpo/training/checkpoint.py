@@ -29,8 +29,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG = "model_config.yaml"
 TOKENIZER = "tokenizer"
 
-# Gathers the distributed optimizer's state into the layout of the model's own tensors: reloads under any TP, PP and DP.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# How tensors are laid out in a checkpoint; recorded in it, where Megatron-LM's loader looks for it too.
+_SHARDING = {
+    # The distributed optimizer's state in the shape of the model's own tensors: reloads under any TP, PP and DP.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # One key per layer instead of one for all: with trainable_modules only some layers have optimizer state.
+    "non_homogeneous_layers": True,
+}
 
 
 def iteration_folder(directory: str | Path, iteration: int) -> Path:
@@ -82,7 +87,7 @@ def check_same_architecture(given: ModelSettings, saved: ModelSettings, director
 
 
 def _sharded_state(model, optimizer, is_loading: bool) -> dict:
-    state = {"model": model.sharded_state_dict()}
+    state = {"model": model.sharded_state_dict(metadata=_SHARDING)}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_SHARDING)
     return state
@@ -102,7 +107,7 @@ def save(directory: str | Path, iteration: int, model, optimizer, scheduler, pro
     state = _sharded_state(model, optimizer, is_loading=False)
     state["scheduler"] = scheduler.state_dict()
     state["progress"] = progress
-    dist_checkpointing.save(state, str(partial))
+    dist_checkpointing.save(state, str(partial), content_metadata=_SHARDING)
     dist.barrier()
     if dist.get_rank() == 0:
         os.replace(partial, final)

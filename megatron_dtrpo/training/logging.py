@@ -52,7 +52,9 @@ class MetricLog:
         try:
             import wandb
         except ImportError:
-            raise UserError("wandb_project is set but wandb is not installed: pip install megatron-dtrpo[wandb]") from None
+            raise UserError(
+                "wandb_project is set but wandb is not installed: pip install megatron-dtrpo[wandb]"
+            ) from None
         return wandb.init(project=self.settings.wandb_project, name=self.settings.wandb_exp_name, config=config)
 
     def say(self, message: str) -> None:

@@ -65,7 +65,9 @@ def score(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
         return _run(forward_step, model, batches, forward_only=True, collect_non_loss_data=True)
 
 
-def train_pass(model, batches: Sequence[DeviceBatch], objective: Objective, forward_only: bool = False) -> list[Outcome]:
+def train_pass(
+    model, batches: Sequence[DeviceBatch], objective: Objective, forward_only: bool = False
+) -> list[Outcome]:
     """Accumulates gradients over the micro-batches; returns their outcomes on the last stage, ``[]`` on the others."""
 
     def loss_func(item: DeviceBatch, log_probs: Tensor):

@@ -38,6 +38,9 @@ _SHARDING = {
 }
 
 
+_DISTRIBUTED = "use_distributed_optimizer"
+
+
 def iteration_folder(directory: str | Path, iteration: int) -> Path:
     return Path(directory) / f"iter_{iteration:07d}"
 
@@ -106,7 +109,7 @@ def save(directory: str | Path, iteration: int, model, optimizer, scheduler, pro
     dist.barrier()
     state = _sharded_state(model, optimizer, is_loading=False)
     state["scheduler"] = scheduler.state_dict()
-    state["progress"] = progress
+    state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
     dist_checkpointing.save(state, str(partial), content_metadata=_SHARDING)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -120,6 +123,8 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     from megatron.core import dist_checkpointing
 
     folder = iteration_folder(directory, iteration)
+    if optimizer is not None:
+        _check_optimizer_kind(folder, optimizer)
     wanted = _sharded_state(model, optimizer, is_loading=True)
     state = _explained(folder, lambda: dist_checkpointing.load(wanted, str(folder)))
     model.load_state_dict(state["model"])
@@ -128,6 +133,19 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     return state.get("progress", {})
+
+
+def _is_distributed(optimizer) -> bool:
+    return optimizer.config.use_distributed_optimizer
+
+
+def _check_optimizer_kind(folder: Path, optimizer) -> None:
+    from megatron.core import dist_checkpointing
+
+    progress = _explained(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)))["progress"]
+    if progress[_DISTRIBUTED] != _is_distributed(optimizer):
+        kind = "with" if progress[_DISTRIBUTED] else "without"
+        raise UserError(f"{folder}: written {kind} use_distributed_optimizer: resume it {kind} that setting")
 
 
 def _explained(folder: Path, read: Callable):

@@ -6,7 +6,6 @@ import math
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -90,9 +89,8 @@ class Trainer:
         origin = f"resuming from iteration {resume_from}" if resume_from is not None else "starting"
         self.log.say(f"{origin}: {len(self.data.order)} examples, {self.train_iters} steps")
         if self.data.skipped:
-            self.log.say(
-                f"warning: {self.data.skipped} examples do not fit seq_length {self.config.data.seq_length} and are skipped"
-            )
+            budget = self.config.data.seq_length
+            self.log.say(f"warning: {self.data.skipped} examples do not fit seq_length {budget} and are skipped")
 
     def run(self) -> None:
         """Trains to the last step, or until SIGTERM, and saves."""

@@ -230,21 +230,18 @@ def validate(config: Config, world_size: int) -> int:
     Raises:
         UserError: naming the key and what to do.
     """
-    model, parallel, data = config.model, config.parallel, config.data
-    objective, optimizer, run = config.objective, config.optimizer, config.run
+    model, parallel, data, objective = config.model, config.parallel, config.data, config.objective
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
         _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
     _demand(data.data_path, "data_path is missing: give --data-path FILE")
-    _demand(run.save, "save is missing: give --save DIR, the run folder")
     _fill_defaults(config)
 
-    for group in (model, parallel, data, objective, optimizer, run):
+    for group in (model, parallel, data, objective, config.optimizer, config.run):
         _check_ranges(group)
 
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     _multiple("world size", world_size, "tensor_model_parallel_size x pipeline_model_parallel_size =", tp * pp)
     data_parallel = world_size // (tp * pp)
-    _multiple("global_batch_size", data.global_batch_size, "the data-parallel size", data_parallel)
     _multiple("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
     _multiple("num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
     _multiple("num_query_groups", model.num_query_groups, "tensor_model_parallel_size", tp)
@@ -275,12 +272,19 @@ def validate(config: Config, world_size: int) -> int:
         objective.loss_type == "sigmoid" or objective.label_smoothing == 0,
         f"label_smoothing is defined for loss_type sigmoid only: set it to 0 for {objective.loss_type}",
     )
+    return data_parallel
+
+
+def validate_training(config: Config, data_parallel: int) -> None:
+    """Checks what only training needs; after `validate`. Raises UserError."""
+    optimizer = config.optimizer
+    _demand(config.run.save, "save is missing: give --save DIR, the run folder")
+    _multiple("global_batch_size", config.data.global_batch_size, "the data-parallel size", data_parallel)
     _demand(
         (optimizer.train_iters is None) != (optimizer.num_epochs is None),
         "give exactly one of train_iters and num_epochs",
     )
     _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
-    return data_parallel
 
 
 def _check_ranges(group) -> None:

@@ -116,7 +116,10 @@ class BatchBuilder:
 
     def step(self, consumed: int) -> list[MicroBatch]:
         """This process's micro-batches of that step, on the CPU; their number may differ between processes."""
-        samples = self.samples(consumed)
+        return self.batches(self.samples(consumed))
+
+    def batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        """This process's share of ``samples``, packed."""
         prompt_lengths, response_lengths = self.store.lengths
         costs = [
             int(self.noising.packed_length(int(prompt_lengths[s.index]), response_lengths[s.index].tolist()))

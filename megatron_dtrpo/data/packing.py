@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals positions ``0 .. len(costs) - 1`` into ``parts`` lists of equal size and nearly equal cost: the longest
-    first, each to the list that has least so far. ``len(costs)`` is divisible by ``parts``."""
-    size = len(costs) // parts
+    """Deals positions ``0 .. len(costs) - 1`` into ``parts`` lists of equal size (one less in some, if ``parts``
+    does not divide) and nearly equal cost: the longest first, each to the list that has least so far."""
+    size = -(-len(costs) // parts)
     dealt: list[list[int]] = [[] for _ in range(parts)]
     totals = [0] * parts
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -37,7 +37,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tens
     return segmented_sdpa(query, key, value, plan, scale)
 
 
-def _flex_plan(coordinates: Coordinates, block_size: int, grain: int = 128):
+def _flex_plan(coordinates: Coordinates, block_size: int, width: int, grain: int = 128):
     """A FlexAttention block mask; compiled, because eagerly it would build the dense mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -62,13 +62,23 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tens
     return out.squeeze(0).transpose(0, 1)
 
 
-# backend -> (plan from coordinates and block size, attention of [s, heads, d] tensors under the plan)
+# backend -> (plan from coordinates, block size and width, attention of [s, heads, d] tensors under the plan)
 BACKENDS = {"sdpa": (plan_chunks, _sdpa), "flex": (_flex_plan, _flex)}
 
 
-def plan_attention(coordinates: Coordinates, block_size: int, backend: str) -> PackedAttention:
-    """Prepares the attention of one packed sequence; coordinates are ``[S]`` on the device that computes."""
-    return PackedAttention(backend=backend, plan=BACKENDS[backend][0](coordinates, block_size))
+def attention_width(config: TransformerConfig) -> int:
+    """Query heads times head width on one tensor-parallel rank."""
+    return config.num_attention_heads * config.kv_channels // config.tensor_model_parallel_size
+
+
+def plan_attention(coordinates: Coordinates, block_size: int, backend: str, width: int) -> PackedAttention:
+    """Prepares the attention of one packed sequence.
+
+    Args:
+        coordinates: ``[S]`` on the device that computes.
+        width: of `attention_width`.
+    """
+    return PackedAttention(backend=backend, plan=BACKENDS[backend][0](coordinates, block_size, width))
 
 
 class BlockDiffusionAttention(MegatronModule):

@@ -35,7 +35,7 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        # model/initialization.py fills the weights; megatron-core marks them as sharded only when it "initialises" them.
+        # model/initialization.py fills the weights, but megatron-core marks shards only when it "initialises".
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,

@@ -58,6 +58,14 @@ def latest_iteration(directory: str | Path) -> int | None:
     return int(text)
 
 
+def require_latest(directory: str | Path) -> int:
+    """The last complete iteration; raises UserError if there is none."""
+    iteration = latest_iteration(directory)
+    if iteration is None:
+        raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing")
+    return iteration
+
+
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
@@ -89,10 +97,10 @@ def check_same_architecture(given: ModelSettings, saved: ModelSettings, director
             raise UserError(f"{directory}: checkpoint of another architecture: {f.name} is {theirs} there, {mine} here")
 
 
-def _sharded_state(model, optimizer, is_loading: bool) -> dict:
-    state = {"model": model.sharded_state_dict(metadata=_SHARDING)}
+def _sharded_state(model, optimizer, sharding: dict, is_loading: bool) -> dict:
+    state = {"model": model.sharded_state_dict(metadata=sharding)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_SHARDING)
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=sharding)
     return state
 
 
@@ -107,7 +115,7 @@ def save(directory: str | Path, iteration: int, model, optimizer, scheduler, pro
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = _sharded_state(model, optimizer, is_loading=False)
+    state = _sharded_state(model, optimizer, _SHARDING, is_loading=False)
     state["scheduler"] = scheduler.state_dict()
     state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
     dist_checkpointing.save(state, str(partial), content_metadata=_SHARDING)
@@ -125,7 +133,9 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     folder = iteration_folder(directory, iteration)
     if optimizer is not None:
         _check_optimizer_kind(folder, optimizer)
-    wanted = _sharded_state(model, optimizer, is_loading=True)
+    # Megatron-LM's checkpoints say here whether they keep one key per layer; old ones say nothing and do not.
+    sharding = {**_SHARDING, "non_homogeneous_layers": False, **(_content_metadata(folder) or {})}
+    wanted = _sharded_state(model, optimizer, sharding, is_loading=True)
     state = _explained(folder, lambda: dist_checkpointing.load(wanted, str(folder)))
     model.load_state_dict(state["model"])
     if optimizer is not None:
@@ -133,6 +143,12 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     return state.get("progress", {})
+
+
+def _content_metadata(folder: Path) -> dict | None:
+    from megatron.core import dist_checkpointing
+
+    return _explained(folder, lambda: dist_checkpointing.load_content_metadata(str(folder)))
 
 
 def _is_distributed(optimizer) -> bool:
@@ -151,9 +167,10 @@ def _check_optimizer_kind(folder: Path, optimizer) -> None:
 def _explained(folder: Path, read: Callable):
     """Turns megatron-core's complaint about keys and shapes into one line."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         return read()
-    except (CheckpointingException, KeyError, RuntimeError, ValueError) as error:
+    except (CheckpointingException, CheckpointException, KeyError, RuntimeError, ValueError, OSError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()
         raise UserError(f"{folder}: does not load into this model: {reason[:300]}") from error

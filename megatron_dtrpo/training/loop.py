@@ -15,6 +15,7 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.initialization import initialize_weights
 from megatron_dtrpo.model.provider import build_model
 from megatron_dtrpo.runtime import initialize
@@ -24,7 +25,7 @@ from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
 from megatron_dtrpo.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
-from megatron_dtrpo.training.step import DeviceBatch, reduce_metrics, score, train_pass
+from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, score, train_pass
 
 
 class Trainer:
@@ -36,9 +37,7 @@ class Trainer:
         self.data: Data = open_data(config, tokenizer)
         self.batches = self.data.batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
-        self.backend = config.parallel.attention_backend
-        if self.backend == "auto":
-            self.backend = "flex" if self.device.type == "cuda" else "sdpa"
+        self.backend = choose_backend(config.parallel.attention_backend, self.device)
         self.train_iters = config.optimizer.train_iters or math.ceil(
             config.optimizer.num_epochs * len(self.data.order) / config.data.global_batch_size
         )
@@ -57,7 +56,7 @@ class Trainer:
         if run.load is None:
             initialize_weights(self.model, config.optimizer.seed)
         else:
-            checkpoint.load(run.load, checkpoint.latest_iteration(run.load), self.model)
+            checkpoint.load(run.load, checkpoint.require_latest(run.load), self.model)
         self._freeze()
         preference = config.objective.objective == "preference"
         self.reference = ReferencePolicy(self.model) if preference else None
@@ -121,8 +120,9 @@ class Trainer:
         """One optimizer step. Returns whether some process was asked to stop."""
         started = time.perf_counter()
         samples = [batch.samples for batch in host_batches]
+        width = attention_width(self.model.config)
         packed = sum(len(batch.sequence) for batch in host_batches)
-        batches = [DeviceBatch(batch, self.device, self.backend) for batch in host_batches]
+        batches = [DeviceBatch(batch, self.device, self.backend, width) for batch in host_batches]
         if self.reference is not None:
             with self.reference.in_place_of_policy():
                 scores = score(self.wrapped, batches)

@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 import yaml
 
-from megatron_dtrpo.config import Config, validate
+from megatron_dtrpo.config import Config, validate, validate_training
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
@@ -36,8 +36,7 @@ def resolve_start(config: Config) -> None:
         run.load = (yaml.safe_load(record.read_text()) or {}).get("load")  # resume: the reference is where it started
     if run.load is None:
         return
-    if checkpoint.latest_iteration(run.load) is None:
-        raise UserError(f"{run.load}: no checkpoint to load: {checkpoint.TRACKER} is missing")
+    checkpoint.require_latest(run.load)
     saved = checkpoint.load_model_config(run.load)
     for f in dataclasses.fields(saved):
         default, given = f.default, getattr(config.model, f.name)
@@ -122,10 +121,12 @@ def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> N
         )
 
 
-def prepare(config: Config) -> tuple[Tokenizer, int]:
+def prepare(config: Config, training: bool = True) -> tuple[Tokenizer, int]:
     """Checks the settings and opens the tokenizer. Returns it and the data-parallel size."""
     resolve_start(config)
     data_parallel = validate(config, initialize.world_size())
+    if training:
+        validate_training(config, data_parallel)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)
     return tokenizer, data_parallel

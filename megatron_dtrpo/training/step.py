@@ -16,16 +16,20 @@ from megatron_dtrpo.model.attention import PackedAttention, plan_attention
 from megatron_dtrpo.training.objectives import Objective, Outcome, log_likelihoods
 
 
+def choose_backend(name: str, device: torch.device) -> str:
+    """Resolves ``attention_backend``."""
+    return name if name != "auto" else "flex" if device.type == "cuda" else "sdpa"
+
+
 class DeviceBatch:
     """A micro-batch on the device, with its attention plan, shared by the reference's and the policy's pass. On the
     last stage ``reference`` holds the reference's ``L`` per response, ``[responses]``."""
 
-    def __init__(self, batch: MicroBatch, device: torch.device, backend: str):
+    def __init__(self, batch: MicroBatch, device: torch.device, backend: str, width: int):
         self.host_tokens = len(batch.sequence)
         self.batch = batch.to(device)
-        self.attention: PackedAttention = plan_attention(
-            self.batch.sequence.coordinates(), batch.sequence.block_size, backend
-        )
+        sequence = self.batch.sequence
+        self.attention: PackedAttention = plan_attention(sequence.coordinates(), sequence.block_size, backend, width)
         self.reference: Tensor | None = None
 
 

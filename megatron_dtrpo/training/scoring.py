@@ -1,0 +1,67 @@
+"""Surrogate log-likelihoods of preference pairs under a checkpoint, and what they say about a policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dtrpo.data.batches import BatchBuilder
+from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.training.step import DeviceBatch, score
+
+CHUNK = 256  # pairs whose micro-batches are alive at once
+
+
+def score_pairs(
+    model, builder: BatchBuilder, indices: list[int], device: torch.device, backend: str
+) -> dict[int, tuple[float, float]]:
+    """``L`` of chosen and rejected per example index, on every process. The noise is that of epoch 0."""
+    width = attention_width(model.config)
+    mine: dict[int, tuple[float, float]] = {}
+    for start in range(0, len(indices), CHUNK):
+        samples = [Sample(0, index) for index in indices[start : start + CHUNK]]
+        batches = [DeviceBatch(batch, device, backend, width) for batch in builder.batches(samples)]
+        results = score(model, batches) if batches else []
+        for batch, values in zip(batches, results, strict=False):  # no results but on the last stage
+            pairs = values.view(-1, 2).tolist()
+            mine.update({s.index: tuple(pair) for s, pair in zip(batch.batch.samples, pairs, strict=True)})
+    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine if speaks else {})
+    merged = {index: pair for part in gathered for index, pair in part.items()}
+    return {index: merged[index] for index in indices}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over pairs with its 95% confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def accuracy(margins: list[float]) -> Summary:
+    """Share of pairs with a positive margin, a tie counting half, with Wilson's interval (sensible near 0 and 1)."""
+    n, z = len(margins), 1.96
+    p = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Summary(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean(values: list[float]) -> Summary:
+    """The mean with a normal interval."""
+    n = len(values)
+    m = sum(values) / n
+    deviation = math.sqrt(sum((v - m) ** 2 for v in values) / (n - 1)) if n > 1 else math.inf
+    half = 1.96 * deviation / math.sqrt(n)
+    return Summary(m, m - half, m + half)

@@ -1,0 +1,138 @@
+"""A run's numbers do not depend on how it is spread over processes, packed or recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.launch import TINY_MODEL, disagreements, train, uneven_pairs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+PREFERENCE = {
+    **TINY_MODEL,
+    "seq_length": 1200,
+    "micro_batch_size": 8,
+    "global_batch_size": 8,
+    "num_views": 2,
+    "steps_per_block": 4,
+    "train_iters": 5,
+    "lr": 1e-3,
+    "min_lr": 1e-4,
+    "rpo_alpha": 0.0,
+}
+SFT = {**PREFERENCE, "objective": "sft", "num_views": 1}
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True}
+RECOMPUTE = {"recompute_granularity": "full"}
+MLP_ONLY = {"trainable_modules": ["mlp"]}
+TIED = {"untie_embeddings_and_output_weights": False}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``settings`` beside PREFERENCE, on so many ``processes``; its numbers are those of the layout ``same_as``."""
+
+    processes: int
+    settings: dict = field(default_factory=dict)
+    same_as: str = "one process"
+
+
+LAYOUTS = {
+    "one process": Layout(1),
+    "one example per micro-batch": Layout(1, {"micro_batch_size": 1}),
+    "one long sequence": Layout(1, {"seq_length": 8192}),
+    "full recompute": Layout(1, RECOMPUTE),
+    "TP2": Layout(2, TP2),
+    "TP2 SP": Layout(2, {**TP2, "sequence_parallel": True}),
+    "PP2": Layout(2, PP2),
+    "TP2 x PP2": Layout(4, {**TP2, **PP2}),
+    "DP2": Layout(2),
+    "DP2 distributed optimizer": Layout(2, SHARDED),
+    "DP2 overlapped": Layout(2, {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "TP2 SP x DP2, all at once": Layout(
+        4, {**TP2, **SHARDED, **RECOMPUTE, "sequence_parallel": True, "micro_batch_size": 3, "seq_length": 1000}
+    ),
+    "MLP only": Layout(1, MLP_ONLY),
+    "MLP only, PP2": Layout(2, {**MLP_ONLY, **PP2}, "MLP only"),
+    "tied": Layout(1, TIED),
+    "tied, PP2": Layout(2, {**TIED, **PP2}, "tied"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("invariance")
+
+
+@pytest.fixture(scope="module")
+def metrics_of(folder) -> Callable[[str], list[dict]]:
+    """Name of a layout -> the metrics of its five steps; every layout runs once."""
+    data = uneven_pairs(folder / "pairs.jsonl", 20)
+    done: dict[str, list[dict]] = {}
+
+    def metrics(name: str) -> list[dict]:
+        if name not in done:
+            layout = LAYOUTS[name]
+            save = folder / name.replace(" ", "_").replace(",", "")
+            settings = {**PREFERENCE, **layout.settings, "data_path": data, "save": save, "overlong": "error"}
+            done[name] = train(settings, layout.processes)
+        return done[name]
+
+    return metrics
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_first_loss_is_ln_2(metrics_of, name):
+    """Policy and reference are equal before the first step."""
+    first = metrics_of(name)[0]
+    assert 0.69314 < first["loss"] < 0.69316
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if name != layout.same_as])
+def test_metrics_do_not_depend_on_the_layout(metrics_of, name):
+    assert disagreements(metrics_of(name), metrics_of(LAYOUTS[name].same_as)) == []
+
+
+def test_the_runs_trained(metrics_of):
+    """Agreement would be cheap if nothing moved, or if both ways to train were one."""
+    rows = metrics_of("one process")
+    assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
+    assert disagreements(rows, metrics_of("MLP only")) and disagreements(rows, metrics_of("tied"))
+
+
+def test_metrics_have_the_documented_keys(metrics_of):
+    documented = ["iteration", "consumed_samples", "loss"]
+    documented += ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
+    documented += ["logps/chosen", "logps/rejected", "grad_norm", "lr", "pairs_per_second", "tokens_per_second"]
+    rows = metrics_of("TP2 x PP2")
+    assert [list(row) for row in rows] == [documented] * 5
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["consumed_samples"] for row in rows] == [8, 16, 24, 32, 40]
+    assert all(row["pairs_per_second"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_tensorboard_has_every_metric(metrics_of, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = metrics_of("one process")
+    events = EventAccumulator(str(folder / "one_process" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(rows[0]) - {"iteration"}
+    logged = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+    assert [(row["iteration"], row["loss"]) for row in rows] == logged
+
+
+def test_sft_does_not_depend_on_the_layout(folder):
+    records = uneven_pairs(folder / "sft_pairs.jsonl", 20, seed=1).read_text().replace('"chosen"', '"completion"')
+    data = folder / "sft.jsonl"
+    data.write_text(records)
+    alone = train({**SFT, "data_path": data, "save": folder / "sft"})
+    settings = {**SFT, **TP2, **PP2, "sequence_parallel": True, "data_path": data, "save": folder / "sft_tp2_pp2"}
+    assert disagreements(train(settings, processes=4), alone) == []
+    assert alone[-1]["loss"] < alone[0]["loss"]

@@ -1,0 +1,181 @@
+"""Runs the trainer as a user does, alone or under torchrun, and reads what it leaves behind.
+
+Output goes to a file, never to a pipe, and a run past its time is killed with all its children: a process stuck in a
+collective would otherwise keep its pipe, and the test with it, for the ten minutes of gloo's timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TRAINER = "megatron_dtrpo.train"
+
+# Large enough for TP2 x PP2 and for two query groups, small enough that a step takes about 0.1 s.
+TINY_MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "block_size": 8,
+    "tokenizer_type": "ByteLevelTokenizer",
+}
+
+# Settings of torchrun's that a test process may have inherited.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def flags(settings: dict) -> list[str]:
+    """``{"train_iters": 5, "bf16": True}`` as the command line has it."""
+    words = []
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [flag, *value]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def uneven_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Writes ``count`` preference pairs of random letters; the longest is twenty times the shortest, so that micro-batch
+    size, packing budget and the number of processes each pack a step differently."""
+    rng = random.Random(seed)
+
+    def text(most: int) -> str:
+        return "".join(rng.choices(string.ascii_lowercase + " ", k=rng.randint(most // 20 + 1, most))) + "."
+
+    pairs = []
+    for _ in range(count):
+        most = rng.choice((10, 40, 120))
+        pairs.append({"prompt": text(most), "chosen": text(most), "rejected": text(most)})
+    return write_lines(path, pairs)
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read_metrics(save: Path) -> list[dict]:
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def latest_iteration(save: Path) -> int:
+    return int((save / "latest_checkpointed_iteration.txt").read_text())
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run; a negative ``status`` is the signal that ended it."""
+
+    status: int
+    output: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("error:")]
+
+
+class Job:
+    """A run of the trainer in processes of its own."""
+
+    def __init__(self, settings: dict, log: Path, processes: int = 1, command: list[str] | None = None):
+        """``command``: the Python arguments to run instead of the trainer's module, e.g. a script."""
+        self.log, self.processes = log, processes
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        words = (launcher if processes > 1 else []) + (command or ["-m", TRAINER]) + flags(settings)
+        environment = {key: value for key, value in os.environ.items() if key not in _TORCHRUN}
+        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
+            )
+
+    def wait(self, timeout: float = 120) -> Result:
+        """Waits for the end; a run that takes longer is killed and fails the test with its output."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self._output()}") from None
+        return Result(status, self._output())
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        """Returns as soon as ``condition()`` holds; fails the test if the run ends or the time passes before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"ended or timed out before what was waited for:\n{self._output()}")
+            time.sleep(0.005)
+
+    def trainers(self) -> list[psutil.Process]:
+        """The processes that train: torchrun's children, or the only process."""
+        own = psutil.Process(self.process.pid)
+        return own.children() if self.processes > 1 else [own]
+
+    def kill(self) -> None:
+        """Ends this run and everything it started, and nothing else."""
+        try:
+            own = psutil.Process(self.process.pid)
+            family = [*own.children(recursive=True), own]
+        except psutil.NoSuchProcess:
+            return
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        self.process.wait()
+
+    def _output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def run(settings: dict, log: Path, processes: int = 1, timeout: float = 120, command: list[str] | None = None) -> Result:
+    return Job(settings, log, processes, command).wait(timeout)
+
+
+def train(settings: dict, processes: int = 1, timeout: float = 120) -> list[dict]:
+    """Runs to the end, which must be a good one, and returns the metrics; the output is beside the run folder."""
+    save = Path(settings["save"])
+    result = run(settings, save.with_name(save.name + ".log"), processes, timeout)
+    assert result.status == 0, result.output
+    return read_metrics(save)
+
+
+def disagreements(rows: list[dict], expected: list[dict], tolerance: float = 1e-4) -> list[str]:
+    """Where two runs' metrics differ by more than ``tolerance``, relatively; rates are not compared.
+
+    Rewards and margins are differences of log-probabilities, which fp32 knows to some 1e-6 of their size. Near zero
+    they have no relative precision of their own, so they may differ by that much.
+    """
+    if [row["iteration"] for row in rows] != [row["iteration"] for row in expected]:
+        return [f"iterations {[r['iteration'] for r in rows]}, expected {[r['iteration'] for r in expected]}"]
+    found = []
+    for row, other in zip(rows, expected, strict=True):
+        if row.keys() != other.keys():
+            return [f"keys {list(row)}, expected {list(other)}"]
+        size = max(abs(other.get(key, 0.0)) for key in ("logps/chosen", "logps/rejected"))
+        for key, value in other.items():
+            if key.endswith("_per_second"):
+                continue
+            floor = 1e-6 * size if key.startswith("rewards/") else 0.0
+            if not abs(row[key] - value) <= max(tolerance * abs(value), floor):
+                found.append(f"iteration {row['iteration']}: {key} is {row[key]!r}, expected {value!r}")
+    return found

@@ -1,0 +1,222 @@
+"""Slow and obvious counterparts of the package, written from the mathematics and not from its code.
+
+Nothing here imports `megatron_dtrpo`. Positions are absolute, the prompt is ``0 .. P-1`` and the block of position p is
+``p // block_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class _WideRMSNorm(torch.nn.Module):
+    """transformers' Qwen2RMSNorm computes in fp32 whatever its input; this one stays in the input's dtype."""
+
+    def __init__(self, weight: torch.nn.Parameter, epsilon: float):
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.epsilon)
+
+
+def qwen2(
+    *,
+    vocab_size: int = 61,
+    hidden_size: int = 32,
+    ffn_hidden_size: int = 48,
+    layers: int = 2,
+    heads: int = 4,
+    groups: int = 2,
+    tied: bool = False,
+    rotary_base: float = 10000.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Qwen2ForCausalLM:
+    """A tiny Qwen2 with biases on q, k and v, every parameter random and far from a symmetric choice."""
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=ffn_hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
+        attn_implementation="sdpa",  # eager computes its softmax in fp32
+    )
+    model = Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    model = model.to(dtype).eval()
+    if dtype == torch.float64:
+        for layer in model.model.layers:
+            layer.input_layernorm = _WideRMSNorm(layer.input_layernorm.weight, config.rms_norm_eps)
+            layer.post_attention_layernorm = _WideRMSNorm(layer.post_attention_layernorm.weight, config.rms_norm_eps)
+        model.model.norm = _WideRMSNorm(model.model.norm.weight, config.rms_norm_eps)
+    return model
+
+
+def qwen2_logits(model: Qwen2ForCausalLM, tokens: Tensor, position: Tensor, sees: Tensor) -> Tensor:
+    """Logits ``[S, V]`` of tokens ``[S]`` at positions ``[S]`` where query q attends to key k iff ``sees[q, k]``."""
+    additive = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, -torch.inf)
+    output = model(
+        input_ids=tokens[None], position_ids=position[None], attention_mask=additive[None, None], use_cache=False
+    )
+    return output.logits[0]
+
+
+@dataclass
+class PlainLayout:
+    """Fast-dLLM v2's own layout of one response and one noisy view: ``[noisy | clean]``, each half the whole of prompt
+    and response, filled up with ``[MASK]`` to whole blocks. ``tokens, position`` ``[2 L]``, ``sees`` ``[2 L, 2 L]``."""
+
+    length: int
+    tokens: Tensor
+    position: Tensor
+    sees: Tensor
+
+    def noisy_row(self, position: int) -> int:
+        return position
+
+    def clean_row(self, position: int) -> int:
+        return self.length + position
+
+
+def plain_layout(
+    prompt: Sequence[int], response: Sequence[int], masked: Collection[int], block_size: int, mask_id: int
+) -> PlainLayout:
+    """``masked``: the absolute positions that the noisy half hides."""
+    clean = list(prompt) + list(response)
+    while len(clean) % block_size != 0:
+        clean.append(mask_id)
+    length = len(clean)
+    noisy = [mask_id if p in masked else clean[p] for p in range(length)]
+    sees = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    for q in range(length):
+        for k in range(length):
+            query_block, key_block = q // block_size, k // block_size
+            sees[q, length + k] = key_block < query_block  # noisy -> clean of earlier blocks
+            sees[q, k] = key_block == query_block  # noisy -> its own noisy block
+            sees[length + q, length + k] = key_block <= query_block  # clean -> clean up to its own block
+    return PlainLayout(length, torch.tensor(noisy + clean), torch.tensor(list(range(length)) * 2), sees)
+
+
+def read_from(position: int, block_size: int, block_start: str) -> tuple[str, int]:
+    """The half and the position in `PlainLayout` whose logits predict the token at ``position``."""
+    if position % block_size == 0 and block_start == "clean":
+        return "clean", position - 1
+    return "noisy", position - 1
+
+
+def sees_by_description(document: Tensor, branch: Tensor, view: Tensor, position: Tensor, block_size: int) -> Tensor:
+    """Who sees whom in the packed layout, row by row: bool ``[S, S]``. View 0 is clean, branch 0 the shared prompt."""
+    rows = list(zip(document.tolist(), branch.tolist(), view.tolist(), position.tolist(), strict=True))
+    sees = torch.zeros(len(rows), len(rows), dtype=torch.bool)
+    for q, (q_document, q_branch, q_view, q_position) in enumerate(rows):
+        for k, (k_document, k_branch, k_view, k_position) in enumerate(rows):
+            if q_document != k_document or k_branch not in (0, q_branch):
+                continue
+            q_block, k_block = q_position // block_size, k_position // block_size
+            if q_view == 0:
+                sees[q, k] = k_view == 0 and k_block <= q_block
+            elif k_view == 0:
+                sees[q, k] = k_block < q_block
+            else:
+                sees[q, k] = k_view == q_view and k_block == q_block
+    return sees
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> Tensor:
+    """Softmax attention head by head: ``query [S, heads, d]``, ``key, value [S, groups, d]`` -> ``[S, heads, d]``."""
+    per_group = query.shape[1] // key.shape[1]
+    heads = []
+    for h in range(query.shape[1]):
+        g = h // per_group
+        scores = (query[:, h] @ key[:, g].T * scale).masked_fill(~sees, -torch.inf)
+        exponential = torch.exp(scores - scores.max(1, keepdim=True).values)
+        heads.append(exponential / exponential.sum(1, keepdim=True) @ value[:, g])
+    return torch.stack(heads, 1)
+
+
+def megatron_from_qwen2(state: dict[str, Tensor], heads: int, groups: int, tied: bool) -> dict[str, Tensor]:
+    """Unsharded megatron-core parameters from Qwen2's (or gradients from gradients).
+
+    Megatron keeps q, k and v in one matrix, key/value group by group: the group's query heads, its key, its value; and
+    gate and up in one, gate first.
+    """
+    per_group = heads // groups
+
+    def fuse_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        width = q.shape[0] // heads
+        rows = []
+        for g in range(groups):
+            for h in range(g * per_group, (g + 1) * per_group):
+                rows.append(q[h * width : (h + 1) * width])
+            rows.append(k[g * width : (g + 1) * width])
+            rows.append(v[g * width : (g + 1) * width])
+        return torch.cat(rows)
+
+    out = {
+        "embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": state["model.norm.weight"],
+    }
+    if not tied:
+        out["output_layer.weight"] = state["lm_head.weight"]
+    layer = 0
+    while f"model.layers.{layer}.input_layernorm.weight" in state:
+        theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            out[f"{ours}self_attention.linear_qkv.{kind}"] = fuse_qkv(
+                *(state[f"{theirs}self_attn.{name}_proj.{kind}"] for name in "qkv")
+            )
+        out[f"{ours}self_attention.linear_proj.weight"] = state[f"{theirs}self_attn.o_proj.weight"]
+        out[f"{ours}mlp.linear_fc1.weight"] = torch.cat(
+            [state[f"{theirs}mlp.gate_proj.weight"], state[f"{theirs}mlp.up_proj.weight"]]
+        )
+        out[f"{ours}mlp.linear_fc2.weight"] = state[f"{theirs}mlp.down_proj.weight"]
+        out[f"{ours}input_layernorm.weight"] = state[f"{theirs}input_layernorm.weight"]
+        out[f"{ours}pre_mlp_layernorm.weight"] = state[f"{theirs}post_attention_layernorm.weight"]
+        layer += 1
+    return out
+
+
+def split_for_tensor_parallel(name: str, full: Tensor, ranks: int) -> list[Tensor]:
+    """Each tensor-parallel rank's part of an unsharded megatron-core parameter of a Qwen2-shaped model."""
+    if "norm" in name:
+        return [full.clone() for _ in range(ranks)]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):  # row-parallel: inputs are divided
+        return list(full.chunk(ranks, dim=1))
+    if name.endswith("linear_fc1.weight"):  # every rank has its part of the gate above its part of up
+        gate, up = full.chunk(2)
+        return [torch.cat(pair) for pair in zip(gate.chunk(ranks), up.chunk(ranks), strict=True)]
+    return list(full.chunk(ranks))  # vocabulary, or outputs (whole key/value groups)
+
+
+def join_tensor_parallel(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """The inverse of `split_for_tensor_parallel`."""
+    if "norm" in name:
+        for part in parts:
+            assert torch.equal(part, parts[0]), f"{name} differs between tensor-parallel ranks"
+        return parts[0]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return torch.cat(list(parts), dim=1)
+    if name.endswith("linear_fc1.weight"):
+        gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
+        return torch.cat([*gates, *ups])
+    return torch.cat(list(parts))

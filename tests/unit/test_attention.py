@@ -1,0 +1,196 @@
+"""Core attention over the packed layout against a dense masked softmax."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
+from megatron_dtrpo.model.attention import BACKENDS, plan_attention
+from megatron_dtrpo.model.segmented_sdpa import segmented_sdpa
+from tests import oracles
+
+NARROW, WIDE = 8, 1 << 40  # widths for which calls are dear, so that runs share them, and for which they are free
+
+
+def document(prompt_length: int, response_lengths, block_size: int, views: int):
+    shapes = [(views, Blocks(prompt_length, n, block_size).count, block_size) for n in response_lengths]
+    return lay_out(
+        torch.zeros(prompt_length, dtype=torch.long),
+        [torch.zeros(n, dtype=torch.long) for n in response_lengths],
+        [torch.zeros(shape, dtype=torch.bool) for shape in shapes],
+        [torch.zeros(shape) for shape in shapes],
+        block_size=block_size,
+        mask_id=1,
+        block_start="noisy",
+    )
+
+
+def random_sequence(seed: int, block_size: int = 4, documents: int = 5, longest: int = 30, padding: int = 0):
+    rng = random.Random(seed)
+    sequence = concatenate(
+        [
+            document(
+                rng.randint(1, longest),
+                [rng.randint(1, longest) for _ in range(rng.choice([1, 2]))],
+                block_size,
+                rng.choice([1, 2]),
+            )
+            for _ in range(documents)
+        ]
+    )
+    return pad_to(sequence, len(sequence) + padding * block_size, pad_id=0)
+
+
+def oracle_mask(sequence) -> torch.Tensor:
+    return oracles.sees_by_description(
+        sequence.document, sequence.branch, sequence.view, sequence.position, sequence.block_size
+    )
+
+
+def random_qkv(length: int, heads: int, groups: int, width: int = 8, dtype=torch.float64, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(length, n, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for n in (heads, groups, groups)
+    ]
+
+
+def attend(sequence, query, key, value, *, backend: str = "sdpa", width: int = NARROW, scale: float = 0.3):
+    plan = plan_attention(sequence.coordinates(), sequence.block_size, backend, width=width)
+    return BACKENDS[backend][1](query, key, value, plan.plan, scale)
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("seed, padding", [(0, 0), (1, 3), (2, 1)])
+def test_forward_and_gradients_equal_the_dense_softmax(seed, padding, heads, groups, width):
+    sequence = random_sequence(seed, padding=padding)
+    ours, theirs = (random_qkv(len(sequence), heads, groups) for _ in range(2))
+    upstream = torch.randn(len(sequence), heads, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    out = attend(sequence, *ours, width=width)
+    expected = oracles.dense_attention(*theirs, oracle_mask(sequence), 0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for mine, right in zip(
+        torch.autograd.grad(out, ours, upstream), torch.autograd.grad(expected, theirs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_runs_longer_than_a_chunk(width):
+    sequence = concatenate([document(700, [300, 20], 16, 1), document(40, [50, 30], 16, 1)])
+    ours, theirs = (random_qkv(len(sequence), 2, 1) for _ in range(2))
+    # The oracle's loop over every pair of tokens would take too long: one token stands for its block.
+    of_blocks = oracles.sees_by_description(
+        *(f[::16] for f in (sequence.document, sequence.branch, sequence.view, sequence.position)), 16
+    )
+    sees = of_blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    out = attend(sequence, *ours, width=width)
+    expected = oracles.dense_attention(*theirs, sees, 0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for mine, right in zip(
+        torch.autograd.grad(out.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-11)
+
+
+def test_bf16_is_close():
+    sequence = random_sequence(3)
+    inputs = random_qkv(len(sequence), 4, 2, dtype=torch.bfloat16)
+    out = attend(sequence, *inputs)
+    assert out.dtype == torch.bfloat16
+    expected = oracles.dense_attention(*(t.double() for t in inputs), oracle_mask(sequence), 0.3)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_the_plan_covers_what_is_seen_and_hides_the_rest(width):
+    for seed in range(8):
+        sequence = random_sequence(seed, padding=seed % 3)
+        expected = oracle_mask(sequence)
+        sees = torch.zeros_like(expected)
+        chunks = plan_attention(sequence.coordinates(), sequence.block_size, "sdpa", width=width).plan
+        assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])] and chunks[-1].stop == len(sequence)
+        for chunk in chunks:
+            assert len(set(chunk.keys.tolist())) == len(chunk.keys)
+            seen = torch.ones(chunk.stop - chunk.start, len(chunk.keys)).bool()
+            if chunk.mask is not None:
+                assert set(chunk.mask.flatten().tolist()) == {0.0, -torch.inf}
+                seen = chunk.mask == 0
+            sees[chunk.start : chunk.stop, chunk.keys] = seen
+        assert torch.equal(sees, expected)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_other_documents_are_not_seen(backend):
+    sequence = random_sequence(4, padding=2)
+    query, key, value = (t.detach() for t in random_qkv(len(sequence), 4, 2))
+    before = attend(sequence, query, key, value, backend=backend)
+    for changed in sorted(set(sequence.document.tolist())):
+        inside = sequence.document == changed
+        other_key, other_value = key.clone(), value.clone()
+        other_key[inside] += 100
+        other_value[inside] -= 100
+        after = attend(sequence, query, other_key, other_value, backend=backend)
+        assert torch.equal(before[~inside], after[~inside])
+        assert (before[inside] != after[inside]).any(-1).all()
+
+
+def test_gradients_stay_within_a_document():
+    sequence = random_sequence(5, padding=1)
+    inputs = random_qkv(len(sequence), 4, 2)
+    inside = sequence.document == 2
+    for gradient in torch.autograd.grad(attend(sequence, *inputs)[inside].square().sum(), inputs):
+        assert not gradient[~inside].any() and gradient[inside].any()
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("seed, padding", [(0, 0), (1, 3)])
+def test_flex_attention_equals_the_dense_softmax(seed, padding, heads, groups):
+    # Forward only: FlexAttention has no backward on CPU.
+    sequence = random_sequence(seed, padding=padding)
+    inputs = [t.detach() for t in random_qkv(len(sequence), heads, groups, width=16)]
+    out = attend(sequence, *inputs, backend="flex")
+    torch.testing.assert_close(
+        out, oracles.dense_attention(*inputs, oracle_mask(sequence), 0.3), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(out, attend(sequence, *inputs), rtol=0, atol=1e-10)
+
+
+def area(sequence, width: int) -> int:
+    plan = plan_attention(sequence.coordinates(), sequence.block_size, "sdpa", width=width).plan
+    return sum((chunk.stop - chunk.start) * len(chunk.keys) for chunk in plan)
+
+
+def test_work_grows_with_the_documents_and_not_with_their_square():
+    one = document(40, [60, 33], 8, 1)
+    # Where a call costs nothing, no work is shared at all.
+    assert area(concatenate([one] * 7), WIDE) == 7 * area(one, WIDE)
+    # Where it costs something, sharing calls may add work, but only so much for every document.
+    areas = {n: area(concatenate([one] * n), 2048) for n in (8, 16, 32, 64)}
+    for n, m in itertools.pairwise(areas):
+        assert areas[m] < 2.2 * areas[n]
+    assert areas[64] < 0.05 * (64 * len(one)) ** 2
+
+
+def test_work_of_a_long_document_is_near_what_the_mask_asks_for():
+    sequence = document(1024, [1024, 1024], 32, 1)
+    blocks = oracles.sees_by_description(
+        *(f[::32] for f in (sequence.document, sequence.branch, sequence.view, sequence.position)), 32
+    )
+    needed = int(blocks.sum()) * 32**2
+    assert needed <= area(sequence, 3584) < 1.25 * needed
+
+
+def test_no_gradient_without_being_asked():
+    sequence = random_sequence(0)
+    inputs = random_qkv(len(sequence), 4, 2)
+    with torch.no_grad():
+        out = attend(sequence, *inputs)
+    assert not out.requires_grad
+    plan = plan_attention(sequence.coordinates(), 4, "sdpa", width=NARROW).plan
+    assert torch.equal(out, segmented_sdpa(*inputs, plan, 0.3).detach())

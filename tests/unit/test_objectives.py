@@ -1,0 +1,178 @@
+"""Log-probabilities and preference losses against the plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
+from megatron_dtrpo.objectives.preference import LOSSES, preference_loss, response_log_likelihoods
+
+
+def random_logits(dtype, rows=9, vocabulary=37, scale=5.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return logits.requires_grad_(), torch.randint(0, vocabulary, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize(
+    "dtype, forward, backward",
+    [(torch.float64, 1e-13, 1e-13), (torch.float32, 2e-6, 1e-6), (torch.bfloat16, 2e-6, 0.02)],
+)
+def test_log_probs_and_gradients(dtype, forward, backward):
+    logits, target = random_logits(dtype)
+    upstream = torch.linspace(-2, 3, len(target), dtype=torch.float64)
+    out = vocab_parallel_log_probs(logits, target)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    wide = logits.detach().double().requires_grad_()  # the logits as they are, rounded to dtype
+    expected = torch.log_softmax(wide, -1)[torch.arange(len(target)), target]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=forward)
+
+    (gradient,) = torch.autograd.grad(out, logits, upstream.to(out.dtype))
+    assert gradient.dtype == dtype
+    (right,) = torch.autograd.grad(expected, wide, upstream)
+    torch.testing.assert_close(gradient.double(), right, rtol=0, atol=backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_log_probs_leave_their_input_alone(dtype):
+    logits, target = random_logits(dtype)
+    before, target_before = logits.detach().clone(), target.clone()
+    vocab_parallel_log_probs(logits, target).sum().backward()
+    assert torch.equal(logits.detach(), before) and torch.equal(target, target_before)
+
+
+def test_log_probs_of_extreme_logits():
+    logits = torch.tensor([[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4], [3e38, 0.0, 0.0]], requires_grad=True)
+    out = vocab_parallel_log_probs(logits, torch.tensor([1, 2, 0]))
+    torch.testing.assert_close(out, torch.tensor([-1e4, -math.log(3), 0.0]))
+    out.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_log_probs_of_no_targets():
+    logits, target = random_logits(torch.float32, rows=0)
+    out = vocab_parallel_log_probs(logits, target)
+    assert out.shape == (0,)
+    out.sum().backward()
+    assert logits.grad.shape == (0, 37)
+
+
+def test_log_probs_pass_gradcheck():
+    logits, target = random_logits(torch.float64, rows=4, vocabulary=5, scale=1.0)
+    assert torch.autograd.gradcheck(lambda x: vocab_parallel_log_probs(x, target), logits)
+
+
+def test_response_log_likelihoods():
+    log_probs = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0], requires_grad=True)
+    weight = torch.tensor([1.0, 0.5, 3.0, 2.0, 1.0], dtype=torch.float64)
+    response = torch.tensor([2, 0, 2, 0, 3])
+    out = response_log_likelihoods(log_probs, weight, response, 5)
+    assert out.dtype == torch.float64
+    assert out.tolist() == [-1.0 - 16.0, 0.0, -1.0 - 12.0, -16.0, 0.0]
+    out.sum().backward()
+    assert log_probs.grad.tolist() == weight.tolist()
+
+
+def test_response_log_likelihoods_are_sums_in_double_precision():
+    log_probs = torch.full((100_000,), -0.1)
+    ones = torch.ones(100_000, dtype=torch.float64)
+    out = response_log_likelihoods(log_probs, ones, torch.zeros(100_000, dtype=torch.long), 1)
+    assert out.item() == pytest.approx(-100_000 * torch.tensor(0.1).double().item(), rel=1e-12)
+
+
+def plain_loss(margin: float, loss_type: str, beta: float, smoothing: float) -> float:
+    if loss_type == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    preferred = 1 / (1 + math.exp(-beta * margin))
+    return -(1 - smoothing) * math.log(preferred) - smoothing * math.log(1 - preferred)
+
+
+CASES = [
+    ("sigmoid", 0.5, 0.0, 0.0),
+    ("sigmoid", 0.1, 0.2, 0.0),
+    ("sigmoid", 1.0, 0.0, 1.0),
+    ("sigmoid", 2.0, 0.5, 0.3),
+    ("ipo", 0.5, 0.0, 0.0),
+    ("ipo", 0.1, 0.0, 0.7),
+]
+
+
+@pytest.mark.parametrize("loss_type, beta, label_smoothing, rpo_alpha", CASES)
+def test_losses_and_metrics(loss_type, beta, label_smoothing, rpo_alpha):
+    generator = torch.Generator().manual_seed(1)
+    policy = (torch.randn(8, generator=generator, dtype=torch.float64) * 3 - 20).requires_grad_()
+    reference = torch.randn(8, generator=generator, dtype=torch.float64) * 3 - 20
+    lengths = torch.tensor([5, 1, 30, 7])
+    loss, metrics = preference_loss(
+        policy,
+        reference,
+        lengths,
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        rpo_alpha=rpo_alpha,
+    )
+    assert loss.shape == (4,)
+    for i in range(4):
+        chosen, rejected = policy[2 * i].item(), policy[2 * i + 1].item()
+        reward_chosen = beta * (chosen - reference[2 * i].item())
+        reward_rejected = beta * (rejected - reference[2 * i + 1].item())
+        margin = (reward_chosen - reward_rejected) / beta
+        preference = plain_loss(margin, loss_type, beta, label_smoothing)
+        expected = {
+            "loss": preference + rpo_alpha * (-chosen / lengths[i].item()),
+            "preference_loss": preference,
+            "nll_loss": -chosen / lengths[i].item(),
+            "rewards/chosen": reward_chosen,
+            "rewards/rejected": reward_rejected,
+            "rewards/margins": reward_chosen - reward_rejected,
+            "rewards/accuracies": float(reward_chosen > reward_rejected),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        assert {name: metrics[name][i].item() for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert loss[i].item() == pytest.approx(expected["loss"], rel=1e-9)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert 0 < metrics["rewards/accuracies"].sum() < 4  # the cases are of both kinds
+
+    # The gradient, by central differences of the plain formulas.
+    loss.sum().backward()
+    for j in range(8):
+        step, sign = 1e-6, 1 if j % 2 == 0 else -1
+        margin = ((policy - reference)[2 * (j // 2)] - (policy - reference)[2 * (j // 2) + 1]).item()
+        slope = (
+            plain_loss(margin + sign * step, loss_type, beta, label_smoothing)
+            - plain_loss(margin - sign * step, loss_type, beta, label_smoothing)
+        ) / (2 * step)
+        anchor = -rpo_alpha / lengths[j // 2].item() if j % 2 == 0 else 0.0
+        assert policy.grad[j].item() == pytest.approx(slope + anchor, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 3.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_ln_2_where_the_policy_is_the_reference(beta, label_smoothing):
+    scores = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 50
+    loss, metrics = preference_loss(
+        scores,
+        scores.clone(),
+        torch.ones(3),
+        loss_type="sigmoid",
+        beta=beta,
+        label_smoothing=label_smoothing,
+        rpo_alpha=0.0,
+    )
+    assert loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-15)
+    assert metrics["rewards/margins"].tolist() == [0.0] * 3
+    assert metrics["rewards/accuracies"].tolist() == [0.0] * 3
+
+
+def test_extreme_margins_stay_finite():
+    margin = torch.tensor([1e5, -1e5], dtype=torch.float64, requires_grad=True)
+    loss = LOSSES["sigmoid"](margin, 1.0, 0.0)
+    assert loss.tolist() == [0.0, 1e5]
+    loss.sum().backward()
+    assert margin.grad.tolist() == [0.0, -1.0]

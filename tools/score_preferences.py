@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Scores preference pairs under a checkpoint, relative to a reference checkpoint.
+
+    python tools/score_preferences.py --checkpoint RUN --reference BASE --data pairs.jsonl [--output scores.jsonl]
+
+Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likelihood`` rows compare the two responses
+under the checkpoint alone. Every setting of the trainer that bears on scoring is a flag here too (--num-views,
+--steps-per-block, --estimator, --seed, --tensor-model-parallel-size ...); runs under torchrun as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_dtrpo.arguments import parse
+from megatron_dtrpo.train import run_command
+
+
+def _score(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="score_preferences.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--checkpoint", required=True, help="Run folder whose policy is scored.")
+    parser.add_argument("--reference", help="Run folder of the reference policy; default: likelihoods only.")
+    parser.add_argument("--data", required=True, help="Preference pairs, as for training.")
+    parser.add_argument("--output", help="JSONL file: one object per pair.")
+    arguments, rest = parser.parse_known_args(argv)
+    config, _ = parse(rest, parser.prog, __doc__)
+    config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
+
+    from megatron_dtrpo.runtime import initialize
+
+    initialize.enable_device()
+    from megatron_dtrpo.training.setup import prepare
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config.data.data_cache_path = config.data.data_cache_path or scratch
+        tokenizer, data_parallel = prepare(config, training=False)
+        initialize.start(config.parallel, config.optimizer.seed)
+        try:
+            rows = _rows(config, tokenizer, data_parallel, arguments.reference)
+        finally:
+            initialize.stop()
+    if initialize.rank() == 0:
+        _report(rows, arguments.output)
+
+
+def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[dict]:
+    from megatron.core import parallel_state
+
+    from megatron_dtrpo.model.provider import build_model
+    from megatron_dtrpo.runtime import initialize
+    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.training.scoring import score_pairs
+    from megatron_dtrpo.training.setup import open_data
+    from megatron_dtrpo.training.step import choose_backend
+
+    if reference is not None:
+        saved = checkpoint.load_model_config(reference)
+        checkpoint.check_same_architecture(config.model, saved, reference)
+    data = open_data(config, tokenizer)
+    builder = data.batches(config, parallel_state.get_data_parallel_rank(), data_parallel)
+    indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
+    device = initialize.device()
+    backend = choose_backend(config.parallel.attention_backend, device)
+    model = build_model(config.model, config.parallel).to(device)
+
+    def scores(folder: str) -> dict:
+        checkpoint.load(folder, checkpoint.require_latest(folder), model)
+        return score_pairs(model, builder, indices, device, backend)
+
+    policy = scores(config.run.load)
+    base = scores(reference) if reference is not None else None
+    rows = []
+    for index in indices:
+        row = {
+            "source": data.store.location(index),
+            "logps/chosen": policy[index][0],
+            "logps/rejected": policy[index][1],
+        }
+        if base is not None:
+            beta = config.objective.beta
+            row["rewards/chosen"] = beta * (policy[index][0] - base[index][0])
+            row["rewards/rejected"] = beta * (policy[index][1] - base[index][1])
+            row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
+        rows.append(row)
+    return rows
+
+
+def _report(rows: list[dict], output: str | None) -> None:
+    from megatron_dtrpo.training.checkpoint import write_atomically
+    from megatron_dtrpo.training.scoring import accuracy, mean
+
+    if output:
+        write_atomically(Path(output), "".join(json.dumps(row) + "\n" for row in rows))
+    print(f"pairs                {len(rows)}")
+    if "rewards/margins" in rows[0]:
+        margins = [row["rewards/margins"] for row in rows]
+        print(f"reward accuracy      {accuracy(margins)}")
+        print(f"reward margin        {mean(margins)}")
+    differences = [row["logps/chosen"] - row["logps/rejected"] for row in rows]
+    print(f"likelihood accuracy  {accuracy(differences)}")
+    print(f"likelihood margin    {mean(differences)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_score))

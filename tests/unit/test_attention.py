@@ -13,6 +13,9 @@ from megatron_dtrpo.model.attention import BACKENDS, plan_attention
 from megatron_dtrpo.model.segmented_sdpa import segmented_sdpa
 from tests import oracles
 
+# Eager FlexAttention, which says that it is slow, is all that a CPU has.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 NARROW, WIDE = 8, 1 << 40  # widths for which calls are dear, so that runs share them, and for which they are free
 
 

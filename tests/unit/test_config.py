@@ -1,0 +1,287 @@
+"""Flags, the YAML file and the checks at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, read_yaml
+from megatron_dtrpo.config import GROUPS, Config, validate, validate_training
+from megatron_dtrpo.errors import UserError
+
+COMPLETE = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "data_path": "pairs.jsonl",
+    "save": "runs/one",
+    "train_iters": 10,
+}
+
+
+def config_of(**changes) -> Config:
+    return Config.from_flat({**COMPLETE, **changes})
+
+
+def write(tmp_path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def parsed(*argv: str):
+    return parse(list(argv), "train", "Trains.")
+
+
+def refused(world_size: int = 1, **changes) -> str:
+    with pytest.raises(UserError) as caught:
+        config = config_of(**changes)
+        validate_training(config, validate(config, world_size))
+    return str(caught.value)
+
+
+# One name, one type, one help text
+
+
+def test_every_setting_is_one_key_one_flag_and_one_help_text():
+    names = [f.name for kind in GROUPS.values() for f in dataclasses.fields(kind)]
+    assert len(names) == len(set(names)) == len(TYPES) == len(FIELDS)
+    assert all(FIELDS[name].metadata["help"] for name in names)
+    help_text = build_parser("train", "Trains.").format_help()
+    for name in names:
+        assert "--" + name.replace("_", "-") in help_text
+    assert set(Config().to_flat()) == set(names)
+
+
+def test_defaults_have_the_declared_types():
+    for name, value in Config().to_flat().items():
+        assert value is None or isinstance(value, TYPES[name]), name
+
+
+def test_flat_there_and_back():
+    config = config_of(lr=0.25, trainable_modules=["mlp"])
+    assert Config.from_flat(config.to_flat()) == config
+
+
+# Reading
+
+
+def test_nothing_given_is_the_defaults():
+    config, given = parsed()
+    assert config == Config() and given == set()
+
+
+def test_flags_have_types():
+    config, given = parsed(
+        "--num-layers", "3", "--lr", "1e-4", "--bf16", "--no-shuffle", "--estimator", "dtrpo",
+        "--trainable-modules", "mlp", "linear_proj", "--save=runs/a b",
+    )  # fmt: skip
+    assert config.model.num_layers == 3 and config.optimizer.lr == 1e-4
+    assert config.parallel.bf16 is True and config.data.shuffle is False
+    assert config.objective.trainable_modules == ["mlp", "linear_proj"] and config.run.save == "runs/a b"
+    assert given == {"num_layers", "lr", "bf16", "shuffle", "estimator", "trainable_modules", "save"}
+
+
+def test_yaml_numbers_have_the_settings_type(tmp_path):
+    path = write(tmp_path, "lr: 1e-4\nmin_lr: 0\nbeta: 1\nnum_epochs: '2'\nseed: 7\nwandb_project: 12\n")
+    config, given = parsed("--config", path)
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (1e-4, float)
+    assert (config.optimizer.min_lr, type(config.optimizer.min_lr)) == (0.0, float)
+    assert (config.objective.beta, type(config.objective.beta)) == (1.0, float)
+    assert config.optimizer.num_epochs == 2.0
+    assert (config.optimizer.seed, type(config.optimizer.seed)) == (7, int)
+    assert config.run.wandb_project == "12"
+    assert given == {"lr", "min_lr", "beta", "num_epochs", "seed", "wandb_project"}
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = write(tmp_path, "lr: 1e-4\nnum_layers: 2\nbf16: true\ntrainable_modules: [mlp]\n")
+    config, given = parsed("--config", path, "--lr", "3e-5", "--no-bf16", "--trainable-modules", "embedding")
+    assert config.optimizer.lr == 3e-5 and config.model.num_layers == 2
+    assert config.parallel.bf16 is False and config.objective.trainable_modules == ["embedding"]
+    assert given == {"lr", "num_layers", "bf16", "trainable_modules"}
+    # A flag wins even where it says what the default says.
+    assert parsed("--config", path, "--lr", "5e-7")[0].optimizer.lr == Config().optimizer.lr
+
+
+def test_an_empty_file_and_empty_values(tmp_path):
+    assert read_yaml(write(tmp_path, "")) == {}
+    assert read_yaml(write(tmp_path, "load:\nestimator: null\n")) == {"load": None, "estimator": None}
+    with pytest.raises(UserError, match="run.yaml: lr has no value"):
+        read_yaml(write(tmp_path, "lr:\n"))
+
+
+@pytest.mark.parametrize(
+    "flag, nearest",
+    [
+        ("--learning-rat", None),
+        ("--micro-batch-sise", "--micro-batch-size"),
+        ("--micro_batch_size", "--micro-batch-size"),
+        ("--lrr", "--lr"),
+        ("--tensor-model-parallel", "--tensor-model-parallel-size"),  # no abbreviations
+        ("--no-shufle", "--no-shuffle"),
+        ("--num-layer=3", "--num-layers"),
+    ],
+)
+def test_unknown_flags_name_the_nearest(flag, nearest):
+    with pytest.raises(UserError) as caught:
+        parsed(flag, *([] if "=" in flag else ["1"]))
+    message = str(caught.value)
+    assert f"unknown flag {flag.split('=')[0]}:" in message and "\n" not in message
+    known = message.rsplit(" ", 1)[1]
+    assert known == nearest if nearest else known.startswith("--")
+
+
+def test_unknown_keys_name_file_and_nearest(tmp_path):
+    path = write(tmp_path, "micro_batch_sice: 3\n")
+    with pytest.raises(UserError) as caught:
+        parsed("--config", path)
+    message = str(caught.value)
+    assert path in message and "micro_batch_sice" in message and message.endswith("micro_batch_size")
+
+
+@pytest.mark.parametrize(
+    "line, key, wanted",
+    [
+        ("num_layers: many", "num_layers", "int"),
+        ("num_layers: 2.5", "num_layers", "int"),
+        ("num_layers: true", "num_layers", "int"),
+        ("num_layers: [1, 2]", "num_layers", "int"),
+        ("lr: fast", "lr", "float"),
+        ("lr: {a: 1}", "lr", "float"),
+        ("bf16: 1", "bf16", "bool"),
+        ("bf16: 'true'", "bf16", "bool"),
+        ("save: true", "save", "str"),
+        ("trainable_modules: mlp", "trainable_modules", "list"),
+        ("trainable_modules: [1]", "trainable_modules", "list"),
+        ("estimator: dtrop", "estimator", "dtrpo"),
+        ("loss_type: hinge", "loss_type", "sigmoid, ipo"),
+    ],
+)
+def test_wrong_types_name_file_and_key(tmp_path, line, key, wanted):
+    path = write(tmp_path, line + "\n")
+    with pytest.raises(UserError) as caught:
+        parsed("--config", path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: {key} is ") and wanted in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--num-layers", "many"], ["--num-layers", "many"]),
+        (["--num-layers"], ["--num-layers", "expected one argument"]),
+        (["--loss-type", "hinge"], ["--loss-type", "hinge", "sigmoid"]),
+        (["pairs.jsonl"], ["pairs.jsonl", "--flag value"]),
+        (["--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml", "no such"]),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, words):
+    with pytest.raises(UserError) as caught:
+        parsed(*argv)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("text, words", [("a: [1\n", "not valid YAML"), ("- 1\n", "key: value"), ("word\n", "key: value")])
+def test_files_that_are_not_settings(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(path) and words in str(caught.value)
+
+
+# Checking
+
+
+def test_a_complete_configuration_is_accepted():
+    config = config_of(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+    data_parallel = validate(config, 8)
+    validate_training(config, data_parallel)
+    assert data_parallel == 2 and config.parallel.sequence_parallel is True
+
+
+@pytest.mark.parametrize(
+    "objective, estimator, block_start", [("preference", "dtrpo", "clean"), ("sft", "sft", "noisy")]
+)
+def test_defaults_that_depend_on_the_objective(objective, estimator, block_start):
+    config = config_of(objective=objective)
+    validate(config, 1)
+    assert (config.objective.estimator, config.objective.block_start) == (estimator, block_start)
+    other = {"clean": "noisy", "noisy": "clean"}[block_start]
+    config = config_of(objective=objective, block_start=other)
+    validate(config, 1)
+    assert config.objective.block_start == other
+
+
+def test_other_dependent_defaults():
+    config = config_of(num_query_groups=None, sequence_parallel=True, recompute_granularity="full")
+    validate(config, 1)
+    assert (config.model.num_query_groups, config.model.kv_channels) == (8, 8)
+    assert config.parallel.sequence_parallel is False  # without tensor parallelism
+    assert (config.parallel.recompute_method, config.parallel.recompute_num_layers) == ("uniform", 1)
+    config = config_of(kv_channels=32)
+    validate(config, 1)
+    assert config.model.kv_channels == 32
+
+
+@pytest.mark.parametrize(
+    "key", ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "data_path", "save"]
+)
+def test_what_is_missing_is_named(key):
+    assert f"{key} is missing" in refused(**{key: None})
+
+
+@pytest.mark.parametrize(
+    "world_size, changes, words",
+    [
+        (3, dict(tensor_model_parallel_size=2), ["world size 3", "tensor_model_parallel_size", "2"]),
+        (4, dict(pipeline_model_parallel_size=4, tensor_model_parallel_size=2), ["world size 4", "8"]),
+        (4, dict(global_batch_size=6), ["global_batch_size 6", "data-parallel", "4"]),
+        (1, dict(num_query_groups=3), ["num_attention_heads 8", "num_query_groups 3"]),
+        (3, dict(tensor_model_parallel_size=3), ["num_attention_heads 8", "tensor_model_parallel_size 3"]),
+        (8, dict(tensor_model_parallel_size=8), ["num_query_groups 4", "tensor_model_parallel_size 8"]),
+        (4, dict(tensor_model_parallel_size=4, ffn_hidden_size=98), ["ffn_hidden_size 98", "4"]),
+        (
+            4,
+            dict(tensor_model_parallel_size=4, make_vocab_size_divisible_by=2),
+            ["make_vocab_size_divisible_by 2", "tensor_model_parallel_size 4"],
+        ),
+        (3, dict(pipeline_model_parallel_size=3), ["num_layers 4", "pipeline_model_parallel_size 3"]),
+        (
+            2,
+            dict(tensor_model_parallel_size=2, sequence_parallel=True, block_size=7),
+            ["block_size 7", "sequence_parallel"],
+        ),
+        (
+            1,
+            dict(recompute_granularity="full", recompute_num_layers=3),
+            ["layers per stage 4", "recompute_num_layers 3"],
+        ),
+        (1, dict(kv_channels=7), ["kv_channels 7", "odd"]),
+        (1, dict(block_size=1), ["block_size 1", "block_start clean"]),
+        (1, dict(overlap_param_gather=True), ["overlap_param_gather", "use_distributed_optimizer"]),
+        (1, dict(objective="sft", estimator="dtrpo"), ["estimator dtrpo", "sft"]),
+        (1, dict(objective="preference", estimator="sft"), ["estimator sft", "preference"]),
+        (1, dict(loss_type="ipo", label_smoothing=0.1), ["label_smoothing", "ipo"]),
+        (1, dict(num_epochs=2.0), ["exactly one", "train_iters", "num_epochs"]),
+        (1, dict(train_iters=None), ["exactly one", "train_iters", "num_epochs"]),
+        (1, dict(lr=1e-5, min_lr=1e-4), ["min_lr 0.0001", "lr 1e-05"]),
+        (1, dict(label_smoothing=1.5), ["label_smoothing is 1.5", "at most 1"]),
+        (1, dict(num_views=0), ["num_views is 0", "at least 1"]),
+        (1, dict(steps_per_block=-1), ["steps_per_block is -1", "at least 1"]),
+        (1, dict(lr=float("nan")), ["lr is nan"]),
+        (1, dict(seed=-3), ["seed is -3", "at least 0"]),
+    ],
+)
+def test_what_does_not_fit_is_named(world_size, changes, words):
+    message = refused(world_size, **changes)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_the_vocabulary_is_padded_whatever_the_layout():
+    assert config_of(vocab_size=1000).model.padded_vocab_size == 1024
+    assert config_of(vocab_size=1024).model.padded_vocab_size == 1024
+    assert config_of(vocab_size=1000, make_vocab_size_divisible_by=1).model.padded_vocab_size == 1000

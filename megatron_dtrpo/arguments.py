@@ -99,12 +99,12 @@ def _coerce(path: Path, key: str, value):
         return value
     if isinstance(value, bool) != (hint is bool) or isinstance(value, (list, dict)):
         raise mistake
+    if hint is int and isinstance(value, float) and not value.is_integer():
+        raise mistake
     try:
         converted = hint(value)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         raise mistake from None
-    if hint is int and converted != float(value):
-        raise mistake
     if field.metadata["choices"] and converted not in field.metadata["choices"]:
         raise UserError(f"{path}: {key} is {value!r}: choose one of {', '.join(field.metadata['choices'])}")
     return converted

@@ -7,6 +7,7 @@ setting belongs to. `validate` is the one door: code behind it does not check se
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
@@ -146,7 +147,7 @@ class OptimizerSettings:
     adam_beta2: float = _setting(0.95, "Adam's second moment decay.", at_least=0, at_most=1)
     adam_eps: float = _setting(1e-8, "Adam's epsilon.", at_least=0)
     clip_grad: float = _setting(1.0, "Clip the global gradient norm to this; 0: do not clip.", at_least=0)
-    seed: int = _setting(1234, "Seed of initial weights, data order and noise.", at_least=0)
+    seed: int = _setting(1234, "Seed of initial weights, data order and noise.", at_least=0, at_most=2**63 - 1)
 
 
 @dataclass
@@ -215,8 +216,11 @@ def _fill_defaults(config: Config) -> None:
     model, objective = config.model, config.objective
     objective.estimator = objective.estimator or {"preference": "dtrpo", "sft": "sft"}[objective.objective]
     objective.block_start = objective.block_start or {"preference": "clean", "sft": "noisy"}[objective.objective]
-    model.num_query_groups = model.num_query_groups or model.num_attention_heads
-    model.kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    if model.num_query_groups is None:
+        model.num_query_groups = model.num_attention_heads
+    if model.kv_channels is None:
+        _multiple("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads)
+        model.kv_channels = model.hidden_size // model.num_attention_heads
     if config.parallel.tensor_model_parallel_size == 1:
         config.parallel.sequence_parallel = False  # as Megatron-LM does
     if config.parallel.recompute_granularity == "full":
@@ -234,10 +238,10 @@ def validate(config: Config, world_size: int) -> int:
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
         _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
     _demand(data.data_path, "data_path is missing: give --data-path FILE")
-    _fill_defaults(config)
-
     for group in (model, parallel, data, objective, config.optimizer, config.run):
         _check_ranges(group)
+    _demand(objective.beta > 0, "beta is 0: without it the loss does not prefer anything")
+    _fill_defaults(config)
 
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     _multiple("world size", world_size, "tensor_model_parallel_size x pipeline_model_parallel_size =", tp * pp)
@@ -259,9 +263,7 @@ def validate(config: Config, world_size: int) -> int:
         not (parallel.overlap_param_gather and not parallel.use_distributed_optimizer),
         "overlap_param_gather needs use_distributed_optimizer",
     )
-    if parallel.recompute_granularity == "full" and parallel.recompute_method == "uniform":
-        per_stage, chunk = model.num_layers // pp, parallel.recompute_num_layers
-        _multiple("layers per stage", per_stage, "recompute_num_layers", chunk)
+    _check_recompute(parallel, model.num_layers // pp)
 
     preference = objective.objective == "preference"
     _demand(
@@ -287,10 +289,27 @@ def validate_training(config: Config, data_parallel: int) -> None:
     _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
 
 
+def _check_recompute(parallel: ParallelSettings, layers_per_stage: int) -> None:
+    method, count = parallel.recompute_method, parallel.recompute_num_layers
+    if parallel.recompute_granularity != "full":
+        _demand(
+            method is None and count is None,
+            "recompute_method and recompute_num_layers go with recompute_granularity full: set that or leave them out",
+        )
+    elif method == "uniform":
+        _multiple("layers per stage", layers_per_stage, "recompute_num_layers", count)
+    else:
+        _demand(
+            count <= layers_per_stage,
+            f"recompute_num_layers {count} is more than the {layers_per_stage} layers of a stage",
+        )
+
+
 def _check_ranges(group) -> None:
     for f in dataclasses.fields(group):
         value, low, high = getattr(group, f.name), f.metadata["at_least"], f.metadata["at_most"]
         if value is None:
             continue
+        _demand(not isinstance(value, float) or math.isfinite(value), f"{f.name} is {value}: it must be finite")
         _demand(low is None or value >= low, f"{f.name} is {value}: it must be at least {low}")
         _demand(high is None or value <= high, f"{f.name} is {value}: it must be at most {high}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
@@ -20,11 +21,17 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     try:
         command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        # Every process meets the same error; one of them says it.
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _wait_for_rank_zero()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _wait_for_rank_zero(seconds: float = 5.0) -> None:
+    """Most errors meet every process and one of them is to say it: rank 0 does, exits, and its launcher ends the rest
+    while they wait here. A process that outlives the wait has met an error of its own."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import random
 import string
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def flags(settings: dict) -> list[str]:
 
 
 def uneven_pairs(path: Path, count: int, seed: int = 0) -> Path:
-    """Writes ``count`` preference pairs of random letters; the longest is twenty times the shortest, so that micro-batch
+    """Writes ``count`` preference pairs of random letters; the longest is many times the shortest, so that micro-batch
     size, packing budget and the number of processes each pack a step differently."""
     rng = random.Random(seed)
 
@@ -91,6 +92,26 @@ class Result:
         return [line for line in self.output.splitlines() if line.startswith("error:")]
 
 
+def _environment() -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key not in _TORCHRUN}
+    return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def _kill_tree(process: subprocess.Popen) -> None:
+    """Ends a process that we started and all that it started, and nothing else."""
+    try:
+        own = psutil.Process(process.pid)
+        family = [*own.children(recursive=True), own]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()
+
+
 class Job:
     """A run of the trainer in processes of its own."""
 
@@ -99,11 +120,9 @@ class Job:
         self.log, self.processes = log, processes
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         words = (launcher if processes > 1 else []) + (command or ["-m", TRAINER]) + flags(settings)
-        environment = {key: value for key, value in os.environ.items() if key not in _TORCHRUN}
-        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=_environment(), cwd=REPOSITORY
             )
 
     def wait(self, timeout: float = 120) -> Result:
@@ -130,25 +149,14 @@ class Job:
         return own.children() if self.processes > 1 else [own]
 
     def kill(self) -> None:
-        """Ends this run and everything it started, and nothing else."""
-        try:
-            own = psutil.Process(self.process.pid)
-            family = [*own.children(recursive=True), own]
-        except psutil.NoSuchProcess:
-            return
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
-        self.process.wait()
+        _kill_tree(self.process)
 
     def _output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def run(settings: dict, log: Path, processes: int = 1, timeout: float = 120, command: list[str] | None = None) -> Result:
-    return Job(settings, log, processes, command).wait(timeout)
+def run(settings: dict, log: Path, processes: int = 1, timeout: float = 120) -> Result:
+    return Job(settings, log, processes).wait(timeout)
 
 
 def train(settings: dict, processes: int = 1, timeout: float = 120) -> list[dict]:
@@ -157,6 +165,37 @@ def train(settings: dict, processes: int = 1, timeout: float = 120) -> list[dict
     result = run(settings, save.with_name(save.name + ".log"), processes, timeout)
     assert result.status == 0, result.output
     return read_metrics(save)
+
+
+class ForkServer:
+    """Trains as `train` does, in processes forked from one that has the slow imports behind it."""
+
+    def __init__(self, log: Path):
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=file, text=True, env=_environment(), cwd=REPOSITORY,
+            )  # fmt: skip
+
+    def train(self, settings: dict, processes: int = 1, timeout: float = 120) -> list[dict]:
+        save = Path(settings["save"])
+        log = save.with_name(save.name + ".log")
+        job = {"arguments": flags(settings), "processes": processes, "log": str(log)}
+        watchdog = threading.Timer(timeout, self.close)
+        watchdog.start()
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        output = log.read_text(encoding="utf-8", errors="replace")
+        assert answer, f"no end within {timeout} s:\n{output}"
+        assert json.loads(answer) == [0] * processes, output
+        return read_metrics(save)
+
+    def close(self) -> None:
+        _kill_tree(self.process)
 
 
 def disagreements(rows: list[dict], expected: list[dict], tolerance: float = 1e-4) -> list[str]:

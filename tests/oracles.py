@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
 
 
 class _WideRMSNorm(torch.nn.Module):
@@ -39,6 +42,8 @@ def qwen2(
     seed: int = 0,
 ) -> Qwen2ForCausalLM:
     """A tiny Qwen2 with biases on q, k and v, every parameter random and far from a symmetric choice."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # slow to import, and not every test needs it
+
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals positions ``0 .. len(costs) - 1`` into ``parts`` lists of equal size (one less in some, if ``parts``
-    does not divide) and nearly equal cost: the longest first, each to the list that has least so far."""
+    """Deals positions ``0 .. len(costs) - 1`` into ``parts`` lists of nearly equal cost: the longest first, each to
+    the list that has least so far. No list gets more than its share of items, rounded up."""
     size = -(-len(costs) // parts)
     dealt: list[list[int]] = [[] for _ in range(parts)]
     totals = [0] * parts

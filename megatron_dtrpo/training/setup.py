@@ -6,7 +6,9 @@ again, takes the reference from it, and only then continues from its own checkpo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +93,22 @@ class Data:
 def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Validates and tokenizes the data once per node (rank 0 first), then maps it into every process."""
     data = config.data
-    cache = data.data_cache_path or str(Path(config.run.save) / "data_cache")
+    cache = Path(data.data_cache_path or Path(config.run.save) / "data_cache")
+    show_bar = config.run.progress and initialize.rank() == 0 and sys.stderr.isatty()
     for builder in (initialize.rank() == 0, initialize.local_rank() == 0, True):
+        problem = None
         if builder:
-            store = build_token_store(
-                data.data_path, config.objective.objective, tokenizer, cache, data.apply_chat_template,
-                progress=config.run.progress and initialize.rank() == 0,
-            )  # fmt: skip
-        dist.barrier()
+            missing = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+            try:
+                store = build_token_store(
+                    data.data_path, config.objective.objective, tokenizer, cache, data.apply_chat_template, show_bar
+                )
+            except UserError as error:
+                problem = str(error)
+                for folder in missing:  # a run that never began leaves no empty folders behind
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+        _raise_together(problem)
     noising = Noising.from_config(config, tokenizer.mask_id)
     usable, skipped = select_by_length(
         store,
@@ -108,6 +118,16 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     )
     _check_positions(store, usable, config)
     return Data(store, SampleOrder(usable, config.optimizer.seed, data.shuffle), noising, skipped)
+
+
+def _raise_together(problem: str | None) -> None:
+    """Raises UserError on every process if one of them has a ``problem``; collective. A process that left alone would
+    take the others down in the middle of a collective."""
+    problems: list = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise UserError(problem)
 
 
 def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> None:

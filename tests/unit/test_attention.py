@@ -158,9 +158,7 @@ def test_flex_attention_equals_the_dense_softmax(seed, padding, heads, groups):
     sequence = random_sequence(seed, padding=padding)
     inputs = [t.detach() for t in random_qkv(len(sequence), heads, groups, width=16)]
     out = attend(sequence, *inputs, backend="flex")
-    torch.testing.assert_close(
-        out, oracles.dense_attention(*inputs, oracle_mask(sequence), 0.3), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(out, oracles.dense_attention(*inputs, oracle_mask(sequence), 0.3), rtol=0, atol=1e-10)
     torch.testing.assert_close(out, attend(sequence, *inputs), rtol=0, atol=1e-10)
 
 

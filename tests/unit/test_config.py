@@ -185,7 +185,9 @@ def test_mistakes_on_the_command_line(argv, words):
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("text, words", [("a: [1\n", "not valid YAML"), ("- 1\n", "key: value"), ("word\n", "key: value")])
+@pytest.mark.parametrize(
+    "text, words", [("a: [1\n", "not valid YAML"), ("- 1\n", "key: value"), ("word\n", "key: value")]
+)
 def test_files_that_are_not_settings(tmp_path, text, words):
     path = write(tmp_path, text)
     with pytest.raises(UserError) as caught:
@@ -285,3 +287,40 @@ def test_the_vocabulary_is_padded_whatever_the_layout():
     assert config_of(vocab_size=1000).model.padded_vocab_size == 1024
     assert config_of(vocab_size=1024).model.padded_vocab_size == 1024
     assert config_of(vocab_size=1000, make_vocab_size_divisible_by=1).model.padded_vocab_size == 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_query_groups": 0}, "num_query_groups is 0"),
+        ({"kv_channels": 0}, "kv_channels is 0"),
+        ({"beta": 0.0}, "beta is 0"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"seed": 2**63}, "seed is"),
+        ({"recompute_granularity": "selective", "recompute_num_layers": 1}, "recompute_num_layers"),
+        ({"recompute_method": "uniform"}, "recompute_method"),
+        (
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 99},
+            "recompute_num_layers 99",
+        ),
+        ({"hidden_size": 70, "num_attention_heads": 8, "num_query_groups": 2}, "hidden_size 70"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_the_door(values, words):
+    base = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 4, "data_path": "x"}
+    with pytest.raises(UserError, match=words):
+        validate(Config.from_flat({**base, **values}), 1)
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", ".inf", "1.5"])
+def test_an_integer_setting_refuses_other_values(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"seed: {value}\n")
+    with pytest.raises(UserError, match="c.yaml: seed"):
+        read_yaml(path)
+
+
+def test_large_integers_are_kept(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 9007199254740993\n")
+    assert read_yaml(path) == {"seed": 9007199254740993}

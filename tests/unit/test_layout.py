@@ -124,32 +124,27 @@ def assert_equals_plain_layout(model, documents, sequence, block_start) -> None:
     row_of = {
         key: row
         for row, key in enumerate(
-            zip(*(t.tolist() for t in (sequence.document, sequence.branch, sequence.view, sequence.position)))
+            zip(
+                sequence.document.tolist(),
+                sequence.branch.tolist(),
+                sequence.view.tolist(),
+                sequence.position.tolist(),
+                strict=True,
+            )
         )
     }
     assert len(row_of) == len(sequence), "two packed rows are the same token"
-    targets = {
-        weight: (row, token, response)
-        for weight, row, token, response in zip(
+    reads = list(
+        zip(
             sequence.target_weight.tolist(),
             sequence.target_row.tolist(),
             sequence.target_token.tolist(),
             sequence.target_response.tolist(),
             strict=True,
         )
-        if weight != 1.0
-    }
-    of_weight_one = [
-        (response, row, token)
-        for weight, row, token, response in zip(
-            sequence.target_weight.tolist(),
-            sequence.target_row.tolist(),
-            sequence.target_token.tolist(),
-            sequence.target_response.tolist(),
-            strict=True,
-        )
-        if weight == 1.0
-    ]
+    )
+    targets = {weight: (row, token, response) for weight, row, token, response in reads if weight != 1.0}
+    of_weight_one = [(response, row, token) for weight, row, token, response in reads if weight == 1.0]
     compared, read, worst, response_number, expected_of_weight_one = set(), 0, 0.0, 0, []
     for d, document in enumerate(documents):
         P = len(document.prompt)
@@ -322,7 +317,8 @@ def test_targets_of_a_document_written_out(block_start):
     assert sequence.position.tolist() == [0, 1, 2, 3] + [4, 5, 6, 7] + [4, 5, 6, 7] + [8, 9, 10, 11]
     assert sequence.branch.tolist() == [0] * 4 + [1] * 12
     assert sequence.view.tolist() == [0] * 8 + [1] * 8
-    targets = list(zip(*(t.tolist() for t in (sequence.target_row, sequence.target_token, sequence.target_weight))))
+    fields = (sequence.target_row, sequence.target_token, sequence.target_weight)
+    targets = [tuple(row) for row in zip(*(field.tolist() for field in fields), strict=True)]
     # Token 11 is read from the noisy copy of token 5 (row 8), token 15 from the noisy row of token 14 (row 12); token
     # 14 starts a block: from the clean row of token 13 (row 7), or from its noisy row (row 11).
     if block_start == "clean":

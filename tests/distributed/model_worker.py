@@ -1,0 +1,84 @@
+"""One tensor-parallel rank of `test_model.py`: ``model_worker.py INPUT OUTPUT``, alone or under torchrun.
+
+INPUT holds cases, each with unsharded parameters and a packed sequence. For every case this builds the package's
+model, gives it its part of the parameters, and writes to OUTPUT what it computes, unsharded again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.runtime import initialize
+from tests import oracles
+
+
+def gather(name: str, part: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return oracles.join_tensor_parallel(name, parts)
+
+
+def run_case(case: dict, ranks: int) -> dict:
+    from megatron_dtrpo.model import gpt
+    from megatron_dtrpo.model.attention import attention_width, plan_attention
+    from megatron_dtrpo.model.initialization import initialize_weights
+    from megatron_dtrpo.model.provider import build_model
+
+    settings = ModelSettings(**case["model"])
+    parallel = ParallelSettings(tensor_model_parallel_size=ranks, **case["parallel"])
+    parallel.sequence_parallel &= ranks > 1  # as `config.validate` does
+    gpt.LOGIT_ROWS = case["logit_rows"]
+    model = build_model(settings, parallel)
+    out = {}
+
+    initialize_weights(model, case["seed"])
+    out["initial"] = {name: gather(name, p.detach().clone()) for name, p in model.named_parameters()}
+
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        assert set(parameters) == set(case["parameters"]), set(parameters) ^ set(case["parameters"])
+        for name, full in case["parameters"].items():
+            part = oracles.split_for_tensor_parallel(name, full, ranks)[dist.get_rank()]
+            assert part.shape == parameters[name].shape, (name, part.shape, parameters[name].shape)
+            parameters[name].copy_(part)
+
+    model.train()
+    sequence = case["sequence"]
+    width = attention_width(model.config)
+    attention = plan_attention(sequence.coordinates(), sequence.block_size, "sdpa", width=width)
+    log_probs = model(sequence.tokens, sequence.position, attention, sequence.target_row, sequence.target_token)
+    (log_probs * sequence.target_weight.float()).sum().backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if getattr(parameter, "sequence_parallel", False):  # each rank saw a part of the sequence
+            dist.all_reduce(gradient)
+        gradients[name] = gather(name, gradient)
+    out["gradients"] = gradients
+    everyone = [torch.empty_like(log_probs) for _ in range(ranks)]
+    dist.all_gather(everyone, log_probs.detach())
+    assert all(torch.equal(each, everyone[0]) for each in everyone)
+    out["log_probs"] = everyone[0]
+    with torch.no_grad():
+        hidden = model(sequence.tokens, sequence.position, attention)
+    out["hidden_shape"] = tuple(hidden.shape)
+    return out
+
+
+def main(source: str, target: str) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    initialize.start(ParallelSettings(tensor_model_parallel_size=ranks), seed=1)
+    cases = torch.load(source, weights_only=False)
+    results = {name: run_case(case, ranks) for name, case in cases.items()}
+    if dist.get_rank() == 0:
+        torch.save(results, target)
+    initialize.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -18,11 +18,11 @@ train() { "$bin/python" -m torch.distributed.run --standalone --nproc-per-node 2
 score() {
     "$bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 tools/score_preferences.py \
         --reference "$out/sft" --data "$out/data/pairs_heldout.jsonl" \
-        --num-views 8 --steps-per-block 4 --micro-batch-size 16 --no-progress "$@"
+        --num-views 4 --steps-per-block 4 --micro-batch-size 16 --no-progress "$@"
 }
 
 step "1/5 data: arithmetic word problems with verifiable answers, and a tokenizer for them"
-"$bin/python" examples/arithmetic.py --output "$out/data" --train 40000 --pairs 6400 --heldout 500
+"$bin/python" examples/arithmetic.py --output "$out/data" --train 40000 --pairs 3200 --heldout 500
 "$bin/python" examples/train_tokenizer.py --input "$out/data/sft.jsonl" "$out/data/pairs_train.jsonl" \
     --output "$out/tokenizer" --vocab-size 448
 

@@ -8,6 +8,7 @@ other module needs to know on what it runs.
 from __future__ import annotations
 
 import functools
+import queue
 
 import torch
 
@@ -43,6 +44,7 @@ def enable() -> None:
     _redirect_random_state()
     _rename_types()
     _replace_adam()
+    _keep_write_results_in_process()
 
 
 def _on_cpu(function):
@@ -132,3 +134,11 @@ def _replace_adam() -> None:
         optimizer.Adam = distrib_optimizer.Adam = CpuAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _keep_write_results_in_process() -> None:
+    """Saving passes its results through a queue in a server process of its own, which takes seconds to start and which
+    only asynchronous saving needs."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

@@ -87,6 +87,7 @@ class DataSettings:
     )
     tokenizer_model: str | None = _setting(None, "Tokenizer folder (Hugging Face) or model file (SentencePiece).")
     mask_token: str | None = _setting(None, "The mask token; default: the tokenizer's own.")
+    eos_token: str | None = _setting(None, "The token that ends a response; default: the tokenizer's own.")
     apply_chat_template: bool = _setting(False, "Wrap text prompts in the chat template as one user message.")
     seq_length: int = _setting(
         8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1

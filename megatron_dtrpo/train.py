@@ -27,7 +27,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     return 0
 
 
-def _wait_for_rank_zero(seconds: float = 5.0) -> None:
+def _wait_for_rank_zero(seconds: float = 20.0) -> None:
     """Most errors meet every process and one of them is to say it: rank 0 does, exits, and its launcher ends the rest
     while they wait here. A process that outlives the wait has met an error of its own."""
     if int(os.environ.get("RANK", 0)) > 0:
@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str]) -> None:
     from megatron_dtrpo.arguments import parse
 
-    config, _ = parse(argv, prog="python -m megatron_dtrpo.train", description=__doc__)
+    config, given = parse(argv, prog="python -m megatron_dtrpo.train", description=__doc__)
 
     from megatron_dtrpo.runtime import initialize
 
     initialize.enable_device()
     from megatron_dtrpo.training.setup import prepare
 
-    tokenizer, data_parallel_size = prepare(config)
+    tokenizer, data_parallel_size = prepare(config, given)
     initialize.start(config.parallel, config.optimizer.seed)
     try:
         from megatron_dtrpo.training.loop import Trainer

@@ -28,7 +28,7 @@ def _score(argv: list[str]) -> None:
     parser.add_argument("--data", required=True, help="Preference pairs, as for training.")
     parser.add_argument("--output", help="JSONL file: one object per pair.")
     arguments, rest = parser.parse_known_args(argv)
-    config, _ = parse(rest, parser.prog, __doc__)
+    config, given = parse(rest, parser.prog, __doc__)
     config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
 
     from megatron_dtrpo.runtime import initialize
@@ -38,7 +38,7 @@ def _score(argv: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         config.data.data_cache_path = config.data.data_cache_path or scratch
-        tokenizer, data_parallel = prepare(config, training=False)
+        tokenizer, data_parallel = prepare(config, given, training=False)
         initialize.start(config.parallel, config.optimizer.seed)
         try:
             rows = _rows(config, tokenizer, data_parallel, arguments.reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training.checkpoint import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def check_logging(settings: RunSettings) -> None:
+    """Raises UserError, on every process, for a sink that rank 0 could not open."""
+    if settings.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb_project is set but wandb is not installed: pip install megatron-dtrpo[wandb]")
 
 
 def drop_later_lines(path: Path, iteration: int) -> None:
@@ -49,12 +56,8 @@ class MetricLog:
         return SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
     def _open_wandb(self, config: dict):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "wandb_project is set but wandb is not installed: pip install megatron-dtrpo[wandb]"
-            ) from None
+        import wandb
+
         return wandb.init(project=self.settings.wandb_project, name=self.settings.wandb_exp_name, config=config)
 
     def say(self, message: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 import yaml
 
+from megatron_dtrpo.arguments import read_yaml
 from megatron_dtrpo.config import Config, validate, validate_training
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
@@ -24,27 +25,45 @@ from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_token
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.training import checkpoint
+from megatron_dtrpo.training.logging import check_logging
 
 RUN_CONFIG = "run_config.yaml"
 
 
-def resolve_start(config: Config) -> None:
-    """Fills in what the starting checkpoint decides, and a resumed run's original starting point."""
+def resolve_start(config: Config, given: set[str]) -> None:
+    """Fills in what the starting checkpoint decides, except the keys that were ``given``, which must agree with it."""
     run = config.run
-    if run.save and run.load and Path(run.save).resolve() == Path(run.load).resolve():
-        record = Path(run.save) / RUN_CONFIG
-        if not record.exists():
-            raise UserError(f"save and load are both {run.load}: give the run a folder of its own with --save")
-        run.load = (yaml.safe_load(record.read_text()) or {}).get("load")  # resume: the reference is where it started
+    _return_to_first_start(config)
     if run.load is None:
         return
     checkpoint.require_latest(run.load)
     saved = checkpoint.load_model_config(run.load)
     for f in dataclasses.fields(saved):
-        default, given = f.default, getattr(config.model, f.name)
-        if given == default:
+        if f.name not in given:
             setattr(config.model, f.name, getattr(saved, f.name))
     checkpoint.check_same_architecture(config.model, saved, run.load)
+
+
+def _return_to_first_start(config: Config) -> None:
+    """A resumed run keeps the starting point and the seed of its first start: they define its reference policy."""
+    run = config.run
+    if run.save is None or checkpoint.latest_iteration(run.save) is None:
+        return
+    record = Path(run.save) / RUN_CONFIG
+    if not record.exists():
+        raise UserError(
+            f"{run.save}: holds a checkpoint but no {RUN_CONFIG}: give the run a folder of its own with --save"
+        )
+    first = read_yaml(record)
+    same_folder = run.load is not None and Path(run.load).resolve() == Path(run.save).resolve()
+    if run.load is None or same_folder:  # Megatron-LM's habit: --load and --save name the run
+        run.load = first["load"]
+    if (run.load is None) != (first["load"] is None) or (
+        run.load is not None and Path(run.load).resolve() != Path(first["load"]).resolve()
+    ):
+        raise UserError(f"{run.save}: this run started from {first['load'] or 'random weights'}, not from {run.load}")
+    if config.optimizer.seed != first["seed"]:
+        raise UserError(f"{run.save}: this run has seed {first['seed']}, not {config.optimizer.seed}")
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -54,7 +73,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
         if load is None:
             raise UserError("tokenizer_type is missing: give --tokenizer-type, or --load a checkpoint that has one")
         return load_tokenizer(Path(load) / checkpoint.TOKENIZER)
-    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token)
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token, data.eos_token)
 
 
 def settle_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
@@ -141,12 +160,20 @@ def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> N
         )
 
 
-def prepare(config: Config, training: bool = True) -> tuple[Tokenizer, int]:
-    """Checks the settings and opens the tokenizer. Returns it and the data-parallel size."""
-    resolve_start(config)
+def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tokenizer, int]:
+    """Checks the settings and opens the tokenizer.
+
+    Args:
+        given: keys that the user set, in a file or as a flag.
+
+    Returns:
+        The tokenizer and the data-parallel size.
+    """
+    resolve_start(config, given)
     data_parallel = validate(config, initialize.world_size())
     if training:
         validate_training(config, data_parallel)
+        check_logging(config.run)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)
     return tokenizer, data_parallel

@@ -22,7 +22,7 @@ score() {
 }
 
 step "1/5 data: arithmetic word problems with verifiable answers, and a tokenizer for them"
-"$bin/python" examples/arithmetic.py --output "$out/data" --train 40000 --pairs 3200 --heldout 500
+"$bin/python" examples/arithmetic.py --output "$out/data" --train 36000 --pairs 2000 --heldout 500
 "$bin/python" examples/train_tokenizer.py --input "$out/data/sft.jsonl" "$out/data/pairs_train.jsonl" \
     --output "$out/tokenizer" --vocab-size 448
 

@@ -11,6 +11,7 @@ import functools
 import queue
 
 import torch
+from torch.utils import _device
 
 # Functions that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
 _FACTORIES = (
@@ -59,6 +60,9 @@ def _on_cpu(function):
 
 
 def _redirect_devices() -> None:
+    # ``with torch.device(...)`` knows the functions that create tensors by identity, from a list made at first use: it
+    # is made here, so that it holds torch's own and not our wrappers, which call them.
+    _device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self

@@ -2,6 +2,7 @@
 
     DIR/model_config.yaml                     the architecture (ModelSettings)
     DIR/tokenizer/                            the tokenizer's own files
+    DIR/huggingface/                          of an imported model: what export restores (config.json ...)
     DIR/latest_checkpointed_iteration.txt     written last
     DIR/iter_0000010/                         weights, optimizer, scheduler, progress; reshards on load
 
@@ -28,6 +29,7 @@ from megatron_dtrpo.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG = "model_config.yaml"
 TOKENIZER = "tokenizer"
+HUGGINGFACE = "huggingface"
 
 # How tensors are laid out in a checkpoint; recorded in it, where Megatron-LM's loader looks for it too.
 _SHARDING = {

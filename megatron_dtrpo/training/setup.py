@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,4 +186,8 @@ def write_run_folder(config: Config, tokenizer: Tokenizer) -> None:
     checkpoint.save_model_config(folder, config.model)
     if not (folder / checkpoint.TOKENIZER).exists():
         tokenizer.save(folder / checkpoint.TOKENIZER)
+    if config.run.load is not None:
+        source, kept = Path(config.run.load) / checkpoint.HUGGINGFACE, folder / checkpoint.HUGGINGFACE
+        if source.is_dir() and not kept.exists():
+            shutil.copytree(source, kept)
     checkpoint.write_atomically(folder / RUN_CONFIG, yaml.safe_dump(config.to_flat(), sort_keys=False))

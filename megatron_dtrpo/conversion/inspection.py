@@ -1,0 +1,86 @@
+"""What a checkpoint of either kind is, from its descriptions alone: no weights are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.conversion import mapping
+from megatron_dtrpo.conversion.dtypes import dtype_name
+from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config
+from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
+from megatron_dtrpo.conversion.template import find_template
+from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
+from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.training import checkpoint
+
+
+def inspect(folder: str | Path) -> dict[str, str]:
+    """What to say about ``folder``, in order. Raises UserError if it is no checkpoint that we know."""
+    folder = Path(folder)
+    if (folder / checkpoint.MODEL_CONFIG).is_file() or (folder / checkpoint.TRACKER).is_file():
+        return _megatron(folder)
+    if (folder / CONFIG).is_file():
+        return _huggingface(folder)
+    raise UserError(f"{folder}: neither a Hugging Face nor a Megatron checkpoint: no {CONFIG}, no "
+                    f"{checkpoint.MODEL_CONFIG}")  # fmt: skip
+
+
+def _megatron(folder: Path) -> dict[str, str]:
+    model = checkpoint.load_model_config(folder)
+    iteration = checkpoint.require_latest(folder)
+    expected = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
+    keys = {piece.tensor.key: piece.tensor for pieces in expected.values() for piece in pieces}
+    with TorchDistReader(checkpoint.iteration_folder(folder, iteration)) as reader:
+        dtypes = [reader.dtype(t.key, t.layer) for t in keys.values() if reader.find(t.key, t.layer) is not None]
+    template = find_template(folder)
+    name = "trained here" if template is None else architecture(read_config(template), template)
+    return {
+        "kind": "Megatron torch_dist",
+        "architecture": name,
+        **_model_lines(model, mapping.count_parameters(expected), dtypes),
+        "mask token": _mask_token(lambda: load_tokenizer(folder / checkpoint.TOKENIZER)),
+        "iteration": str(iteration),
+    }
+
+
+def _huggingface(folder: Path) -> dict[str, str]:
+    config = read_config(folder)
+    model = model_settings(config, folder / CONFIG)
+    with SafetensorsFolder(folder) as weights:
+        parameters = sum(math.prod(stored.shape) for stored in weights.tensors.values())
+        dtypes = [stored.dtype for stored in weights.tensors.values()]
+    lines = {
+        "kind": "Hugging Face safetensors",
+        "architecture": architecture(config, folder / CONFIG),
+        **_model_lines(model, parameters, dtypes),
+        "mask token": _mask_token(lambda: build_tokenizer("HuggingFaceTokenizer", folder)),
+        "iteration": "none",
+    }
+    if "bd_size" not in config:
+        lines["block size"] = f"none ({model.block_size} unless import is given --block-size)"
+    return lines
+
+
+def _model_lines(model: ModelSettings, parameters: int, dtypes: list[torch.dtype]) -> dict[str, str]:
+    embeddings = "untied" if model.untie_embeddings_and_output_weights else "tied"
+    heads = f"{model.num_attention_heads} query and {model.num_query_groups} key/value heads"
+    return {
+        "parameters": f"{parameters:,}",
+        "layers": f"{model.num_layers} of width {model.hidden_size}, {heads} of width {model.kv_channels}",
+        "vocabulary": f"{model.vocab_size}, padded to {model.padded_vocab_size}, {embeddings}",
+        "dtype": ", ".join(sorted({dtype_name(dtype) for dtype in dtypes})) or "unknown",
+        "block size": str(model.block_size),
+    }
+
+
+def _mask_token(load) -> str:
+    try:
+        tokenizer: Tokenizer = load()
+    except UserError as error:
+        return f"none ({error})"
+    return f"{tokenizer.mask_token} ({tokenizer.mask_id})"

@@ -1,0 +1,198 @@
+"""Export: a Megatron checkpoint, from any layout, to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.conversion import mapping
+from megatron_dtrpo.conversion.ahead import ahead
+from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, new_config, read_config
+from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, Piece
+from megatron_dtrpo.conversion.output import output_folder, require_space
+from megatron_dtrpo.conversion.safetensors_writer import (
+    Planned,
+    shard_names,
+    split_into_shards,
+    write_index,
+    write_shard,
+)
+from megatron_dtrpo.conversion.template import (
+    GENERATION_CONFIG,
+    Source,
+    find_template,
+    read_source,
+    with_dtype,
+    write_config,
+)
+from megatron_dtrpo.conversion.tokenizer_files import export_tokenizer
+from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.training import checkpoint
+
+CHUNK_BYTES = 8 << 20  # what is in memory at a time, beside the stored piece that it comes from
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    iteration: int | None = None  # None: the latest
+    max_shard_bytes: int = 5 * 10**9
+    dtype: torch.dtype | None = None  # None: the imported folder's, else the checkpoint's
+    hf_reference: Path | None = None
+    check_finite: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` in bytes. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
+    unit = match and (match[2] if match[2] in _UNITS else match[2] + "B")
+    if not match or unit not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS[unit]))
+
+
+def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: ExportOptions) -> list[str]:
+    """Writes ``hf_path``. Returns what its user should know, a line each. Raises UserError, and leaves nothing."""
+    megatron_path, hf_path = Path(megatron_path), Path(hf_path)
+    if options.hf_reference is not None and not options.hf_reference.is_dir():
+        raise UserError(f"--hf-reference {options.hf_reference}: no such folder")
+    template, config, model = _description(megatron_path, options)
+    iteration = options.iteration
+    if iteration is None:
+        iteration = checkpoint.require_latest(megatron_path)
+    folder = checkpoint.iteration_folder(megatron_path, iteration)
+    if not (folder / "metadata.json").is_file():
+        raise UserError(f"{megatron_path}: no complete checkpoint of iteration {iteration}")
+    pieces = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
+    with TorchDistReader(folder) as reader:
+        _check_keys_and_shapes(reader, pieces)
+        source = _source(template, reader, pieces)
+        if source.head_stored_though_tied:
+            pieces[HEAD] = pieces[EMBEDDING]
+        planned = [
+            Planned(name, options.dtype or source.dtype_of(name), mapping.huggingface_shape(own))
+            for name, own in pieces.items()
+        ]
+        shards = split_into_shards(planned, options.max_shard_bytes)
+        with output_folder(hf_path, options.overwrite, megatron_path) as partial:
+            total = sum(tensor.nbytes for tensor in planned)
+            require_space(partial, total)
+            bar = tqdm(
+                total=total, desc="export", unit="B", unit_scale=True, disable=None if options.progress else True
+            )
+            with bar:
+                for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+                    write_shard(partial / name, shard, ahead(_rows(reader, shard, pieces, options.check_finite, bar)))
+            if len(shards) > 1:
+                write_index(partial, shards)
+            return _write_small_files(partial, megatron_path, template, config, source.dtype, options)
+
+
+def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | None, dict, ModelSettings]:
+    """The template folder, the configuration to export and the model's settings, checked against each other."""
+    template = find_template(megatron_path)
+    if template is None and options.hf_reference is not None and (options.hf_reference / CONFIG).is_file():
+        template = options.hf_reference
+    has_settings = (megatron_path / checkpoint.MODEL_CONFIG).exists()
+    if not has_settings and template is not None and megatron_path.is_dir():
+        config = read_config(template)  # as Megatron-LM saves: the reference says what the architecture is
+        return template, config, model_settings(config, template / CONFIG)
+    model = checkpoint.load_model_config(megatron_path)
+    if not model.add_qkv_bias:
+        raise UserError(f"{megatron_path}: add_qkv_bias is false: Qwen2 has these biases, so it cannot be exported")
+    if template is None:
+        return None, new_config(model), model
+    config = read_config(template)
+    theirs = model_settings(
+        config, template / CONFIG, None if "bd_size" in config else model.block_size, model.make_vocab_size_divisible_by
+    )
+    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                 "kv_channels", "vocab_size", "untie_embeddings_and_output_weights", "rotary_base", "norm_epsilon",
+                 "block_size"):  # fmt: skip
+        mine, other = getattr(model, name), getattr(theirs, name)
+        if mine != other:
+            raise UserError(
+                f"{template / CONFIG}: of another model: {name} is {other} there, {mine} in {megatron_path}"
+            )
+    return template, config, model
+
+
+def _check_keys_and_shapes(reader: TorchDistReader, pieces: dict[str, list[Piece]]) -> None:
+    for tensor in {piece.tensor.key: piece.tensor for own in pieces.values() for piece in own}.values():
+        shape = reader.shape(tensor.key, tensor.layer)
+        if shape is None:
+            raise UserError(f"{reader.folder}: {tensor.key} is missing")
+        # Megatron-LM pads the vocabulary more when it trains with more tensor parallelism.
+        longer = tensor.segments[0].source in (EMBEDDING, HEAD) and shape[:1] > tensor.shape[:1]
+        if shape != tensor.shape and not (longer and shape[1:] == tensor.shape[1:]):
+            raise UserError(
+                f"{reader.folder}: {tensor.key} has shape {list(shape)}, the architecture says {list(tensor.shape)}"
+            )
+
+
+def _source(template: Path | None, reader: TorchDistReader, pieces: dict[str, list[Piece]]) -> Source:
+    """How the imported folder stored its weights; for a model that was never imported, how the checkpoint does."""
+    if template is not None and (template / "source.json").is_file():
+        return read_source(template)
+    dtypes = {name: reader.dtype(own[0].tensor.key, own[0].tensor.layer) for name, own in pieces.items()}
+    return Source.of(dtypes, False)
+
+
+def _rows(
+    reader: TorchDistReader, shard: list[Planned], pieces: dict[str, list[Piece]], check_finite: bool, bar: tqdm
+) -> Iterator[Tensor]:
+    for planned in shard:
+        step = max(1, CHUNK_BYTES // (math.prod(planned.shape[1:]) * planned.dtype.itemsize))
+        for piece in pieces[planned.name]:
+            for start in range(0, piece.rows, step):
+                count = min(step, piece.rows - start)
+                tensor = piece.tensor
+                out = reader.rows(tensor.key, tensor.layer, piece.start + start, count, planned.dtype)
+                if check_finite and not out.isfinite().all():
+                    raise UserError(f"{reader.folder}: {planned.name} has values that are not finite")
+                yield out
+                bar.update(out.nbytes)
+
+
+def _write_small_files(
+    partial: Path,
+    megatron_path: Path,
+    template: Path | None,
+    config: dict,
+    stored: torch.dtype,
+    options: ExportOptions,
+) -> list[str]:
+    notes = []
+    if options.dtype is not None or template is None:
+        write_config(partial, with_dtype(config, options.dtype or stored))
+    else:
+        shutil.copyfile(template / CONFIG, partial / CONFIG)
+    if template is not None and (template / GENERATION_CONFIG).is_file():
+        shutil.copyfile(template / GENERATION_CONFIG, partial / GENERATION_CONFIG)
+    if not export_tokenizer(megatron_path / checkpoint.TOKENIZER, partial):
+        notes.append("no tokenizer was exported: the checkpoint has none that transformers reads")
+    if options.hf_reference is not None:
+        for file in sorted(options.hf_reference.glob("*.py")):
+            shutil.copyfile(file, partial / file.name)
+    absent = [name for name in _own_code(config) if not (partial / name).is_file()]
+    if absent:
+        notes.append(f"{CONFIG} asks for {', '.join(absent)}: copy them in, or export with --hf-reference DIR")
+    return notes
+
+
+def _own_code(config: dict) -> list[str]:
+    """Modelling files that a configuration names in this folder (not in a repository on the hub)."""
+    classes = (config.get("auto_map") or {}).values()
+    return sorted({f"{name.split('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name})

@@ -1,0 +1,206 @@
+"""Rows of the tensors in a ``torch_dist`` checkpoint, however training was spread when it was written.
+
+A tensor may be stored in any number of pieces, cut along any axis, alone or (as Megatron-LM does by default) with all
+layers of a kind in one tensor with a leading layer axis. Pieces are loaded when their rows are asked for, and kept
+while their neighbours are. Nothing in the folder is trusted: pickles may name tensor descriptions and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_dtrpo.errors import UserError
+
+_CACHE_BYTES = 256 << 20  # of loaded pieces; more only where one tensor is larger
+
+# Modules of plain dataclasses and enums that describe a checkpoint.
+_DESCRIPTIONS = (
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+)
+_PLAIN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+}
+
+
+class _DescriptionUnpickler(pickle.Unpickler):
+    """Builds tensor descriptions and refuses everything else."""
+
+    def find_class(self, module: str, name: str):
+        if "." not in name:
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if (module, name) in _PLAIN:
+                return super().find_class(module, name)
+            if module in _DESCRIPTIONS:
+                found = super().find_class(module, name)
+                if isinstance(found, type) and found.__module__ == module:
+                    return found
+        raise UserError(f"it names {module}.{name}, which is no part of a tensor's description")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as stream:
+            metadata = _DescriptionUnpickler(stream).load()
+    except UserError as error:
+        raise UserError(f"{path}: not trusted: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: {folder} is not a torch_dist checkpoint") from None
+    except Exception as error:  # a damaged pickle raises what it likes
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(metadata, Metadata):
+        raise UserError(f"{path}: not the description of a checkpoint")
+    return metadata
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file that reads like a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, length: int):
+        self.descriptor, self.offset, self.length, self.position = descriptor, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self.length - self.position)]
+        count = os.preadv(self.descriptor, [view], self.offset + self.position) if view else 0
+        self.position += count
+        return count
+
+
+class TorchDistReader:
+    """One iteration's folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        metadata = read_metadata(self.folder)
+        self.tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
+        self._storage = {(i.fqn, tuple(i.offset or ())): info for i, info in metadata.storage_data.items()}
+        self._open: dict[str, int] = {}
+        self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
+
+    def find(self, key: str, layer: int | None) -> tuple[str, bool] | None:
+        """The stored key of a tensor and whether it has a leading layer axis, or None."""
+        if key in self.tensors:
+            return key, False
+        joint = None if layer is None else key.replace(f".{layer}.", ".", 1)
+        return (joint, True) if joint in self.tensors else None
+
+    def shape(self, key: str, layer: int | None) -> tuple[int, ...] | None:
+        """The shape of one tensor, without the layer axis; None where the checkpoint lacks it."""
+        found = self.find(key, layer)
+        if found is None:
+            return None
+        size = tuple(self.tensors[found[0]].size)
+        return size if not found[1] else (size[1:] if layer < size[0] else None)
+
+    def dtype(self, key: str, layer: int | None) -> torch.dtype:
+        return self.tensors[self.find(key, layer)[0]].properties.dtype
+
+    def rows(self, key: str, layer: int | None, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``start:start + count`` as ``dtype``, contiguous; a view of the stored piece where that is possible."""
+        stored, joint = self.find(key, layer)
+        if not joint and self.tensors[stored].properties.dtype == dtype:
+            for chunk in self.tensors[stored].chunks:
+                first, whole = chunk.offsets[0], tuple(chunk.sizes[1:]) == tuple(self.tensors[stored].size[1:])
+                if whole and first <= start and start + count <= first + chunk.sizes[0]:
+                    piece = self._piece(stored, joint, tuple(chunk.offsets), tuple(chunk.sizes))
+                    return piece[start - first : start - first + count].contiguous()
+        out = torch.empty((count, *self.shape(key, layer)[1:]), dtype=dtype)
+        self.read_rows(key, layer, start, out)
+        return out
+
+    def read_rows(self, key: str, layer: int | None, start: int, out: Tensor) -> None:
+        """Fills ``out [rows, ...]`` with rows from ``start`` on, converted where the dtype differs."""
+        stored, joint = self.find(key, layer)
+        target = out.unsqueeze(0) if joint else out
+        begin = [layer, start] if joint else [start]
+        begin += [0] * (target.dim() - len(begin))
+        missing = target.numel()
+        for chunk in self.tensors[stored].chunks:
+            theirs, ours = [], []
+            for want, wanted, offset, size in zip(begin, target.shape, chunk.offsets, chunk.sizes, strict=True):
+                low, high = max(want, offset), min(want + wanted, offset + size)
+                theirs.append(slice(low - offset, max(low, high) - offset))
+                ours.append(slice(low - want, max(low, high) - want))
+            part = target[tuple(ours)]
+            if part.numel():
+                part.copy_(self._piece(stored, joint, tuple(chunk.offsets), tuple(chunk.sizes))[tuple(theirs)])
+                missing -= part.numel()
+        if missing:
+            raise UserError(f"{self.folder}: {stored} is incomplete: {missing} values of the rows from {start} on")
+
+    def _nbytes(self, key: str, joint: bool) -> int:
+        size = self.tensors[key].size[joint:]
+        return math.prod(size) * self.tensors[key].properties.dtype.itemsize
+
+    def _piece(self, key: str, joint: bool, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        if (key, offset) in self._cache:
+            self._cache.move_to_end((key, offset))
+            return self._cache[key, offset]
+        info = self._storage.get((key, offset))
+        if info is None:
+            raise UserError(f"{self.folder}: .metadata does not say where {key} is from {list(offset)} on")
+        where = self.folder / info.relative_path
+        limit = max(_CACHE_BYTES, self._nbytes(key, joint))  # a tensor cut into columns needs all pieces for any row
+        while self._cache and sum(t.nbytes for t in self._cache.values()) + info.length > limit:
+            self._cache.popitem(last=False)
+        try:
+            window = _Window(self._descriptor(info.relative_path), info.offset, info.length)
+            piece = torch.load(window, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror or error}") from None
+        except Exception as error:  # a truncated or damaged record raises what it likes
+            raise UserError(f"{where}: {key} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(piece, Tensor) or tuple(piece.shape) != shape:
+            raise UserError(f"{where}: {key} is not what the checkpoint's description says")
+        self._cache[key, offset] = piece
+        return piece
+
+    def _descriptor(self, name: str) -> int:
+        if name not in self._open:
+            if Path(name).name != name:
+                raise UserError(f"{self.folder}: {name} is not a file of this checkpoint")
+            self._open[name] = os.open(self.folder / name, os.O_RDONLY)
+        return self._open[name]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+        self._cache.clear()
+
+    def __enter__(self) -> TorchDistReader:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

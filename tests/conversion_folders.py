@@ -1,0 +1,180 @@
+"""For the tests of conversion: small Hugging Face folders, written by safetensors itself, and the tool's command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tools import convert_checkpoint
+
+# Fast_dLLM_v2_7B's head layout: 28 query and 4 key/value heads. The vocabulary is no multiple of 128.
+SHAPE = dict(layers=4, hidden=56, ffn=40, heads=28, groups=4, width=2, vocabulary=272)
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MASK = "|<MASK>|"
+FAST_DLLM, QWEN2 = "Fast_dLLM_QwenForCausalLM", "Qwen2ForCausalLM"
+
+
+def random_weights(dtype=torch.float32, tied=False, seed=0, shape=None) -> dict[str, torch.Tensor]:
+    """Name -> tensor of a Qwen2-shaped model; values are small enough for a forward pass to mean something."""
+    s = {**SHAPE, **(shape or {})}
+    query, key = s["heads"] * s["width"], s["groups"] * s["width"]
+    sizes = {"model.embed_tokens.weight": (s["vocabulary"], s["hidden"])}
+    for n in range(s["layers"]):
+        layer = f"model.layers.{n}."
+        sizes |= {
+            layer + "self_attn.q_proj.weight": (query, s["hidden"]),
+            layer + "self_attn.q_proj.bias": (query,),
+            layer + "self_attn.k_proj.weight": (key, s["hidden"]),
+            layer + "self_attn.k_proj.bias": (key,),
+            layer + "self_attn.v_proj.weight": (key, s["hidden"]),
+            layer + "self_attn.v_proj.bias": (key,),
+            layer + "self_attn.o_proj.weight": (s["hidden"], query),
+            layer + "mlp.gate_proj.weight": (s["ffn"], s["hidden"]),
+            layer + "mlp.up_proj.weight": (s["ffn"], s["hidden"]),
+            layer + "mlp.down_proj.weight": (s["hidden"], s["ffn"]),
+            layer + "input_layernorm.weight": (s["hidden"],),
+            layer + "post_attention_layernorm.weight": (s["hidden"],),
+        }
+    sizes["model.norm.weight"] = (s["hidden"],)
+    if not tied:
+        sizes["lm_head.weight"] = (s["vocabulary"], s["hidden"])
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, size in sizes.items():
+        values = torch.randn(size, generator=generator) * 0.2
+        weights[name] = (values + 1 if "norm" in name else values).to(dtype)
+    return weights
+
+
+def config(architecture=FAST_DLLM, tied=False, dtype=torch.float32, shape=None, **changes) -> dict:
+    s = {**SHAPE, **(shape or {})}
+    values = {
+        "architectures": [architecture],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": s["hidden"],
+        "initializer_range": 0.02,
+        "intermediate_size": s["ffn"],
+        "max_position_embeddings": 512,
+        "model_type": "Fast_dLLM_Qwen" if architecture == FAST_DLLM else "qwen2",
+        "num_attention_heads": s["heads"],
+        "num_hidden_layers": s["layers"],
+        "num_key_value_heads": s["groups"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_sliding_window": False,
+        "vocab_size": s["vocabulary"],
+    }
+    if architecture == FAST_DLLM:
+        values |= {
+            "auto_map": {"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.ForCausalLM"},
+            "bd_size": 8,
+            "conplemenrary_mask": True,
+        }
+    return {**values, **changes}
+
+
+def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS) -> None:
+    """Byte-level Qwen2 tokenizer without merges: 256 bytes, then the special tokens, then perhaps the mask token."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    _dump(folder / "vocab.json", {letters[b]: b for b in range(256)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = [*specials, *([MASK] if mask else [])]
+    description = {
+        "added_tokens_decoder": {str(256 + i): {"content": token, **flags} for i, token in enumerate(added)},
+        "additional_special_tokens": [MASK] if mask else [],
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    _dump(folder / "tokenizer_config.json", description)
+    _dump(folder / "added_tokens.json", {token: 256 + i for i, token in enumerate(added)})
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+
+
+def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards=1) -> None:
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(weights)  # not in the model's order: a layer's tensors lie in several shards
+    index = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        mine = {name: weights[name] for name in names[number::shards]}
+        save_file(mine, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(mine, file)
+    total = sum(w.nbytes for w in weights.values())
+    _dump(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def write_folder(
+    folder: Path, architecture=FAST_DLLM, dtype=torch.float32, tied=False, shards=1, mask=True, seed=0, shape=None,
+    specials=SPECIALS, **changes,
+) -> Path:  # fmt: skip
+    """A complete folder; ``changes`` are made to its configuration."""
+    folder.mkdir(parents=True)
+    _dump(folder / "config.json", config(architecture, tied, dtype, shape, **changes))
+    _dump(folder / "generation_config.json", {"eos_token_id": [258, 256], "temperature": 0.7})
+    write_tokenizer(folder, mask, specials)
+    write_weights(folder, random_weights(dtype, tied, seed, shape), shards)
+    return folder
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    """Equal to the last bit, by safetensors' own reader."""
+    ours, theirs = read_weights(folder), read_weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert (weight.dtype, weight.shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert torch.equal(weight.view(torch.uint8), theirs[name].view(torch.uint8)), name
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.is_file()}
+
+
+def _dump(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def run_tool(capsys, *words) -> tuple[int, str]:
+    """Runs tools/convert_checkpoint.py in this process. Returns its exit status and what it said on stderr."""
+    status = convert_checkpoint.main([str(word) for word in words])
+    return status, capsys.readouterr().err
+
+
+def refused(capsys, expected: str, *words) -> None:
+    """The command fails with one line that holds ``expected``."""
+    status, printed = run_tool(capsys, *words)
+    assert status == 2, printed
+    errors = [line for line in printed.splitlines() if not line.startswith("import:")]
+    assert len(errors) == 1 and errors[0].startswith("error: "), printed
+    assert expected in errors[0]
+
+
+def import_refused(capsys, source, expected: str, *flags) -> None:
+    """Importing ``source`` fails so, and leaves nothing behind."""
+    before = sorted(source.parent.iterdir())
+    refused(capsys, expected, "import", "--hf-path", source, "--megatron-path", source.parent / "out", *flags)
+    assert sorted(source.parent.iterdir()) == before

@@ -1,0 +1,136 @@
+"""The commands of the README and of tools/, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import conversion_folders as folders
+from tests import launch
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
+
+# As the README shows them.
+COMMANDS = """\
+python tools/convert_checkpoint.py import --hf-path Fast_dLLM_v2_7B --megatron-path base
+torchrun --nproc-per-node 2 -m megatron_dtrpo.train --load base --data-path pairs.jsonl --save run \\
+    --tensor-model-parallel-size 2 --bf16 --num-epochs 1
+python tools/convert_checkpoint.py export --megatron-path run --hf-path aligned --hf-reference Fast_dLLM_v2_7B
+"""
+PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+
+
+def start(words: list[str], cwd: Path, log: Path) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(launch.REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    program, *rest = words
+    tools = [str(launch.REPOSITORY / word) if word.startswith("tools/") else word for word in rest]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*PROGRAMS[program], *tools], cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def run(words: list[str], cwd: Path) -> tuple[int, str]:
+    log = cwd / "log"
+    log.unlink(missing_ok=True)
+    process = start(words, cwd, log)
+    try:
+        status = process.wait(timeout=240)
+    finally:
+        process.kill()
+    return status, log.read_text()
+
+
+def test_readme_shows_the_commands():
+    assert COMMANDS in (launch.REPOSITORY / "README.md").read_text()
+
+
+def test_import_train_export(tmp_path):
+    source = folders.write_folder(tmp_path / "Fast_dLLM_v2_7B", dtype=torch.bfloat16, shards=2)
+    for name in ("configuration.py", "modeling.py"):
+        (source / name).write_text("raise RuntimeError('code of a checkpoint was run')\n")
+    launch.uneven_pairs(tmp_path / "pairs.jsonl", 32)
+    for command in COMMANDS.replace("\\\n", "").splitlines():
+        status, output = run(command.split(), tmp_path)
+        assert status == 0, output
+    before, after = folders.checksums(source), folders.checksums(tmp_path / "aligned")
+    for name in before:
+        if "model" not in name or name.endswith(".py"):
+            assert after[name] == before[name], name
+    old, new = folders.read_weights(source), folders.read_weights(tmp_path / "aligned")
+    assert {n: (w.dtype, w.shape) for n, w in new.items()} == {n: (w.dtype, w.shape) for n, w in old.items()}
+    # In bf16 a step of 5e-7 is lost on most weights, but not on all: near zero they are fine enough.
+    assert any(not torch.equal(new[name], old[name]) for name in old)
+
+
+def test_roundtrip_and_inspect(tmp_path):
+    folders.write_folder(tmp_path / "hf", tied=True)
+    status, output = run(["python", "tools/convert_checkpoint.py", "roundtrip", "--hf-path", "hf"], tmp_path)
+    assert status == 0 and "all 51 are equal" in output, output
+    words = ["python", "tools/convert_checkpoint.py", "roundtrip", "--hf-path", "hf", "--params-dtype", "bf16"]
+    status, output = run(words, tmp_path)
+    assert status == 2 and "largest difference" in output and "error: 50 of 51 differ" in output, output
+    status, output = run(["python", "tools/convert_checkpoint.py", "inspect", "hf"], tmp_path)
+    assert status == 0 and "Fast_dLLM_QwenForCausalLM" in output and "|<MASK>| (259)" in output, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_run_again(tmp_path, number):
+    """Large enough to be caught in the act."""
+    shape = {"hidden": 1024, "ffn": 16384, "heads": 16, "width": 64, "layers": 4}
+    source = folders.write_folder(tmp_path / "hf", shape=shape)
+    words = ["python", "tools/convert_checkpoint.py", "import", "--hf-path", "hf", "--megatron-path", "out"]
+    process = start(words, tmp_path, tmp_path / "log")
+    data = tmp_path / "out.partial" / "iter_0000000" / "__0_0.distcp"
+    deadline = time.monotonic() + 120
+    while not (data.exists() and data.stat().st_size > 0) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.wait(timeout=60) != 0, (tmp_path / "log").read_text()
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists() == (number == signal.SIGKILL)
+    status, output = run(words, tmp_path)
+    assert status == 0, output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "log", "out"]
+    status, output = run([*words[:2], "export", "--megatron-path", "out", "--hf-path", "back"], tmp_path)
+    assert status == 0, output
+    folders.assert_same_weights(source, tmp_path / "back")
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """A real file system of 2 MB; needs the right to mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        folders.write_folder(tmp_path / "hf", shape={"hidden": 560, "width": 20})
+        words = ["python", "tools/convert_checkpoint.py", "import", "--hf-path", "hf", "--megatron-path", "small/out"]
+        status, output = run(words, tmp_path)
+        assert status == 2 and output.startswith("error: the disk of small is too full"), output
+        assert not list(small.iterdir())
+        blind = "from megatron_dtrpo.conversion import to_megatron; to_megatron.require_space = lambda *a: None; "
+        blind += "from tools.convert_checkpoint import main; import sys; sys.exit(main())"
+        status, output = run(["python", "-c", blind, *words[2:]], tmp_path)
+        assert status == 2 and output.splitlines() == ["error: the disk is full: nothing of small/out was kept"], output
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_the_measuring_script_on_a_small_model(tmp_path):
+    reference = folders.write_folder(tmp_path / "reference", shards=3)
+    for file in reference.glob("*.safetensors"):
+        file.unlink()
+    words = ["python", "tools/full_size_roundtrip.py", "--reference", "reference", "--work", "work"]
+    status, output = run(words, tmp_path)
+    assert status == 0 and "every tensor is equal" in output and "peak RssAnon" in output, output
+    assert not (tmp_path / "work").exists()

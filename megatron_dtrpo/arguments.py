@@ -26,12 +26,27 @@ def _base_type(kind: type) -> dict:
 
 
 TYPES = {key: hint for kind in GROUPS.values() for key, hint in _base_type(kind).items()}
+# What users of TRL and transformers type first.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_steps": "train_iters",
+    "num_train_epochs": "num_epochs",
+    "output_dir": "save",
+    "per_device_train_batch_size": "micro_batch_size",
+}
+# Two ways to say one thing: a flag replaces what the file says in the other way.
+_ALTERNATIVES = (("train_iters", "num_epochs"), ("num_epochs", "train_iters"))
 FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind)}
 
 
 def _unknown(kind: str, given: str, known) -> UserError:
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0)
-    return UserError(f"unknown {kind} {given}: the nearest known one is {near[0]}")
+    name = given.lstrip("-").replace("-", "_")
+    if name in _OTHER_NAMES:
+        near = given.replace(given.lstrip("-"), _OTHER_NAMES[name])
+        near = near.replace("_", "-") if near.startswith("-") else near
+    else:
+        near = difflib.get_close_matches(given, list(known), n=1, cutoff=0)[0]
+    return UserError(f"unknown {kind} {given}: the nearest known one is {near}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,9 +83,11 @@ def read_yaml(path: str | Path) -> dict:
     """Reads and type-checks a flat YAML file of settings. Raises UserError naming file and key."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a configuration file: {error}") from None
     except yaml.YAMLError as error:
         line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
@@ -125,5 +142,9 @@ def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str
         raise UserError(f"stray argument {word!r}: settings are given as --flag value")
     flags = vars(arguments)
     config_file = flags.pop("config", None)
-    values = {**(read_yaml(config_file) if config_file else {}), **flags}
+    values = read_yaml(config_file) if config_file else {}
+    for key, other in _ALTERNATIVES:
+        if key in flags and other not in flags:
+            values.pop(other, None)
+    values |= flags
     return Config.from_flat(values), set(values)

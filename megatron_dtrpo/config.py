@@ -212,11 +212,15 @@ def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     )
 
 
-def _fill_defaults(config: Config) -> None:
-    """Resolves the defaults that depend on another setting."""
-    model, objective = config.model, config.objective
+def fill_objective_defaults(objective: ObjectiveSettings) -> None:
     objective.estimator = objective.estimator or {"preference": "dtrpo", "sft": "sft"}[objective.objective]
     objective.block_start = objective.block_start or {"preference": "clean", "sft": "noisy"}[objective.objective]
+
+
+def _fill_defaults(config: Config) -> None:
+    """Resolves the defaults that depend on another setting."""
+    model = config.model
+    fill_objective_defaults(config.objective)
     if model.num_query_groups is None:
         model.num_query_groups = model.num_attention_heads
     if model.kv_channels is None:
@@ -269,7 +273,7 @@ def validate(config: Config, world_size: int) -> int:
     preference = objective.objective == "preference"
     _demand(
         preference == (objective.estimator != "sft"),
-        f"estimator {objective.estimator} does not fit objective {objective.objective}",
+        f"estimator {objective.estimator} does not fit objective {objective.objective}: leave it out or choose another",
     )
     _demand(
         objective.loss_type == "sigmoid" or objective.label_smoothing == 0,

@@ -16,14 +16,19 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """Runs a command line; returns the exit status, having said in one line what the user can mend."""
     # megatron-core reports at import which optional kernels it does without, once per process and kernel.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"transformers.*", category=FutureWarning)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _wait_for_rank_zero()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

@@ -4,8 +4,8 @@
     python tools/score_preferences.py --checkpoint RUN --reference BASE --data pairs.jsonl [--output scores.jsonl]
 
 Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likelihood`` rows compare the two responses
-under the checkpoint alone. Every setting of the trainer that bears on scoring is a flag here too (--num-views,
---steps-per-block, --estimator, --seed, --tensor-model-parallel-size ...); runs under torchrun as well.
+under the checkpoint alone. What a preference run was trained with (estimator, steps_per_block, beta, seq_length ...) is
+read from its folder; every such setting is a flag here too (--num-views 8 for less noise). Runs under torchrun as well.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_dtrpo.arguments import parse
+from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.train import run_command
 
 
@@ -30,11 +31,15 @@ def _score(argv: list[str]) -> None:
     arguments, rest = parser.parse_known_args(argv)
     config, given = parse(rest, parser.prog, __doc__)
     config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: its folder does not exist")
 
     from megatron_dtrpo.runtime import initialize
 
     initialize.enable_device()
-    from megatron_dtrpo.training.setup import prepare
+    from megatron_dtrpo.training.setup import follow_run, prepare
+
+    follow_run(config, given, arguments.checkpoint)
 
     with tempfile.TemporaryDirectory() as scratch:
         config.data.data_cache_path = config.data.data_cache_path or scratch
@@ -63,6 +68,8 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
         checkpoint.check_same_architecture(config.model, saved, reference)
     data = open_data(config, tokenizer)
     builder = data.batches(config, parallel_state.get_data_parallel_rank(), data_parallel)
+    if data.skipped and initialize.rank() == 0:
+        print(f"warning: skipped {data.skipped} pairs longer than seq_length {config.data.seq_length}", flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)
@@ -94,8 +101,6 @@ def _report(rows: list[dict], output: str | None) -> None:
     from megatron_dtrpo.training.checkpoint import write_atomically
     from megatron_dtrpo.training.scoring import accuracy, mean
 
-    if output:
-        write_atomically(Path(output), "".join(json.dumps(row) + "\n" for row in rows))
     print(f"pairs                {len(rows)}")
     if "rewards/margins" in rows[0]:
         margins = [row["rewards/margins"] for row in rows]
@@ -104,6 +109,8 @@ def _report(rows: list[dict], output: str | None) -> None:
     differences = [row["logps/chosen"] - row["logps/rejected"] for row in rows]
     print(f"likelihood accuracy  {accuracy(differences)}")
     print(f"likelihood margin    {mean(differences)}")
+    if output:
+        write_atomically(Path(output), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -174,5 +174,7 @@ def _explained(folder: Path, read: Callable):
     try:
         return read()
     except (CheckpointingException, CheckpointException, KeyError, RuntimeError, ValueError, OSError) as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()
+        failures = getattr(error, "failures", None)  # torch wraps each rank's error, traceback and all
+        cause = next(iter(failures.values()))[0] if failures else error
+        reason = re.sub(r"\s+", " ", str(cause)).strip() or type(cause).__name__
         raise UserError(f"{folder}: does not load into this model: {reason[:300]}") from error

@@ -71,10 +71,11 @@ class Trainer:
             for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
                 group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
             self.scheduler.step(increment=0)
+        changes = []
         if self.is_main:
-            write_run_folder(config, tokenizer)
+            changes = write_run_folder(config, tokenizer)
         self.log = MetricLog(run, self.iteration, self.train_iters, config.to_flat()) if self.is_main else None
-        self._announce(resume_from)
+        self._announce(resume_from, changes)
 
     def _freeze(self) -> None:
         patterns = self.config.objective.trainable_modules
@@ -82,14 +83,21 @@ class Trainer:
         dist.all_gather_object(matched, select_trainable(self.model, patterns))
         check_patterns(patterns, set().union(*matched))
 
-    def _announce(self, resume_from: int | None) -> None:
+    def _announce(self, resume_from: int | None, changes: list[str]) -> None:
         if not self.is_main:
             return
         origin = f"resuming from iteration {resume_from}" if resume_from is not None else "starting"
         self.log.say(f"{origin}: {len(self.data.order)} examples, {self.train_iters} steps")
+        if changes and resume_from is not None:
+            self.log.say(f"changed since this run's last start: {', '.join(changes)}")
+        if self.iteration >= self.train_iters:
+            self.log.say(f"nothing to do: iteration {self.iteration} is reached; raise --train-iters to go on")
+        usable, batch = len(self.data.order), self.config.data.global_batch_size
         if self.data.skipped:
-            budget = self.config.data.seq_length
-            self.log.say(f"warning: {self.data.skipped} examples do not fit seq_length {budget} and are skipped")
+            total, budget = usable + self.data.skipped, self.config.data.seq_length
+            self.log.say(f"warning: skipped {self.data.skipped} of {total} examples: longer than seq_length {budget}")
+        if usable < batch:
+            self.log.say(f"warning: {usable} examples are fewer than global_batch_size {batch}: a step repeats some")
 
     def run(self) -> None:
         """Trains to the last step, or until SIGTERM, and saves."""
@@ -148,7 +156,6 @@ class Trainer:
         self.consumed += self.config.data.global_batch_size
         if self.log is not None:
             seconds = time.perf_counter() - started
-            rate = "pairs_per_second" if self.reference is not None else "samples_per_second"
             self.log.step(
                 {
                     "iteration": self.iteration,
@@ -156,7 +163,7 @@ class Trainer:
                     **metrics,
                     "grad_norm": float(grad_norm or 0.0),
                     "lr": lr,
-                    rate: self.config.data.global_batch_size / seconds,
+                    "pairs_per_second": self.config.data.global_batch_size / seconds,
                     "tokens_per_second": tokens / seconds,
                 }
             )

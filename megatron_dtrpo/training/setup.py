@@ -7,6 +7,7 @@ again, takes the reference from it, and only then continues from its own checkpo
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import shutil
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import Config, validate, validate_training
+from megatron_dtrpo.config import Config, fill_objective_defaults, validate, validate_training
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
@@ -63,8 +64,50 @@ def _return_to_first_start(config: Config) -> None:
         run.load is not None and Path(run.load).resolve() != Path(first["load"]).resolve()
     ):
         raise UserError(f"{run.save}: this run started from {first['load'] or 'random weights'}, not from {run.load}")
-    if config.optimizer.seed != first["seed"]:
-        raise UserError(f"{run.save}: this run has seed {first['seed']}, not {config.optimizer.seed}")
+    _check_pinned(config, first)
+
+
+# What a run is: another value makes it another run. Most of the rest may change on resume, and is said to.
+_PINNED = ("seed", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16")
+_FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
+
+
+def _check_pinned(config: Config, first: dict) -> None:
+    now = _resolved(config)
+    for key in _PINNED:
+        if now[key] != first.get(key):
+            raise UserError(f"{config.run.save}: this run has {key} {first.get(key)}, not {now[key]}")
+
+
+def _resolved(config: Config) -> dict:
+    """All settings, with the defaults that depend on the objective filled in, as a run's record has them."""
+    config = copy.deepcopy(config)
+    fill_objective_defaults(config.objective)
+    return config.to_flat()
+
+
+def changes_since(config: Config, first: dict) -> list[str]:
+    """``key old -> new`` for every setting of the data, objective and optimizer that differs from a run's record."""
+    groups = (config.data, config.objective, config.optimizer)
+    keys = [f.name for group in groups for f in dataclasses.fields(group) if f.name not in _FREE]
+    now = config.to_flat()
+    return [f"{key} {first.get(key)} -> {now[key]}" for key in keys if now[key] != first.get(key)]
+
+
+def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
+    """Settings of the objective and of packing that were not ``given`` become those of the preference run in
+    ``folder``, so that it is scored as it was trained."""
+    record = Path(folder) / RUN_CONFIG
+    first = read_yaml(record) if record.exists() else {}
+    if first.get("objective") != "preference":
+        return
+    for group, keys in (
+        (config.objective, [f.name for f in dataclasses.fields(config.objective)]),
+        (config.data, ["seq_length", "apply_chat_template"]),
+    ):
+        for key in keys:
+            if key not in given and first.get(key) is not None:
+                setattr(group, key, first[key])
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -174,15 +217,21 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
     data_parallel = validate(config, initialize.world_size())
     if training:
         validate_training(config, data_parallel)
+        if Path(config.run.save).exists() and not Path(config.run.save).is_dir():
+            raise UserError(f"save: {config.run.save} is a file; give a folder")
+        if config.parallel.attention_backend == "flex" and initialize.device().type == "cpu":
+            raise UserError("attention_backend flex has no backward pass on a CPU: leave it at auto")
         check_logging(config.run)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)
     return tokenizer, data_parallel
 
 
-def write_run_folder(config: Config, tokenizer: Tokenizer) -> None:
-    """What makes the run folder self-contained; rank 0 only."""
+def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """What makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
     folder = Path(config.run.save)
+    record = folder / RUN_CONFIG
+    changes = changes_since(config, read_yaml(record)) if record.exists() else []
     checkpoint.save_model_config(folder, config.model)
     if not (folder / checkpoint.TOKENIZER).exists():
         tokenizer.save(folder / checkpoint.TOKENIZER)
@@ -190,4 +239,5 @@ def write_run_folder(config: Config, tokenizer: Tokenizer) -> None:
         source, kept = Path(config.run.load) / checkpoint.HUGGINGFACE, folder / checkpoint.HUGGINGFACE
         if source.is_dir() and not kept.exists():
             shutil.copytree(source, kept)
-    checkpoint.write_atomically(folder / RUN_CONFIG, yaml.safe_dump(config.to_flat(), sort_keys=False))
+    checkpoint.write_atomically(record, yaml.safe_dump(config.to_flat(), sort_keys=False))
+    return changes

@@ -183,7 +183,22 @@ def test_another_start_is_refused_on_resume(killed):
     """The starting point and the seed define the reference policy: a resumed run cannot change them in passing."""
     save = killed.with_name("another_start")
     shutil.copytree(killed, save)
-    for others, words in (({"load": killed}, "started from random weights"), ({"seed": 7}, "has seed 1234, not 7")):
+    refused = (
+        ({"load": killed}, "started from random weights"),
+        ({"seed": 7}, "has seed 1234, not 7"),
+        ({"objective": "sft"}, "has objective preference, not sft"),
+    )
+    for others, words in refused:
         result = start(save, **others).wait()
         assert result.status == 2 and len(result.errors) == 1, result.output
         assert words in result.errors[0]
+
+
+def test_finished_run_says_so_and_what_changed(folder, uninterrupted):
+    save = folder / "finished"
+    shutil.copytree(folder / "uninterrupted", save)
+    result = start(save, lr=2e-3).wait()
+    assert result.status == 0, result.output
+    assert "changed since this run's last start: lr 0.001 -> 0.002" in result.output
+    assert f"nothing to do: iteration {STEPS} is reached" in result.output
+    assert without_rates(read_metrics(save)) == without_rates(uninterrupted)

@@ -324,3 +324,25 @@ def test_large_integers_are_kept(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 9007199254740993\n")
     assert read_yaml(path) == {"seed": 9007199254740993}
+
+
+def test_a_flag_replaces_the_files_other_way_of_saying_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train_iters: 20\n")
+    config, _ = parse(["--config", str(path), "--num-epochs", "1"], "train", "Trains.")
+    assert (config.optimizer.train_iters, config.optimizer.num_epochs) == (None, 1.0)
+    both, _ = parse(["--config", str(path), "--num-epochs", "1", "--train-iters", "3"], "train", "Trains.")
+    assert (both.optimizer.train_iters, both.optimizer.num_epochs) == (3, 1.0)  # refused later: two flags disagree
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("--learning-rate", "--lr"), ("--num-train-epochs", "--num-epochs")])
+def test_names_of_trl_lead_to_ours(theirs, ours):
+    with pytest.raises(UserError, match=f"{theirs}: the nearest known one is {ours}$"):
+        parse([theirs, "1"], "train", "Trains.")
+
+
+def test_a_configuration_that_is_no_text_file(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "latin.yaml"):
+        with pytest.raises(UserError, match="not readable as a configuration file"):
+            read_yaml(path)

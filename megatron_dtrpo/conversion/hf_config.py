@@ -44,6 +44,7 @@ def read_config(folder: str | Path) -> dict:
 def architecture(config: dict, where: str | Path) -> str:
     """The one known architecture that a configuration names. Raises UserError listing the known ones."""
     names = config.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
     if len(names) == 1 and names[0] in ARCHITECTURES:
         return names[0]
     raise UserError(
@@ -62,6 +63,15 @@ def model_settings(
     Raises:
         UserError: naming the file ``where`` and the key.
     """
+    try:
+        return _settings(config, where, block_size, make_vocab_size_divisible_by)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: a value has the wrong type: {error}") from None
+
+
+def _settings(
+    config: dict, where: str | Path, block_size: int | None, make_vocab_size_divisible_by: int
+) -> ModelSettings:
     name = architecture(config, where)
     _refuse_what_we_lack(config, where)
     heads, hidden = _positive(config, "num_attention_heads", where), _positive(config, "hidden_size", where)
@@ -70,7 +80,9 @@ def model_settings(
         raise UserError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
     if config.get("head_dim") is None and hidden % heads:
         raise UserError(f"{where}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
-    own = config.get("bd_size", DEFAULT_BLOCK_SIZE if ARCHITECTURES[name] else None)
+    own = _positive(config, "bd_size", where) if "bd_size" in config else None
+    if own is None and ARCHITECTURES[name]:
+        own = DEFAULT_BLOCK_SIZE
     if own is not None and block_size is not None and own != block_size:
         raise UserError(f"{where}: bd_size is {own}: it cannot be imported with --block-size {block_size}")
     return ModelSettings(
@@ -79,7 +91,7 @@ def model_settings(
         ffn_hidden_size=_positive(config, "intermediate_size", where),
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=config.get("head_dim") or hidden // heads,
+        kv_channels=hidden // heads if config.get("head_dim") is None else _positive(config, "head_dim", where),
         max_position_embeddings=_positive(config, "max_position_embeddings", where),
         rotary_base=_rotary_base(config, where),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),

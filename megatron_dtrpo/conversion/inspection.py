@@ -26,6 +26,8 @@ def inspect(folder: str | Path) -> dict[str, str]:
         return _megatron(folder)
     if (folder / CONFIG).is_file():
         return _huggingface(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     raise UserError(f"{folder}: neither a Hugging Face nor a Megatron checkpoint: no {CONFIG}, no "
                     f"{checkpoint.MODEL_CONFIG}")  # fmt: skip
 

@@ -10,14 +10,16 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dtrpo.errors import UserError
 
 _MARKER = ".conversion-in-progress"
-# One of these says that a folder is a checkpoint, which --overwrite may replace.
-_CHECKPOINTS = ("config.json", "model_config.yaml", "latest_checkpointed_iteration.txt")
+# Patterns of files that together say that a folder is a checkpoint, which --overwrite may replace.
+_CHECKPOINTS = (("config.json", "*.safetensors"), ("model_config.yaml", "latest_checkpointed_iteration.txt"))
+_TRAINING_RUN = "metrics.jsonl"
 
 
 @contextlib.contextmanager
@@ -47,13 +49,17 @@ def check_output(path: Path, overwrite: bool, source: Path) -> None:
     """Raises UserError unless ``path`` is free, or is a checkpoint other than ``source`` that may be replaced."""
     if not os.path.lexists(path):
         return
-    if not overwrite:
-        raise UserError(f"{path} exists: give --overwrite to replace it, or another folder")
     if path.is_symlink() or not path.is_dir():
         raise UserError(f"{path} is not a folder: give another one")
     if source.resolve() == path.resolve() or path.resolve() in source.resolve().parents:
         raise UserError(f"{path} holds what is to be converted: give another folder for the result")
-    if any(path.iterdir()) and not any((path / name).exists() for name in _CHECKPOINTS):
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{path} exists: give --overwrite to replace it, or another folder")
+    if (path / _TRAINING_RUN).exists():
+        raise UserError(f"{path} holds a training run: --overwrite replaces converted checkpoints only")
+    if not any(all(any(path.glob(pattern)) for pattern in patterns) for patterns in _CHECKPOINTS):
         raise UserError(f"{path} is not a checkpoint: --overwrite does not replace anything else")
 
 
@@ -87,8 +93,8 @@ def _replace(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
         return
-    replaced = path.with_name(path.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    # A folder of its own name, made now: nothing that was there before is in the way or lost.
+    replaced = Path(tempfile.mkdtemp(prefix=f"{path.name}.replaced.", dir=path.parent))
     os.rename(path, replaced)
     try:
         os.rename(partial, path)

@@ -15,6 +15,7 @@ from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
 from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.to_megatron import CHUNK_BYTES, ImportOptions, import_checkpoint
+from megatron_dtrpo.errors import UserError
 
 
 class Comparison(NamedTuple):
@@ -35,6 +36,8 @@ class Comparison(NamedTuple):
 def roundtrip(hf_path: str | Path, options: ImportOptions, scratch: str | Path | None = None) -> list[Comparison]:
     """Converts to a Megatron checkpoint and back under ``scratch``, which is emptied again."""
     options = dataclasses.replace(options, tokenizer=False, add_mask_token=False)
+    if scratch is not None and not Path(scratch).is_dir():
+        raise UserError(f"--scratch {scratch}: no such folder")
     with tempfile.TemporaryDirectory(dir=scratch, prefix="roundtrip_") as folder:
         megatron, back = Path(folder) / "megatron", Path(folder) / "huggingface"
         import_checkpoint(hf_path, megatron, options)

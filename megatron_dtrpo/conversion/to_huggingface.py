@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_dtrpo.config import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.ahead import ahead
-from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, new_config, read_config
+from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, new_config, read_config
 from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, Piece
 from megatron_dtrpo.conversion.output import output_folder, require_space
 from megatron_dtrpo.conversion.safetensors_writer import (
@@ -100,6 +100,14 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
             return _write_small_files(partial, megatron_path, template, config, source.dtype, options)
 
 
+def _check_reference(reference: Path | None, ours: str) -> None:
+    """Modelling files of one architecture do not belong beside the weights of another."""
+    if reference is not None and (reference / CONFIG).is_file():
+        theirs = architecture(read_config(reference), reference / CONFIG)
+        if theirs != ours:
+            raise UserError(f"--hf-reference {reference}: is a {theirs}, the checkpoint a {ours}")
+
+
 def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | None, dict, ModelSettings]:
     """The template folder, the configuration to export and the model's settings, checked against each other."""
     template = find_template(megatron_path)
@@ -115,6 +123,7 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
     if template is None:
         return None, new_config(model), model
     config = read_config(template)
+    _check_reference(options.hf_reference, architecture(config, template / CONFIG))
     theirs = model_settings(
         config, template / CONFIG, None if "bd_size" in config else model.block_size, model.make_vocab_size_divisible_by
     )

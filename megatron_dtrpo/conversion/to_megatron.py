@@ -47,6 +47,8 @@ class ImportOptions:
 def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: ImportOptions) -> ModelSettings:
     """Writes ``megatron_path``. Raises UserError, and then leaves nothing behind."""
     hf_path, megatron_path = Path(hf_path), Path(megatron_path)
+    if options.add_mask_token and options.mask_token is not None:
+        raise UserError("--mask-token names a token that is there, --add-mask-token adds one: give one of the two")
     config = read_config(hf_path)
     settings = model_settings(config, hf_path / CONFIG, options.block_size, options.make_vocab_size_divisible_by)
     with SafetensorsFolder(hf_path) as weights:

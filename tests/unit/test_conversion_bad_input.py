@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+from megatron_dtrpo.errors import UserError
 from tests import conversion_folders as folders
 from tests.conversion_folders import import_refused, refused, run_tool
 
@@ -224,3 +225,47 @@ def test_save_file_is_the_oracle(tmp_path):
             out = torch.empty_like(weight)
             folder.read_rows(name, 0, out)
             assert torch.equal(out, weight)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bd_size", "32"),
+        ("bd_size", 0),
+        ("head_dim", -2),
+        ("head_dim", "2"),
+        ("architectures", 5),
+        ("rms_norm_eps", None),
+        ("layer_types", 3),
+        ("rope_theta", "big"),
+    ],
+)
+def test_configuration_values_of_the_wrong_kind(tmp_path, key, value):
+    source = folders.write_folder(tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError) as error:
+        import_checkpoint(source, tmp_path / "megatron", ImportOptions(progress=False, tokenizer=False))
+    assert "\n" not in str(error.value) and str(source) in str(error.value)
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_overwrite_keeps_its_hands_off_what_is_not_its_own(tmp_path):
+    source, target = folders.write_folder(tmp_path / "hf"), tmp_path / "megatron"
+    options = ImportOptions(progress=False, tokenizer=False, overwrite=True)
+    neighbour = tmp_path / "megatron.replaced"
+    neighbour.mkdir()
+    (neighbour / "notes.txt").write_text("precious")
+    target.mkdir()  # an empty folder is free
+    import_checkpoint(source, target, ImportOptions(progress=False, tokenizer=False))
+    import_checkpoint(source, target, options)
+    assert (neighbour / "notes.txt").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "megatron", "megatron.replaced"]
+    (target / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="holds a training run"):
+        import_checkpoint(source, target, options)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        import_checkpoint(source, other, options)

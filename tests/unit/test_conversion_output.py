@@ -44,6 +44,7 @@ def test_existing_output(source, capsys):
     refused(capsys, "--overwrite", *words)
     refused(capsys, "is not a checkpoint", *words, "--overwrite")
     (out / "thesis.tex").rename(out / "model_config.yaml")
+    (out / "latest_checkpointed_iteration.txt").touch()
     assert run_tool(capsys, *words, "--overwrite")[0] == 0
     refused(capsys, "--overwrite", *words)
     back = ("export", "--megatron-path", out, "--hf-path")

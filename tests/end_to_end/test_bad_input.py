@@ -122,7 +122,7 @@ def overlong(settings, tmp_path) -> dict:
 
 def test_overlong_pair_is_skipped_and_counted(overlong, capfd):
     assert train.main(flags(overlong)) == 0
-    assert "warning: 1 examples do not fit seq_length 256 and are skipped" in capfd.readouterr().out
+    assert "warning: skipped 1 of 4 examples: longer than seq_length 256" in capfd.readouterr().out
     assert len(read_metrics(overlong["save"])) == 1
 
 

@@ -47,7 +47,7 @@ def resolve_start(config: Config, given: set[str]) -> None:
 
 
 def _return_to_first_start(config: Config) -> None:
-    """A resumed run keeps the starting point and the seed of its first start: they define its reference policy."""
+    """A resumed run keeps the starting point of its first start, which is its reference policy, and what is pinned."""
     run = config.run
     if run.save is None or checkpoint.latest_iteration(run.save) is None:
         return

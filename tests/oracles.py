@@ -225,3 +225,95 @@ def join_tensor_parallel(name: str, parts: Sequence[Tensor]) -> Tensor:
         gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
         return torch.cat([*gates, *ups])
     return torch.cat(list(parts))
+
+
+def block_causal(tokens: int, block_size: int) -> Tensor:
+    """Bool ``[tokens, tokens]``: who sees whom among clean tokens, and where the last block is being written."""
+    block = torch.arange(tokens) // block_size
+    return block.unsqueeze(1) >= block.unsqueeze(0)
+
+
+def decode_without_cache(
+    model: Qwen2ForCausalLM,
+    prompt: Sequence[int],
+    *,
+    block_size: int,
+    small_block_size: int,
+    threshold: float,
+    max_new_tokens: int,
+    mask_id: int,
+    end_id: int,
+    vocab_size: int,
+    sub_block_cache: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Greedy block-diffusion decoding that recomputes everything in every step: the response, and which step wrote each
+    token.
+
+    With ``sub_block_cache`` a step inside a sub-block whose first token is known runs that sub-block's tokens only; the
+    rest of the block is seen as it was in the last step that ran the whole block.
+    """
+    tokens, written = list(prompt), {}
+    last = len(prompt) + max_new_tokens
+
+    def proposals(positions: list[int], snapshot: list[int] | None) -> dict[int, tuple[int, float]]:
+        length = len(tokens)
+        if snapshot is None:
+            logits = qwen2_logits(model, torch.tensor(tokens), torch.arange(length), block_causal(length, block_size))
+            rows = {p: logits[p - 1] for p in positions}
+        else:  # [earlier blocks, the block as it was, the sub-block as it is]
+            start = positions[0] // small_block_size * small_block_size
+            fresh = range(start, start + small_block_size)
+            position = torch.tensor([*range(length), *fresh])
+            sees = torch.zeros(len(position), len(position), dtype=torch.bool)
+            sees[:length, :length] = block_causal(length, block_size)
+            sees[length:, :length] = True
+            sees[length:, start : start + small_block_size] = False
+            sees[length:, length:] = True
+            now = tokens[: length - block_size] + snapshot + [tokens[p] for p in fresh]
+            logits = qwen2_logits(model, torch.tensor(now), position, sees)
+            rows = {p: logits[length + p - 1 - start] for p in positions}
+        found = {}
+        for p, row in rows.items():
+            allowed = row.clone()
+            allowed[mask_id] = allowed[vocab_size:] = -torch.inf
+            token = int(allowed.argmax())
+            found[p] = (token, float(torch.softmax(row, 0)[token]))
+        return found
+
+    step, block = 0, len(prompt) // block_size * block_size
+    while True:
+        if block == len(tokens) and block > 0:  # the first token of a block is read from the clean pass before it
+            logits = qwen2_logits(model, torch.tensor(tokens), torch.arange(block), block_causal(block, block_size))[-1]
+            logits[mask_id] = logits[vocab_size:] = -torch.inf
+            tokens.append(int(logits.argmax()))
+            written[block] = step
+            step += 1
+        tokens += [mask_id] * (block + block_size - len(tokens))
+        snapshot = None
+        while True:
+            ends = [p for p in written if tokens[p] == end_id]
+            stop = min([block + block_size, last, *ends])
+            for p in range(stop + 1, len(tokens)):
+                if ends:
+                    tokens[p] = mask_id
+                    written.pop(p, None)
+            masked = [p for p in range(max(block, len(prompt)), stop) if p not in written]
+            if not masked:
+                break
+            start = masked[0] // small_block_size * small_block_size
+            asked = [p for p in masked if p < start + small_block_size]
+            if not sub_block_cache or snapshot is None or asked[0] == start:
+                snapshot = tokens[block:]
+                found = proposals(asked, None)
+            else:
+                found = proposals(asked, snapshot)
+            surest = max(asked, key=lambda p: found[p][1])
+            for p in asked:
+                if p == surest or found[p][1] > threshold:
+                    tokens[p] = found[p][0]
+                    written[p] = step
+            step += 1
+        block += block_size
+        if ends or block >= last:
+            response = range(len(prompt), stop + 1 if ends else stop)
+            return [tokens[p] for p in response], [written[p] for p in response]

@@ -32,6 +32,11 @@ class PackedAttention(PackedSeqParams):
     backend: str = "sdpa"
     plan: Any = None
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
+        """``query [s, heads, d]``, ``key, value [s, groups, d]`` to ``[s, heads, d]``. All layers share one plan; a
+        key/value cache (`inference.cache`) keeps something for each."""
+        return BACKENDS[self.backend][1](query, key, value, self.plan, scale)
+
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
     return segmented_sdpa(query, key, value, plan, scale)
@@ -96,6 +101,7 @@ class BlockDiffusionAttention(MegatronModule):
         pg_collection=None,
     ):
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -110,6 +116,7 @@ class BlockDiffusionAttention(MegatronModule):
     ) -> Tensor:
         """``query [s, 1, heads, d]``, ``key`` and ``value [s, 1, groups, d]`` of one packed sequence to
         ``[s, 1, heads * d]``. ``attention_mask`` and ``attention_bias`` are ignored: the plan is the mask."""
-        attend = BACKENDS[packed_seq_params.backend][1]
-        out = attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.plan, self.softmax_scale)
+        out = packed_seq_params.attend(
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), self.softmax_scale, self.layer_number
+        )
         return out.reshape(out.shape[0], 1, -1)

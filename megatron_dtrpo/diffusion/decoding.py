@@ -1,0 +1,159 @@
+"""How one response is written: Fast-dLLM v2's decoder as a state machine that knows no model.
+
+A block starts as ``[MASK]`` behind its first token. Its sub-blocks are unmasked from left to right, several tokens a
+step: those whose confidence exceeds a threshold, and always the surest. A full block is passed through the model once
+more, clean: that pass fills the key/value cache for good, and its last row predicts the next block's first token.
+
+`Decoding.next_pass` says what the model is to compute, `Decoding.update` takes the predictions. Positions are
+absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1.
+
+One difference to the original: once an end token is written, what comes after it in the block returns to ``[MASK]``,
+which is what training sees there (`layout.lay_out`), instead of being written and thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_dtrpo.diffusion.sampling import accept
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """``small_block_size`` divides the block size. With ``sub_block_cache`` the passes of a sub-block after its first
+    token is known compute that sub-block only, against keys and values that its last whole-block pass left: Fast-dLLM
+    v2's approximation. ``temperature`` 0 is greedy, and then ``top_p`` has no effect."""
+
+    max_new_tokens: int = 512
+    threshold: float = 0.9
+    small_block_size: int = 8
+    sub_block_cache: bool = False
+    temperature: float = 0.0
+    top_p: float = 0.95
+
+
+class Pass(NamedTuple):
+    """One sequence's share of a forward pass: ``tokens`` at positions ``start, start + 1, ...``, whole blocks or one
+    sub-block; predictions are read from ``rows`` of it. Keys and values of positions before ``visible`` are seen."""
+
+    start: int
+    tokens: Sequence[int]
+    rows: Sequence[int]
+    visible: int
+
+
+class Completion(NamedTuple):
+    """A finished response: per token its id, the decoding step that wrote it (from 0; several tokens may share one)
+    and the confidence with which. ``passes``: forward passes this sequence took part in. ``ended``: by an end token."""
+
+    tokens: list[int]
+    steps: list[int]
+    confidence: list[float]
+    passes: int
+    ended: bool
+
+
+class Decoding:
+    """The state of one response."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        options: DecodingOptions,
+        *,
+        block_size: int,
+        mask_id: int,
+        end_ids: frozenset[int],
+        max_positions: int,
+    ):
+        """``prompt``: P >= 1 token ids, P < max_positions. No position from ``max_positions`` on is written."""
+        self.options, self.block_size, self.mask_id, self.end_ids = options, block_size, mask_id, end_ids
+        self.prompt_length = len(prompt)
+        self.limit = min(self.prompt_length + options.max_new_tokens, max_positions)
+        self.block = self.prompt_length // block_size * block_size  # where the block being written starts
+        self.tokens = list(prompt)
+        self.steps: list[int | None] = [None] * len(prompt)
+        self.confidence = [0.0] * len(prompt)
+        self._append_masks(self.block + block_size - len(prompt))
+        self.step = self.passes = 0
+        self.end: int | None = None  # position of the first end token written
+        self.finished = False
+        # Where the clean tokens begin that the cache does not hold yet; None: it holds all before the block.
+        self._clean_start = 0 if self.block > 0 else None
+        self._whole_block_cached = False
+        self._asked: list[int] = []
+
+    def next_pass(self) -> Pass:
+        """What is to be computed next; only while not `finished`."""
+        if self._clean_start is not None:
+            start, count, visible = self._clean_start, self.block - self._clean_start, self.block
+            # The block's first token is predicted here, unless the prompt holds it.
+            self._asked = [self.block] if self.block >= self.prompt_length else []
+        else:
+            start, count = self._noisy_extent()
+            visible = self.block + self.block_size
+        rows = [position - 1 - start for position in self._asked]
+        return Pass(start, self.tokens[start : start + count], rows, visible)
+
+    def _noisy_extent(self) -> tuple[int, int]:
+        """First position and length of the next noisy pass; what it asks for is the rest of one sub-block."""
+        masked, size = self._masked(), self.options.small_block_size
+        sub_start = masked[0] // size * size
+        self._asked = [position for position in masked if position < sub_start + size]
+        approximate = self.options.sub_block_cache and self._whole_block_cached and masked[0] > sub_start
+        self._whole_block_cached = True
+        return (sub_start, size) if approximate else (self.block, self.block_size)
+
+    def update(self, tokens: Sequence[int], confidence: Tensor) -> None:
+        """Takes the predictions that the last pass was asked for: token ids and confidences ``[len(rows)]``."""
+        self.passes += 1
+        if self._clean_start is not None:
+            self._clean_start = None
+            accepted = [True] * len(tokens)
+        else:
+            accepted = accept(confidence, self.options.threshold).tolist()
+        proposals = zip(self._asked, tokens, confidence.tolist(), accepted, strict=True)
+        written = [(position, token, sure) for position, token, sure, yes in proposals if yes]
+        for position, token, sure in written:
+            self.tokens[position], self.steps[position], self.confidence[position] = token, self.step, sure
+            if token in self.end_ids and (self.end is None or position < self.end):
+                self.end = position
+        self.step += bool(written)
+        self._mask_after_end()
+        if not self._masked():
+            self._finish_block()
+
+    def completion(self) -> Completion:
+        stop = self.limit if self.end is None else self.end + 1
+        response = slice(self.prompt_length, stop)
+        steps, confidence = self.steps[response], self.confidence[response]
+        return Completion(self.tokens[response], steps, confidence, self.passes, self.end is not None)
+
+    def _masked(self) -> list[int]:
+        """Positions of the block that are still to be written."""
+        stop = min(self.block + self.block_size, self.limit, self.limit if self.end is None else self.end)
+        start = max(self.block, self.prompt_length)
+        return [position for position in range(start, stop) if self.steps[position] is None]
+
+    def _mask_after_end(self) -> None:
+        if self.end is not None:
+            for position in range(self.end + 1, len(self.tokens)):
+                self.tokens[position], self.steps[position] = self.mask_id, None
+
+    def _finish_block(self) -> None:
+        following = self.block + self.block_size
+        if self.end is not None or following >= self.limit:
+            self.finished = True
+            return
+        self._clean_start, self.block = self.block, following
+        self._append_masks(self.block_size)
+        self._whole_block_cached = False
+
+    def _append_masks(self, count: int) -> None:
+        self.tokens += [self.mask_id] * count
+        self.steps += [None] * count
+        self.confidence += [0.0] * count

@@ -1,0 +1,58 @@
+"""Which token a prediction proposes, and how sure it is: pure functions on logits.
+
+Legend: N predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def propose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draws one token for each prediction (Fast-dLLM v2, ``sample_with_top_p``).
+
+    The distribution is ``softmax(logits / temperature)`` cut to its nucleus: the most probable tokens up to and
+    including the one with which their sum exceeds ``top_p``, renormalised.
+
+    Args:
+        logits: ``[N, V]``; ``-inf`` for tokens that must not be written.
+        uniform: ``[N]`` in [0, 1): the randomness, from outside, so that it can be a function of the prompt.
+        temperature: above 0; greedy proposals are `most_probable`'s.
+
+    Returns:
+        Tokens int64 ``[N]`` and the probability ``[N]`` of each in the cut distribution.
+    """
+    probability, token = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True, stable=True)
+    before = probability.cumsum(-1) - probability
+    kept = probability.masked_fill(before > top_p, 0.0)
+    kept[:, 0] = probability[:, 0]
+    cumulative = kept.cumsum(-1)
+    total = cumulative[:, -1:]
+    choice = (cumulative <= uniform.to(total.dtype).unsqueeze(1) * total).sum(-1, keepdim=True)
+    # Rounding may carry the draw past the last token that was kept.
+    choice = torch.minimum(choice, (kept > 0).sum(-1, keepdim=True) - 1)
+    return token.gather(1, choice).squeeze(1), (kept.gather(1, choice) / total).squeeze(1)
+
+
+def most_probable(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The greedy proposal, as parts that combine over shards of the vocabulary.
+
+    Args:
+        logits: ``[N, V]``; forbidden: bool ``[V]``, tokens that must not be written. They count in the normaliser:
+            a confidence is the probability that training knows.
+
+    Returns:
+        Token int64 ``[N]``, its logit ``[N]`` and ``logsumexp(logits)`` ``[N]``.
+    """
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    best, token = wide.masked_fill(forbidden, -torch.inf).max(-1)
+    return token, best, wide.logsumexp(-1)
+
+
+def accept(confidence: Tensor, threshold: float) -> Tensor:
+    """Which of one sequence's proposals are written: those surer than ``threshold``, and always the surest.
+    ``[n] -> bool [n]``, n >= 1."""
+    accepted = confidence > threshold
+    accepted[confidence.argmax()] = True
+    return accepted

@@ -1,0 +1,1 @@
+"""Block-cached decoding on a Megatron model."""

@@ -1,0 +1,163 @@
+"""Decodes many prompts at once, of any lengths, one pass of the whole batch at a time.
+
+A slot that finishes is given to the next prompt at once, so the batch stays full. What is written for a prompt depends
+on the prompt, its key and the options only, not on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dtrpo.diffusion.decoding import Completion, Decoding, DecodingOptions, Pass
+from megatron_dtrpo.diffusion.estimators import noise_generator
+from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
+from megatron_dtrpo.inference.predict import Predictor
+from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+
+PREFILL_TOKENS = 16384  # prompts that are prefilled together; one longer prompt goes alone
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decoding knows of the tokenizer: ``size`` without padding, the mask's id and those that end a response."""
+
+    size: int
+    mask_id: int
+    end_ids: frozenset[int]
+
+
+@dataclass
+class _Slot:
+    """A prompt that is being decoded; ``index`` is its place in the caller's list."""
+
+    index: int
+    decoding: Decoding
+    generator: torch.Generator
+
+
+class BlockDecoder:
+    """Decodes on one model. All model-parallel processes call it with the same arguments."""
+
+    def __init__(self, model: BlockDiffusionGPTModel, vocabulary: Vocabulary, block_size: int, max_positions: int):
+        self.model, self.vocabulary = model, vocabulary
+        self.block_size, self.max_positions = block_size, max_positions
+        self.device = next(model.parameters()).device
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: DecodingOptions,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        keys: Sequence[tuple[int, int]] | None = None,
+        finished: Callable[[int, Completion], None] = lambda index, completion: None,
+    ) -> list[Completion]:
+        """The completion of each prompt.
+
+        Args:
+            prompts: token ids, 1 to max_positions - 1 of them each.
+            batch_size: sequences decoded at once.
+            keys: (prompt number, sample number) of each prompt; with ``seed`` they decide what is drawn above
+                temperature 0. Default: (its place, 0).
+            finished: called with place and completion as soon as a prompt is done.
+        """
+        if keys is None:
+            keys = [(index, 0) for index in range(len(prompts))]
+        completions: list[Completion | None] = [None] * len(prompts)
+        # The longest first: what is left at the end, when the batch can no longer be kept full, is short.
+        waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
+        cache = KeyValueCache(min(batch_size, len(prompts)), self._capacity(prompts, options))
+        predict = Predictor(
+            self.model,
+            vocab_size=self.vocabulary.size,
+            mask_id=self.vocabulary.mask_id,
+            temperature=options.temperature,
+            top_p=options.top_p,
+        )
+        active: list[_Slot] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while waiting or active:
+                while waiting and len(active) < cache.slots:
+                    index = waiting.pop()
+                    generator = noise_generator(seed, -1, *keys[index], 0)
+                    active.append(_Slot(index, self._start(prompts[index], options), generator))
+                self._round(active, cache, predict)
+                for number in range(len(active) - 1, -1, -1):
+                    slot = active[number]
+                    if slot.decoding.finished:
+                        completions[slot.index] = slot.decoding.completion()
+                        finished(slot.index, completions[slot.index])
+                        last = active.pop()
+                        if number < len(active):  # active slots stay the first ones of the cache
+                            active[number] = last
+                            cache.move(len(active), number)
+        finally:
+            self.model.train(was_training)
+        return completions
+
+    def _start(self, prompt: Sequence[int], options: DecodingOptions) -> Decoding:
+        return Decoding(
+            prompt,
+            options,
+            block_size=self.block_size,
+            mask_id=self.vocabulary.mask_id,
+            end_ids=self.vocabulary.end_ids,
+            max_positions=self.max_positions,
+        )
+
+    def _capacity(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
+        longest = min(max(map(len, prompts)) + options.max_new_tokens, self.max_positions)
+        return -(-longest // self.block_size) * self.block_size
+
+    def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor) -> None:
+        """One pass of every active sequence; sequences whose passes have the same form share a call of the model."""
+        passes = [slot.decoding.next_pass() for slot in active]
+        for numbers in self._groups(passes):
+            group = [passes[number] for number in numbers]
+            tokens = torch.tensor([token for one in group for token in one.tokens])
+            position = torch.cat([torch.arange(one.start, one.start + len(one.tokens)) for one in group])
+            offsets = torch.tensor([0] + [len(one.tokens) for one in group]).cumsum(0).tolist()
+            rows = [offset + row for offset, one in zip(offsets, group, strict=False) for row in one.rows]
+            uniform = [
+                torch.rand(len(passes[number].rows), generator=active[number].generator, dtype=torch.float64)
+                for number in numbers
+            ]
+            attention = self._attention(group, numbers, cache)
+            token, confidence = predict(tokens, position, attention, torch.tensor(rows), torch.cat(uniform))
+            counts = [len(one.rows) for one in group]
+            for number, t, c in zip(numbers, token.split(counts), confidence.split(counts), strict=True):
+                active[number].decoding.update(t.tolist(), c)
+
+    def _groups(self, passes: Sequence[Pass]) -> Iterator[list[int]]:
+        """Which passes share a call: those over one block, those over one sub-block, and long ones up to a budget."""
+        by_length: dict[int, list[int]] = {}
+        long: list[int] = []
+        total = 0
+        for number, one in enumerate(passes):
+            length = len(one.tokens)
+            if length <= self.block_size:
+                by_length.setdefault(length, []).append(number)
+                continue
+            if long and total + length > PREFILL_TOKENS:
+                yield long
+                long, total = [], 0
+            long.append(number)
+            total += length
+        if long:
+            yield long
+        yield from by_length.values()
+
+    def _attention(self, group: Sequence[Pass], slots: Sequence[int], cache: KeyValueCache):
+        lengths = [len(one.tokens) for one in group]
+        if lengths[0] > self.block_size:
+            width = attention_width(self.model.config)
+            return prefill_attention(cache, slots, lengths, self.block_size, width, self.device)
+        starts, visible = [one.start for one in group], [one.visible for one in group]
+        return block_attention(cache, slots, starts, lengths[0], visible, self.device)

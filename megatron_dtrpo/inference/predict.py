@@ -1,0 +1,92 @@
+"""One forward pass of the model and the tokens it proposes, under tensor and pipeline parallelism.
+
+Every process of a model-parallel group runs the same decoding and makes the same calls; each gets the same proposals.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dtrpo.diffusion.sampling import most_probable, propose
+from megatron_dtrpo.model.attention import PackedAttention
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+
+
+class Predictor:
+    """Proposes tokens; collective over the model-parallel processes."""
+
+    def __init__(
+        self, model: BlockDiffusionGPTModel, *, vocab_size: int, mask_id: int, temperature: float, top_p: float
+    ):
+        """``vocab_size``: without padding; padding and the mask token are never proposed."""
+        self.model, self.temperature, self.top_p = model, temperature, top_p
+        self.device = next(model.parameters()).device
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        allowed = torch.arange(model.vocab_size) < vocab_size
+        allowed[mask_id] = False
+        shard = model.vocab_size // self.group.size()
+        self.first = self.group.rank() * shard
+        self.forbidden = ~allowed.to(self.device)
+        self.forbidden_here = self.forbidden[self.first : self.first + shard]
+
+    @torch.no_grad()
+    def __call__(
+        self, tokens: Tensor, position: Tensor, attention: PackedAttention, rows: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Runs ``tokens, position`` int64 ``[s]`` and reads the predictions of ``rows`` int64 ``[N]``; ``uniform``
+        float64 ``[N]`` is the randomness of each, used above temperature 0. All on the CPU.
+
+        Returns:
+            Proposed tokens int64 ``[N]`` and their confidence ``[N]``, on the CPU.
+        """
+        hidden = self._through_stages(tokens.to(self.device), position.to(self.device), attention)
+        if not len(rows):
+            return torch.empty(0, dtype=torch.long), torch.empty(0)
+        proposals = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
+        if parallel_state.is_pipeline_last_stage():
+            logits = self.model.logits(hidden.squeeze(1)[rows.to(self.device)])
+            token, confidence = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
+            proposals[0], proposals[1] = token, confidence  # token ids are exact in fp64
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(proposals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+        token, confidence = proposals.cpu()
+        return token.long(), confidence
+
+    def _through_stages(self, tokens: Tensor, position: Tensor, attention: PackedAttention) -> Tensor:
+        """Hidden states ``[s, 1, h]`` of the last stage; on the others what they sent on."""
+        config = self.model.config
+        if not parallel_state.is_pipeline_first_stage():
+            rows = len(tokens) // (self.group.size() if config.sequence_parallel else 1)
+            received = torch.empty(rows, 1, config.hidden_size, dtype=config.params_dtype, device=self.device)
+            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+            self.model.set_input_tensor(received)
+        hidden = self.model(tokens, position, attention)
+        if not parallel_state.is_pipeline_last_stage():
+            dist.send(hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+        return hidden
+
+    def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, V / TP]`` -> tokens and probabilities ``[N]``: three numbers a row travel, not the vocabulary."""
+        token, best, normaliser = most_probable(logits, self.forbidden_here)
+        mine = torch.stack([(token + self.first).double(), best.double(), normaliser.double()])
+        if self.group.size() == 1:
+            everyone = mine[None]
+        else:
+            parts = [torch.empty_like(mine) for _ in range(self.group.size())]
+            dist.all_gather(parts, mine, group=self.group)
+            everyone = torch.stack(parts)
+        winner = everyone[:, 1].argmax(0, keepdim=True)
+        token, best = everyone[:, 0].gather(0, winner)[0], everyone[:, 1].gather(0, winner)[0]
+        return token, (best - everyone[:, 2].logsumexp(0)).exp()
+
+    def _sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        if self.group.size() > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.group.size())]
+            dist.all_gather(parts, logits.contiguous(), group=self.group)
+            logits = torch.cat(parts, -1)
+        logits = logits.float().masked_fill(self.forbidden, -torch.inf)
+        return propose(logits, uniform.to(self.device), self.temperature, self.top_p)

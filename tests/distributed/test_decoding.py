@@ -1,0 +1,122 @@
+"""Cached, batched decoding on the Megatron model against decoding that recomputes everything in every step."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from tests import oracles
+from tests.launch import REPOSITORY, _environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+BLOCK, VOCAB, MASK, END = 32, 61, 60, 59
+PADDED = 64
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "vocab_size": VOCAB,
+    "make_vocab_size_divisible_by": PADDED,
+    "rotary_base": 10000.0,
+    "block_size": BLOCK,
+}
+NEW = 14
+THRESHOLDS, SUB_BLOCKS = (0.5, 0.9, 1.0), (4, 8, 32)
+SETTINGS = [dict(threshold=t, small_block_size=s) for t, s in product(THRESHOLDS, SUB_BLOCKS)]
+APPROXIMATE = [dict(threshold=0.9, small_block_size=s, sub_block_cache=True) for s in (4, 8)]
+
+
+def peer():
+    """A float64 Qwen2 that is sure of some tokens and not of others."""
+    model = oracles.qwen2(vocab_size=PADDED, seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+        model.lm_head.weight[END].mul_(1.3)  # some responses end early
+    return model
+
+
+def prompts() -> list[list[int]]:
+    """Fifty of lengths on both sides of the boundaries at 32 and 64, so that most responses cross one."""
+    rng = random.Random(0)
+    lengths = [1, 2, 31, 32, 33, 63, 64, 65, 96] + [
+        rng.choice((rng.randint(18, 36), rng.randint(50, 68))) for _ in range(41)
+    ]
+    return [[rng.randrange(END) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> dict:
+    model = peer()
+    parameters = oracles.megatron_from_qwen2(model.state_dict(), heads=4, groups=2, tied=False)
+    cases = [
+        {"options": {"max_new_tokens": NEW, **setting}, "batch_size": batch}
+        for setting in SETTINGS + APPROXIMATE
+        for batch in (1, 5)
+    ]
+    vocabulary = {"vocab_size": VOCAB, "mask_id": MASK, "end_id": END}
+    return {"model": MODEL, "parameters": parameters, "prompts": prompts(), "cases": cases, **vocabulary}
+
+
+@pytest.fixture(scope="module")
+def expected(job) -> dict:
+    model = peer()
+    known = {"block_size": BLOCK, "max_new_tokens": NEW, "mask_id": MASK, "end_id": END, "vocab_size": VOCAB}
+    with torch.no_grad():
+        return {
+            tuple(setting.items()): [
+                oracles.decode_without_cache(model, prompt, **known, **setting) for prompt in job["prompts"]
+            ]
+            for setting in SETTINGS + APPROXIMATE
+        }
+
+
+def decode(job: dict, folder, processes: int, stages: int = 1) -> list:
+    source, target, log = folder / "job.pt", folder / "out.pt", folder / "log.txt"
+    torch.save(job, source)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "tests.distributed.decoding_worker",
+        str(source),
+        str(target),
+        str(stages),
+    ]
+    with log.open("wb") as file:
+        status = subprocess.run(command, stdout=file, stderr=file, env=_environment(), cwd=REPOSITORY, timeout=400)
+    assert status.returncode == 0, log.read_text()
+    return torch.load(target, weights_only=False)
+
+
+@pytest.mark.parametrize(("processes", "stages"), [(1, 1), (2, 1), (2, 2)], ids=["TP1", "TP2", "PP2"])
+def test_cached_decoding_is_decoding_without_cache(job, expected, tmp_path, processes, stages):
+    part = dict(job, cases=job["cases"][::5]) if stages > 1 else job  # pipeline: the same code, a sample of cases
+    results = decode(part, tmp_path, processes, stages)
+    for case, completions in zip(part["cases"], results, strict=True):
+        setting = {key: value for key, value in case["options"].items() if key != "max_new_tokens"}
+        for prompt, got, (tokens, steps) in zip(
+            job["prompts"], completions, expected[tuple(setting.items())], strict=True
+        ):
+            assert (got.tokens, got.steps) == (tokens, steps), (case, len(prompt))
+
+
+def test_the_cases_are_worth_testing(expected):
+    """Several tokens a step under low thresholds, responses that end and that do not, an approximation that shows."""
+    exact = expected[tuple(dict(threshold=0.5, small_block_size=8).items())]
+    strict = expected[tuple(dict(threshold=1.0, small_block_size=8).items())]
+    assert sum(len(set(steps)) < len(steps) for _, steps in exact) > 10
+    assert all(len(set(steps)) == len(steps) for _, steps in strict)
+    ended = sum(tokens[-1] == END for tokens, _ in strict)
+    assert 5 < ended < 45
+    approximate = expected[tuple(APPROXIMATE[1].items())]
+    assert approximate != expected[tuple(dict(threshold=0.9, small_block_size=8).items())]

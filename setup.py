@@ -16,6 +16,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_dtrpo", "megatron_dtrpo.*"]),
+    # The page that replays a decoding.
+    package_data={"megatron_dtrpo.inference": ["*.html", "*.css", "*.js"]},
     install_requires=[
         "megatron-core>=0.16",
         "torch>=2.6",
@@ -36,7 +38,7 @@ setup(
         # `import megatron.core` fail.
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval>=0.4.13,<0.5"],
         "datasets": ["datasets"],
         "examples": ["matplotlib"],
         "dev": ["pytest", "ruff"],

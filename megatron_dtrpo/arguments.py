@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -57,7 +58,13 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, underscores for hyphens.")
-    for group, kind in GROUPS.items():
+    _add_settings(parser, GROUPS)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, groups: Iterable[str]) -> None:
+    for group in groups:
+        kind = GROUPS[group]
         section = parser.add_argument_group(group, kind.__doc__)
         for f in dataclasses.fields(kind):
             hint, flag = TYPES[f.name], "--" + f.name.replace("_", "-")
@@ -76,7 +83,6 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
                     flag, type=hint, choices=f.metadata["choices"] or None,
                     metavar=None if f.metadata["choices"] else hint.__name__.upper(), **common,
                 )  # fmt: skip
-    return parser
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -133,14 +139,7 @@ def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str
     Returns:
         The configuration, not yet validated, and the keys that were given explicitly.
     """
-    parser = build_parser(prog, description)
-    arguments, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if word.startswith("--"):
-            known = [option for action in parser._actions for option in action.option_strings]
-            raise _unknown("flag", word.split("=")[0], known)
-        raise UserError(f"stray argument {word!r}: settings are given as --flag value")
-    flags = vars(arguments)
+    flags = _parse_known(build_parser(prog, description), argv)
     config_file = flags.pop("config", None)
     values = read_yaml(config_file) if config_file else {}
     for key, other in _ALTERNATIVES:
@@ -148,3 +147,35 @@ def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str
             values.pop(other, None)
     values |= flags
     return Config.from_flat(values), set(values)
+
+
+def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser for a tool's own flags, whose mistakes are one line; `parse_tool` adds settings to it."""
+    return _Parser(
+        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def parse_tool(
+    parser: argparse.ArgumentParser, argv: list[str], groups: Iterable[str]
+) -> tuple[argparse.Namespace, Config, set[str]]:
+    """Reads a tool's own flags and the settings of some ``groups``.
+
+    Returns:
+        The tool's flags, a configuration whose other settings have their defaults, and the settings that were given.
+    """
+    _add_settings(parser, groups)
+    flags = _parse_known(parser, argv)
+    keys = [f.name for group in groups for f in dataclasses.fields(GROUPS[group])]
+    given = {key: flags.pop(key) for key in keys if key in flags}
+    return argparse.Namespace(**flags), Config.from_flat(given), set(given)
+
+
+def _parse_known(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
+    arguments, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("--"):
+            known = [option for action in parser._actions for option in action.option_strings]
+            raise _unknown("flag", word.split("=")[0], known)
+        raise UserError(f"stray argument {word!r}: settings are given as --flag value")
+    return vars(arguments)

@@ -105,7 +105,13 @@ class ObjectiveSettings:
     """What is optimised."""
 
     objective: str = _setting("preference", "preference (dTRPO) or sft.", ("preference", "sft"))
-    estimator: str | None = _setting(None, "Default: dtrpo for preference, sft for sft.", tuple(ESTIMATORS))
+    estimator: str | None = _setting(
+        None,
+        "How log-likelihoods are estimated. dtrpo: one random decoding step per block; trajectory: the same of the "
+        "decodings recorded in the data (chosen_steps, rejected_steps); elbo; vrpo: elbo with levels stratified over "
+        "views and noise shared with the reference; mean_field: all masked; sft. Default: that of the objective.",
+        tuple(ESTIMATORS),
+    )
     block_start: str | None = _setting(
         None,
         "Where a block's first token is read: the clean pass, as the decoder does (default for preference), or the "
@@ -150,12 +156,21 @@ class OptimizerSettings:
     clip_grad: float = _setting(1.0, "Clip the global gradient norm to this; 0: do not clip.", at_least=0)
     seed: int = _setting(1234, "Seed of initial weights, data order and noise.", at_least=0, at_most=2**63 - 1)
 
+    def steps(self, examples: int, global_batch_size: int) -> int:
+        """Steps of a whole run over data of so many examples."""
+        return self.train_iters or math.ceil(self.num_epochs * examples / global_batch_size)
+
 
 @dataclass
 class RunSettings:
     """Where a run starts from and what it leaves behind."""
 
     load: str | None = _setting(None, "Checkpoint folder to start from (and the reference policy's weights).")
+    reference_cache: str | None = _setting(
+        None,
+        "Folder of reference scores that tools/precompute_reference.py wrote for this run; no reference policy is kept "
+        "in memory.",
+    )
     save: str | None = _setting(None, "Run folder: checkpoints, metrics.jsonl, TensorBoard. Resumed if it has any.")
     save_interval: int = _setting(500, "Steps between checkpoints; the last step is always saved.", at_least=1)
     ckpt_format: str = _setting("torch_dist", "Checkpoint format.", ("torch_dist",))
@@ -166,12 +181,34 @@ class RunSettings:
     progress: bool = _setting(True, "A progress bar on rank 0 where standard error is a terminal.")
 
 
+@dataclass
+class EvaluationSettings:
+    """What a run measures of itself on data it does not train on, into eval.jsonl and TensorBoard."""
+
+    eval_interval: int | None = _setting(
+        None, "Steps between evaluations; also before the first step and after the last.", at_least=1
+    )
+    eval_data_path: str | None = _setting(
+        None,
+        "Held-out data of the kind that is trained on. Rows with an answer are also decoded, greedily, and judged: "
+        "exact match.",
+    )
+    eval_examples: int = _setting(512, "At most this many of its rows, the first ones.", at_least=1)
+    eval_verifier: str = _setting("numeric", "Judges decoded answers: numeric, or module:function.")
+    eval_max_new_tokens: int = _setting(512, "Longest decoded answer.", at_least=1)
+    eval_threshold: float = _setting(
+        0.9, "Decoding unmasks what it is surer of than this, and always the surest.", at_least=0, at_most=1
+    )
+    eval_batch_size: int = _setting(64, "Prompts decoded at once on each data-parallel process.", at_least=1)
+
+
 GROUPS = {
     "model": ModelSettings,
     "parallel": ParallelSettings,
     "data": DataSettings,
     "objective": ObjectiveSettings,
     "optimizer": OptimizerSettings,
+    "evaluation": EvaluationSettings,
     "run": RunSettings,
 }
 
@@ -185,6 +222,7 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     @classmethod
@@ -242,8 +280,7 @@ def validate(config: Config, world_size: int) -> int:
     model, parallel, data, objective = config.model, config.parallel, config.data, config.objective
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
         _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
-    _demand(data.data_path, "data_path is missing: give --data-path FILE")
-    for group in (model, parallel, data, objective, config.optimizer, config.run):
+    for group in (model, parallel, data, objective, config.optimizer, config.evaluation, config.run):
         _check_ranges(group)
     _demand(objective.beta > 0, "beta is 0: without it the loss does not prefer anything")
     _fill_defaults(config)
@@ -270,10 +307,15 @@ def validate(config: Config, world_size: int) -> int:
     )
     _check_recompute(parallel, model.num_layers // pp)
 
-    preference = objective.objective == "preference"
+    estimator = ESTIMATORS[objective.estimator]
     _demand(
-        preference == (objective.estimator != "sft"),
+        estimator.objective == objective.objective,
         f"estimator {objective.estimator} does not fit objective {objective.objective}: leave it out or choose another",
+    )
+    _demand(
+        estimator.is_random or objective.num_views == 1,
+        f"num_views is {objective.num_views}: estimator {objective.estimator} has no noise to average over views: "
+        "leave num_views at 1",
     )
     _demand(
         objective.loss_type == "sigmoid" or objective.label_smoothing == 0,
@@ -282,16 +324,41 @@ def validate(config: Config, world_size: int) -> int:
     return data_parallel
 
 
+def validate_data(config: Config) -> None:
+    """Checks that there is something to train on or to score. Raises UserError."""
+    _demand(config.data.data_path, "data_path is missing: give --data-path FILE")
+
+
 def validate_training(config: Config, data_parallel: int) -> None:
     """Checks what only training needs; after `validate`. Raises UserError."""
     optimizer = config.optimizer
     _demand(config.run.save, "save is missing: give --save DIR, the run folder")
+    _demand(
+        config.run.reference_cache is None or config.objective.objective == "preference",
+        f"reference_cache: objective {config.objective.objective} has no reference: leave it out",
+    )
+    _check_length(config, data_parallel)
+    _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
+    interval, path = config.evaluation.eval_interval, config.evaluation.eval_data_path
+    _demand(interval is None or path, "eval_interval needs data: give --eval-data-path FILE")
+    _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")
+
+
+def validate_precomputing(config: Config, data_parallel: int) -> None:
+    """Checks what only the reference's scores of a coming run need; after `validate`. Raises UserError."""
+    objective = config.objective.objective
+    _demand(objective == "preference", f"objective {objective} has no reference: there is nothing to precompute")
+    _check_length(config, data_parallel)
+
+
+def _check_length(config: Config, data_parallel: int) -> None:
+    """How many steps there are and how they divide."""
+    optimizer = config.optimizer
     _multiple("global_batch_size", config.data.global_batch_size, "the data-parallel size", data_parallel)
     _demand(
         (optimizer.train_iters is None) != (optimizer.num_epochs is None),
         "give exactly one of train_iters and num_epochs",
     )
-    _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
 
 
 def _check_recompute(parallel: ParallelSettings, layers_per_stage: int) -> None:

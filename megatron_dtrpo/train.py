@@ -56,9 +56,11 @@ def _train(argv: list[str]) -> None:
     tokenizer, data_parallel_size = prepare(config, given)
     initialize.start(config.parallel, config.optimizer.seed)
     try:
+        from megatron_dtrpo.evaluation.periodic import periodic_evaluation
         from megatron_dtrpo.training.loop import Trainer
 
-        Trainer(config, tokenizer, data_parallel_size).run()
+        evaluation = periodic_evaluation(config, tokenizer, data_parallel_size)
+        Trainer(config, tokenizer, data_parallel_size, evaluation).run()
     finally:
         initialize.stop()
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dtrpo.conversion import mapping
+from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
+from megatron_dtrpo.training import checkpoint
+from tests import oracles
 from tools import convert_checkpoint
 
 # Fast_dLLM_v2_7B's head layout: 28 query and 4 key/value heads. The vocabulary is no multiple of 128.
@@ -150,12 +157,63 @@ def assert_same_weights(folder: Path, other: Path) -> None:
         assert torch.equal(weight.view(torch.uint8), theirs[name].view(torch.uint8)), name
 
 
+def read_megatron(folder: Path, iteration: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor of a Megatron checkpoint, unsharded, the vocabulary padded."""
+    model = checkpoint.load_model_config(folder)
+    tensors = {}
+    with TorchDistReader(checkpoint.iteration_folder(folder, iteration)) as reader:
+        for tensor in mapping.megatron_tensors(model, model.vocab_size):
+            tensors[tensor.key] = torch.empty(tensor.shape, dtype=reader.dtype(tensor.key, tensor.layer))
+            reader.read_rows(tensor.key, tensor.layer, 0, tensors[tensor.key])
+    return tensors
+
+
+def assert_same_model(megatron: Path, folder: Path, iteration: int = 0, padding_is_zero: bool = True) -> None:
+    """A Megatron checkpoint holds what the oracle makes of the Hugging Face folder's weights, and no more."""
+    model, found = checkpoint.load_model_config(megatron), read_megatron(megatron, iteration)
+    expected = oracles.megatron_from_qwen2(
+        read_weights(folder), model.num_attention_heads, model.num_query_groups,
+        tied=not model.untie_embeddings_and_output_weights,
+    )  # fmt: skip
+    sharded_key = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+                   "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}  # fmt: skip
+    for name, tensor in expected.items():
+        for theirs, key in sharded_key.items():
+            name = name.replace(theirs, key)
+        value = found.pop(name)
+        assert torch.equal(value[: len(tensor)], tensor), name
+        assert not (padding_is_zero and value[len(tensor) :].any()), f"padding of {name}"
+    assert not found
+
+
 def checksums(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.is_file()}
 
 
 def _dump(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+# Fixtures: a test module takes them over, `good = folders.good`.
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A complete folder that no test changes."""
+    return write_folder(tmp_path_factory.mktemp("good") / "hf", shards=3)
+
+
+@pytest.fixture
+def source(good, tmp_path):
+    """A copy of it to damage."""
+    shutil.copytree(good, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.fixture(scope="module")
+def good_megatron(good, tmp_path_factory):
+    """The same, imported."""
+    folder = tmp_path_factory.mktemp("good_megatron") / "megatron"
+    import_checkpoint(good, folder, ImportOptions(progress=False))
+    return folder
 
 
 def run_tool(capsys, *words) -> tuple[int, str]:

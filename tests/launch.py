@@ -94,7 +94,8 @@ class Result:
 
 def _environment() -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key not in _TORCHRUN}
-    return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def _kill_tree(process: subprocess.Popen) -> None:

@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     back.add_argument("--dtype", choices=DTYPES, help="Convert weights to this. Default: that of the imported folder.")
     back.add_argument("--hf-reference", type=Path, metavar="DIR", help="Copy modelling files (*.py) from this folder, "
                       "and config.json where the checkpoint was not imported.")  # fmt: skip
+    back.add_argument("--no-tokenizer", action="store_true", help="Leave the tokenizer out.")
 
     both = verb("roundtrip", "Import and export in a scratch folder and compare every tensor.")
     both.add_argument("--hf-path", required=True, type=Path, metavar="DIR", help="Hugging Face folder.")
@@ -99,6 +100,7 @@ def _enable_tokenizers() -> None:
 def _import(arguments) -> None:
     _enable_tokenizers()
     from megatron_dtrpo.conversion.dtypes import FLAGS
+    from megatron_dtrpo.conversion.hf_config import CONFIG, assumptions, read_config
     from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 
     options = ImportOptions(
@@ -112,10 +114,13 @@ def _import(arguments) -> None:
     )
     started = time.monotonic()
     import_checkpoint(arguments.hf_path, arguments.megatron_path, options)
+    for note in assumptions(read_config(arguments.hf_path), arguments.hf_path / CONFIG):
+        print(f"note: {note}", file=sys.stderr)
     print(f"imported {arguments.hf_path} to {arguments.megatron_path} in {time.monotonic() - started:.1f} s")
 
 
 def _export(arguments) -> None:
+    _enable_tokenizers()
     from megatron_dtrpo.conversion.dtypes import FLAGS
     from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint, parse_size
 
@@ -126,6 +131,7 @@ def _export(arguments) -> None:
         hf_reference=arguments.hf_reference,
         check_finite=arguments.check_finite,
         overwrite=arguments.overwrite,
+        tokenizer=not arguments.no_tokenizer,
     )
     started = time.monotonic()
     for note in export_checkpoint(arguments.megatron_path, arguments.hf_path, options):

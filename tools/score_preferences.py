@@ -67,7 +67,9 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
         saved = checkpoint.load_model_config(reference)
         checkpoint.check_same_architecture(config.model, saved, reference)
     data = open_data(config, tokenizer)
-    builder = data.batches(config, parallel_state.get_data_parallel_rank(), data_parallel)
+    rank = parallel_state.get_data_parallel_rank()
+    policy_batches = data.batches(config, rank, data_parallel)
+    reference_batches = data.reference_batches(config, rank, data_parallel)
     if data.skipped and initialize.rank() == 0:
         print(f"warning: skipped {data.skipped} pairs longer than seq_length {config.data.seq_length}", flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
@@ -75,12 +77,12 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
     backend = choose_backend(config.parallel.attention_backend, device)
     model = build_model(config.model, config.parallel).to(device)
 
-    def scores(folder: str) -> dict:
+    def scores(folder: str, builder) -> dict:
         checkpoint.load(folder, checkpoint.require_latest(folder), model)
         return score_pairs(model, builder, indices, device, backend)
 
-    policy = scores(config.run.load)
-    base = scores(reference) if reference is not None else None
+    policy = scores(config.run.load, policy_batches)
+    base = scores(reference, reference_batches) if reference is not None else None
     rows = []
     for index in indices:
         row = {

@@ -14,6 +14,7 @@ from megatron_dtrpo.errors import UserError
 
 CONFIG = "config.json"
 DEFAULT_BLOCK_SIZE = 32
+DEFAULT_ROPE_THETA = 10000.0  # transformers' for Qwen2
 
 # Architecture -> whether it decodes by blocks as it is.
 ARCHITECTURES = {"Fast_dLLM_QwenForCausalLM": True, "Qwen2ForCausalLM": False}
@@ -123,7 +124,14 @@ def _rotary_base(config: dict, where: str | Path) -> float:
     both = (config.get("rope_theta"), _rope(config).get("rope_theta"))
     if both[0] is not None and both[0] != both[1]:
         raise UserError(f"{where}: rope_theta is {both[0]}, in rope_parameters {both[1]}: which one is right?")
-    return float(10000.0 if both[1] is None else both[1])  # transformers' own default for Qwen2
+    return float(DEFAULT_ROPE_THETA if both[1] is None else both[1])
+
+
+def assumptions(config: dict, where: str | Path) -> list[str]:
+    """What ``model_settings`` filled in and a user may not have meant, a line each."""
+    if _rope(config).get("rope_theta") is not None:
+        return []
+    return [f"{where}: no rope_theta: taken as {DEFAULT_ROPE_THETA:.0f}, transformers' own default"]
 
 
 def _refuse_what_we_lack(config: dict, where: str | Path) -> None:

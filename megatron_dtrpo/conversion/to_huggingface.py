@@ -34,7 +34,7 @@ from megatron_dtrpo.conversion.template import (
     with_dtype,
     write_config,
 )
-from megatron_dtrpo.conversion.tokenizer_files import export_tokenizer
+from megatron_dtrpo.conversion.tokenizer_export import export_tokenizer
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training import checkpoint
@@ -52,6 +52,7 @@ class ExportOptions:
     check_finite: bool = False
     overwrite: bool = False
     progress: bool = True
+    tokenizer: bool = True  # False leaves it out
 
 
 def parse_size(text: str) -> int:
@@ -87,6 +88,8 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
         ]
         shards = split_into_shards(planned, options.max_shard_bytes)
         with output_folder(hf_path, options.overwrite, megatron_path) as partial:
+            # First, because they may be refused, and weights take long.
+            notes = _write_small_files(partial, megatron_path, template, config, source.dtype, options)
             total = sum(tensor.nbytes for tensor in planned)
             require_space(partial, total)
             bar = tqdm(
@@ -97,7 +100,7 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
                     write_shard(partial / name, shard, ahead(_rows(reader, shard, pieces, options.check_finite, bar)))
             if len(shards) > 1:
                 write_index(partial, shards)
-            return _write_small_files(partial, megatron_path, template, config, source.dtype, options)
+    return notes
 
 
 def _check_reference(reference: Path | None, ours: str) -> None:
@@ -190,8 +193,8 @@ def _write_small_files(
         shutil.copyfile(template / CONFIG, partial / CONFIG)
     if template is not None and (template / GENERATION_CONFIG).is_file():
         shutil.copyfile(template / GENERATION_CONFIG, partial / GENERATION_CONFIG)
-    if not export_tokenizer(megatron_path / checkpoint.TOKENIZER, partial):
-        notes.append("no tokenizer was exported: the checkpoint has none that transformers reads")
+    if options.tokenizer:
+        notes += export_tokenizer(megatron_path / checkpoint.TOKENIZER, partial)
     if options.hf_reference is not None:
         for file in sorted(options.hf_reference.glob("*.py")):
             shutil.copyfile(file, partial / file.name)

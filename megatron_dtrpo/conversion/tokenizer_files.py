@@ -1,4 +1,4 @@
-"""A tokenizer's files between a Hugging Face folder and a checkpoint, with a mask token added where it has none.
+"""A tokenizer's files from a Hugging Face folder to a checkpoint, with a mask token added where it has none.
 
 The token is written into the files themselves, in every place where a version of transformers looks, so that all else
 in them stays as it was. Loading the result then has to agree.
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
-from megatron_dtrpo.data.tokenizer import METADATA_FILE, Tokenizer, build_tokenizer
+from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_dtrpo.errors import UserError
 
 MASK_TOKEN = "|<MASK>|"  # Fast-dLLM's
@@ -51,18 +51,6 @@ def import_tokenizer(folder: Path, target: Path, mask_token: str | None, add_mas
             raise UserError(f"{folder}: {MASK_TOKEN} cannot be added to this kind of tokenizer")
         tokenizer.save(target)
     return tokenizer
-
-
-def export_tokenizer(saved: Path, target: Path) -> bool:
-    """Copies a checkpoint's tokenizer into a Hugging Face folder. Returns whether it is one that transformers reads."""
-    if not (saved / METADATA_FILE).is_file():
-        return False
-    if read_json(saved / METADATA_FILE).get("tokenizer_type") != _KIND:
-        return False
-    for file in sorted(saved.iterdir()):
-        if file.is_file() and file.name not in (METADATA_FILE, CONFIG):
-            shutil.copyfile(file, target / file.name)
-    return True
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:

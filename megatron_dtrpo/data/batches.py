@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,15 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.token_store import TokenStore
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS, EstimatorOptions, noise_generator, total_views
+from megatron_dtrpo.diffusion.estimators import (
+    ESTIMATORS,
+    POLICY,
+    REFERENCE,
+    EstimatorOptions,
+    NoiseRequest,
+    noise_generator,
+    total_views,
+)
 from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, concatenate, lay_out, packed_length
 
 
@@ -36,7 +45,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Noising:
-    """How examples become packed documents; the same for training, reference scores and evaluation."""
+    """How examples become packed documents; the same for training, reference scores and evaluation.
+
+    ``stream`` is the sign of the views' numbers: another stream is other noise of the same kind.
+    """
 
     estimator: str
     options: EstimatorOptions
@@ -45,6 +57,7 @@ class Noising:
     block_size: int
     mask_id: int
     seed: int
+    stream: int = POLICY
 
     @classmethod
     def from_config(cls, config: Config, mask_id: int) -> Noising:
@@ -64,21 +77,34 @@ class Noising:
             seed=config.optimizer.seed,
         )
 
+    def for_reference(self) -> Noising:
+        """The noise under which the reference is scored: the policy's own, unless the estimator draws anew."""
+        return replace(self, stream=REFERENCE) if ESTIMATORS[self.estimator].independent_reference else self
+
     def packed_length(self, prompt_length, response_lengths):
         """Packed tokens: int (or int array ``[n]``) and one int (or array ``[n]``) per response."""
         views = total_views(self.estimator, self.num_views, self.options)
         return packed_length(prompt_length, response_lengths, self.block_size, views)
 
-    def document(self, sample: Sample, prompt: Tensor, responses: Sequence[Tensor]) -> PackedSequence:
-        """Noises and lays out one example: int64 ``[P]`` and ``[R]`` each."""
+    def document(
+        self,
+        sample: Sample,
+        prompt: Tensor,
+        responses: Sequence[Tensor],
+        steps: Sequence[Tensor] | None = None,
+    ) -> PackedSequence:
+        """Noises and lays out one example: int64 ``[P]``, ``[R]`` each and, where recorded, the decoding steps ``[R]``
+        each."""
         noise = []
         for branch, response in enumerate(responses, start=1):
             blocks = Blocks(prompt.numel(), response.numel(), self.block_size)
             generators = [
-                noise_generator(self.seed, sample.epoch, sample.index, branch, view)
+                noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
                 for view in range(1, self.num_views + 1)
             ]
-            noise.append(ESTIMATORS[self.estimator](blocks.maskable(self.block_start), generators, self.options))
+            recorded = None if steps is None else blocks.place(steps[branch - 1])
+            request = NoiseRequest(blocks.maskable(self.block_start), generators, self.options, recorded)
+            noise.append(ESTIMATORS[self.estimator].draw(request))
         return lay_out(
             prompt,
             responses,
@@ -133,8 +159,13 @@ class BatchBuilder:
         documents, lengths = [], []
         for sample in samples:
             example = self.store[sample.index]
-            prompt = torch.from_numpy(example.prompt.astype("int64"))
-            responses = [torch.from_numpy(r.astype("int64")) for r in example.responses]
-            documents.append(self.noising.document(sample, prompt, responses))
+            (prompt,) = _tensors([example.prompt])
+            responses = _tensors(example.responses)
+            steps = None if example.steps is None else _tensors(example.steps)
+            documents.append(self.noising.document(sample, prompt, responses, steps))
             lengths += [r.numel() for r in responses]
         return MicroBatch(concatenate(documents), list(samples), torch.tensor(lengths))
+
+
+def _tensors(arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(array.astype("int64")) for array in arrays]

@@ -1,8 +1,11 @@
 """What a row of a data file must hold, checked once, before anything is tokenized.
 
 A record is a prompt and its responses as the user wrote them, text or message lists: two responses (chosen, rejected)
-for preferences, one (the completion) for supervised fine-tuning. The fields are TRL's. Messages of the errors raised
-here do not say which row they are about; the caller, who knows, puts that in front.
+for preferences, one (the completion) for supervised fine-tuning. The fields are TRL's. A row may instead give exact
+token ids, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` or ``completion_ids``, which are then taken as they are, and
+with them the decoding step at which each response token was unmasked, ``chosen_steps`` and ``rejected_steps``.
+
+Messages of the errors raised here do not say which row they are about; the caller, who knows, puts that in front.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 from megatron_dtrpo.data.chat import Messages
 from megatron_dtrpo.errors import UserError
 
+MOST = 2**31 - 2  # of an id or a step, so that they, and steps plus one, are 32-bit integers
+
 
 @dataclass(frozen=True)
 class Record:
@@ -24,11 +29,23 @@ class Record:
     responses: tuple[str | Messages, ...]
 
 
-def preference_record(row: dict[str, Any]) -> Record:
-    """``prompt``, ``chosen``, ``rejected``; or whole conversations in ``chosen`` and ``rejected`` (implicit prompt).
+@dataclass(frozen=True)
+class TokenRecord:
+    """A prompt and its responses as token ids; ``steps`` has one integer per response token, or is None."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    steps: tuple[list[int], ...] | None = None
+
+
+def preference_record(row: dict[str, Any]) -> Record | TokenRecord:
+    """``prompt``, ``chosen``, ``rejected``; or whole conversations in ``chosen`` and ``rejected`` (implicit prompt); or
+    token ids.
 
     As in TRL, a text prompt beside two conversations is a label, and the prompt is what the conversations share.
     """
+    if _has_ids(row, ("chosen", "rejected")):
+        return _token_record(row, ("chosen", "rejected"))
     conversations = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
     implicit = conversations and not isinstance(row.get("prompt"), list)
     _require(row, ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected"))
@@ -46,11 +63,13 @@ def preference_record(row: dict[str, Any]) -> Record:
     return Record(prompt, tuple(_response(answer, name, prompt) for name, answer in answers.items()))
 
 
-def sft_record(row: dict[str, Any]) -> Record:
-    """``prompt`` and ``completion``, or ``messages``: the last assistant message answers those before it.
+def sft_record(row: dict[str, Any]) -> Record | TokenRecord:
+    """``prompt`` and ``completion``, or ``messages``: the last assistant message answers those before it; or token ids.
 
     Messages after the last answer are left out: nothing is learned from them.
     """
+    if _has_ids(row, ("completion",)):
+        return _token_record(row, ("completion",))
     if "messages" not in row or "prompt" in row:
         _require(row, ("prompt", "completion"))
         prompt = _prompt(row["prompt"])
@@ -65,7 +84,47 @@ def sft_record(row: dict[str, Any]) -> Record:
     return Record(prompt, (_response([messages[answers[-1]]], "messages", prompt),))
 
 
-READERS: dict[str, Callable[[dict[str, Any]], Record]] = {"preference": preference_record, "sft": sft_record}
+READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
+    "preference": preference_record,
+    "sft": sft_record,
+}
+
+
+def _has_ids(row: dict[str, Any], names: tuple[str, ...]) -> bool:
+    fields = [f"{name}_ids" for name in ("prompt", *names)] + [f"{name}_steps" for name in names]
+    return any(row.get(field) is not None for field in fields)
+
+
+def _token_record(row: dict[str, Any], names: tuple[str, ...]) -> TokenRecord:
+    ids = [f"{name}_ids" for name in ("prompt", *names)]
+    steps = [f"{name}_steps" for name in names]
+    given = [field for field in ids + steps if row.get(field) is not None]
+    missing = [field for field in ids if field not in given]
+    if missing:
+        raise UserError(f"{given[0]} without {missing[0]}; give {', '.join(ids)} together")
+    prompt, *responses = (_integers(row[field], field) for field in ids)
+    given_steps = [field for field in steps if field in given]
+    if not given_steps:
+        return TokenRecord(prompt, tuple(responses))
+    if given_steps != steps:
+        raise UserError(f"{given_steps[0]} alone; give {' and '.join(steps)} together")
+    recorded = tuple(_integers(row[field], field) for field in steps)
+    for field, of, response, each in zip(steps, ids[1:], responses, recorded, strict=True):
+        if len(each) != len(response):
+            raise UserError(f"{field}: {len(each)} steps for the {len(response)} tokens of {of}; give one per token")
+    return TokenRecord(prompt, tuple(responses), recorded)
+
+
+def _integers(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list):
+        raise UserError(f"{name}: must be a list of integers, not {_kind(value)}")
+    if not value:
+        raise UserError(f"{name}: is an empty list; give at least one token or take the row out")
+    for place, item in enumerate(value):
+        if type(item) is not int or not 0 <= item <= MOST:
+            shown = item if isinstance(item, (int, float)) else _kind(item)
+            raise UserError(f"{name}[{place}]: must be an integer from 0 to {MOST}, not {shown}")
+    return value
 
 
 def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:

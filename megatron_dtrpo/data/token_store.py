@@ -1,7 +1,8 @@
 """Every example validated and tokenized once, then read from disk by number.
 
 A store is a folder ``cache_dir/<fingerprint>/`` of three files: all token ids end to end, where each prompt and
-response ends, and what they were made from. It is memory-mapped, so a million pairs take no more memory than ten, and
+response ends, and what they were made from; and a fourth, at the tokens' places, if decoding steps were recorded (step
+plus one, 0 where there is none). It is memory-mapped, so a million pairs take no more memory than ten, and
 all lengths are known before training begins. The fingerprint covers data file, tokenizer and settings: change one and
 the next run builds another folder.
 """
@@ -12,42 +13,48 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from megatron_dtrpo.data.records import READERS, Record
+from megatron_dtrpo.data.records import READERS, Record, TokenRecord
 from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 _BATCH = 512  # rows tokenized in one call
-_TOKENS, _ENDS, _META = "tokens.int32", "ends.int64", "meta.json"
+_TOKENS, _STEPS, _ENDS, _META = "tokens.int32", "steps.int32", "ends.int64", "meta.json"
 
 
 @dataclass(frozen=True)
 class Example:
     """Token ids of one row: ``prompt`` int32 [P], ``responses`` int32 [R] each, their end token included.
 
-    Preferences have two responses, (chosen, rejected); fine-tuning has one. The arrays are read-only.
+    Preferences have two responses, (chosen, rejected); fine-tuning has one. ``steps``, int32 [R] each, are the decoding
+    steps at which the responses' tokens were unmasked, or None if the row has none. Tokens are read-only.
     """
 
     index: int
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
+    steps: tuple[np.ndarray, ...] | None = None
 
 
 class TokenStore:
-    """A finished store, opened for reading. ``build_token_store`` makes or finds one; ``store[i]`` is an Example."""
+    """A finished store, opened for reading. ``build_token_store`` makes or finds one; ``store[i]`` is an Example.
+
+    ``content`` is a fingerprint of every token and step in it, wherever the data file lies.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         """Open the store in ``directory``. Raises UserError where it is missing or damaged."""
@@ -56,13 +63,17 @@ class TokenStore:
             meta = json.loads((self.directory / _META).read_text(encoding="utf-8"))
             self._ends = np.memmap(self.directory / _ENDS, dtype=np.int64, mode="r")
             self._tokens = np.memmap(self.directory / _TOKENS, dtype=np.int32, mode="r")
-        except (OSError, ValueError):
+            steps = self.directory / _STEPS
+            self._steps = np.memmap(steps, dtype=np.int32, mode="r") if meta["steps"] else None
+        except (OSError, ValueError, KeyError):
             raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
         self.kind: str = meta["kind"]
         self.source: str = meta["source"]
+        self.content: str = meta["content"]
         self._size: int = meta["examples"]
         self._parts = 1 + len(RESPONSES[self.kind])
-        if len(self._ends) != self._size * self._parts or self._ends[-1] != len(self._tokens):
+        sizes = {len(self._tokens), self._ends[-1], len(self._tokens if self._steps is None else self._steps)}
+        if len(self._ends) != self._size * self._parts or len(sizes) > 1:
             raise UserError(f"{self.directory}: the token store is damaged; delete the folder and run again")
 
     def __len__(self) -> int:
@@ -73,12 +84,20 @@ class TokenStore:
         if not 0 <= index < self._size:
             raise IndexError(f"example {index} of {self._size}")
         first = index * self._parts
-        begin = int(self._ends[first - 1]) if first else 0
-        parts = []
-        for end in self._ends[first : first + self._parts].tolist():
-            parts.append(np.asarray(self._tokens[begin:end]))
-            begin = end
-        return Example(int(index), parts[0], tuple(parts[1:]))
+        ends = self._ends[first : first + self._parts].tolist()
+        spans = [slice(begin, end) for begin, end in pairwise(ends)]
+        prompt = np.asarray(self._tokens[int(self._ends[first - 1]) if first else 0 : ends[0]])
+        steps = None
+        if self._steps is not None and self._steps[ends[0]]:
+            steps = tuple(self._steps[span] - 1 for span in spans)
+        return Example(int(index), prompt, tuple(np.asarray(self._tokens[span]) for span in spans), steps)
+
+    def first_without_steps(self) -> int | None:
+        """The first example whose decoding was not recorded, or None where all were."""
+        if self._steps is None:
+            return 0
+        missing = np.flatnonzero(self._steps[self._ends[:: self._parts]] == 0)
+        return int(missing[0]) if len(missing) else None
 
     @cached_property
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -150,22 +169,48 @@ def _write(
     apply_chat_template: bool,
     progress: bool,
 ) -> None:
-    """Write the three files of a store; the tokens go straight to disk, 8 bytes a part stay in memory."""
+    """Write the files of a store; the tokens go straight to disk, 8 bytes a part stay in memory."""
     ends = array("q")
     end = 0
-    with (directory / _TOKENS).open("wb") as file:
+    content = hashlib.sha256(kind.encode())
+    recorded = False
+    with (directory / _TOKENS).open("wb") as tokens_file, (directory / _STEPS).open("wb") as steps_file:
         for first, records in _record_batches(rows, kind, progress):
-            for parts in _tokenize(rows, first, records, kind, tokenizer, apply_chat_template):
+            parts_of = _tokenize(rows, first, records, kind, tokenizer, apply_chat_template)
+            for record, parts in zip(records, parts_of, strict=True):
+                begin = end + len(parts[0])
                 for ids in parts:
-                    file.write(np.asarray(ids, dtype=np.int32).tobytes())
                     end += len(ids)
                     ends.append(end)
+                tokens = np.asarray([token for ids in parts for token in ids], dtype=np.int32).tobytes()
+                tokens_file.write(tokens)
+                steps = _steps_bytes(record)
+                if steps:
+                    recorded = True
+                    steps_file.seek(begin * 4)  # what is skipped reads as 0
+                    steps_file.write(steps)
+                content.update(struct.pack(f"<{len(parts)}q?", *map(len, parts), bool(steps)) + tokens + steps)
+        steps_file.truncate(end * 4)
+    if not recorded:
+        (directory / _STEPS).unlink()
     (directory / _ENDS).write_bytes(ends.tobytes())
-    meta = {"kind": kind, "source": os.path.abspath(source), "examples": len(rows)}
+    meta = {
+        "kind": kind,
+        "source": os.path.abspath(source),
+        "examples": len(rows),
+        "steps": recorded,
+        "content": content.hexdigest(),
+    }
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _record_batches(rows: Rows, kind: str, progress: bool) -> Iterator[tuple[int, list[Record]]]:
+def _steps_bytes(record: Record | TokenRecord) -> bytes:
+    if isinstance(record, Record) or record.steps is None:
+        return b""
+    return (np.asarray([step for steps in record.steps for step in steps], dtype=np.int32) + 1).tobytes()
+
+
+def _record_batches(rows: Rows, kind: str, progress: bool) -> Iterator[tuple[int, list[Record | TokenRecord]]]:
     """(number of the first row, validated records) of up to ``_BATCH`` rows at a time."""
     numbered: Iterable = enumerate(rows)
     if progress:
@@ -182,35 +227,59 @@ def _record_batches(rows: Rows, kind: str, progress: bool) -> Iterator[tuple[int
 
 
 def _tokenize(
-    rows: Rows, first: int, records: list[Record], kind: str, tokenizer: Tokenizer, apply_chat_template: bool
+    rows: Rows,
+    first: int,
+    records: list[Record | TokenRecord],
+    kind: str,
+    tokenizer: Tokenizer,
+    apply_chat_template: bool,
 ) -> Iterator[list[list[int]]]:
     """Token ids of each record, [prompt, *responses]; every text of the batch goes to the tokenizer in one call."""
     texts: list[str] = []
     for index, record in enumerate(records, start=first):
+        if isinstance(record, Record):
+            with _located(rows, index):
+                texts.append(tokenizer.render_prompt(record.prompt, apply_chat_template))
+                for response in record.responses:
+                    texts.append(tokenizer.render_response(response, record.prompt, apply_chat_template))
+    encoded = iter(tokenizer.encode_batch(texts))
+    for index, record in enumerate(records, start=first):
+        if isinstance(record, Record):
+            parts = [next(encoded), *(tokenizer.close(next(encoded)) for _ in RESPONSES[kind])]
+            check = _check_tokenized
+        else:
+            parts = [record.prompt, *record.responses]
+            check = _check_given
         with _located(rows, index):
-            texts.append(tokenizer.render_prompt(record.prompt, apply_chat_template))
-            for response in record.responses:
-                texts.append(tokenizer.render_response(response, record.prompt, apply_chat_template))
-    ids = tokenizer.encode_batch(texts)
-    parts_each = 1 + len(RESPONSES[kind])
-    for number in range(len(records)):
-        parts = ids[number * parts_each : (number + 1) * parts_each]
-        parts = [parts[0], *(tokenizer.close(part) for part in parts[1:])]
-        with _located(rows, first + number):
-            _check_ids(parts, RESPONSES[kind], tokenizer)
+            check(parts, ("prompt", *RESPONSES[kind]), tokenizer)
+            _check_different(parts)
         yield parts
 
 
-def _check_ids(parts: list[list[int]], names: tuple[str, ...], tokenizer: Tokenizer) -> None:
+def _check_tokenized(parts: list[list[int]], names: tuple[str, ...], tokenizer: Tokenizer) -> None:
     """Refuse what only shows once tokenized."""
-    for name, ids in zip(("prompt", *names), parts, strict=True):
+    for name, ids in zip(names, parts, strict=True):
         if tokenizer.mask_id in ids:
             raise UserError(f"{name}: contains the mask token {tokenizer.mask_token!r}; remove it from the text")
-    if not parts[0]:
-        raise UserError("prompt: is empty once tokenized; give some text or take the row out")
-    for name, ids in zip(names, parts[1:], strict=True):
-        if len(ids) < 2:
+        if len(ids) < (1 if name == "prompt" else 2):  # a response's end token does not count
             raise UserError(f"{name}: is empty once tokenized; give some text or take the row out")
+
+
+def _check_given(parts: list[list[int]], names: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    """Refuse ids that are not text in this vocabulary."""
+    for name, ids in zip(names, parts, strict=True):
+        if tokenizer.mask_id in ids:
+            place = ids.index(tokenizer.mask_id)
+            raise UserError(f"{name}_ids[{place}]: is the mask token {tokenizer.mask_id}; only text has ids here")
+        if max(ids) >= tokenizer.vocab_size:
+            place = ids.index(max(ids))
+            raise UserError(
+                f"{name}_ids[{place}]: {ids[place]} is not in the vocabulary of {tokenizer.vocab_size} tokens; "
+                "give ids of this tokenizer"
+            )
+
+
+def _check_different(parts: list[list[int]]) -> None:
     if len(parts) == 3 and parts[1] == parts[2]:
         raise UserError("chosen and rejected are the same; take the row out, it prefers nothing")
 

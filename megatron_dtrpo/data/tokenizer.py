@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_dtrpo.data import chat
 from megatron_dtrpo.data.chat import Messages
+from megatron_dtrpo.data.pieces import split_text
 from megatron_dtrpo.errors import UserError
 
 METADATA_FILE = "tokenizer_metadata.json"  # the name megatron-core looks for
@@ -30,13 +31,8 @@ TOKENIZER_TYPES = tuple(_LIBRARIES)
 # Bytes are their own ids. megatron's defaults (end 0, pad 1) would collide with bytes 0 and 1, so ours follow them.
 _BYTE_SPECIALS = {"<eos>": 256, "<pad>": 257, "<mask>": 258}
 # Beside the vocabulary files, whose names the tokenizer's class knows.
-_HF_FILES = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
+_HF_FILES = {"chat_template.jinja", "tokenizer.model"} | {
+    f"{name}.json" for name in ("added_tokens", "special_tokens_map", "tokenizer", "tokenizer_config")
 }
 
 
@@ -85,6 +81,19 @@ class Tokenizer:
             # megatron's detokenize() strips white space from the end and hides broken UTF-8.
             return bytes(kept).decode("utf-8", errors="replace")
         return self.megatron.detokenize(kept)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its name in the vocabulary, special ones included; None if there is no such token."""
+        library = self._library
+        if self.tokenizer_type == "HuggingFaceTokenizer":
+            return library.get_vocab().get(token)
+        if self.tokenizer_type == "ByteLevelTokenizer":
+            return _BYTE_SPECIALS.get(token, token.encode()[0] if len(token.encode()) == 1 else None)
+        return _sentencepiece_id(library, token)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each of ``ids`` adds; joined they are ``decode(ids)``. Tokens without text add ''."""
+        return split_text(self.decode, ids, self.special_ids)
 
     def encode_prompt(self, prompt: str | Messages, apply_chat_template: bool = False) -> list[int]:
         """Token ids of a prompt: text as it is, or messages up to where the assistant begins to speak."""
@@ -222,7 +231,7 @@ def _build_sentencepiece(file: Path, mask_token: str | None, eos_token: str | No
     eos_token = eos_token or (library.id_to_piece(library.eos_id()) if library.eos_id() >= 0 else None)
 
     def known(token: str | None) -> int | None:
-        return None if token is None or library.piece_to_id(token) == library.unk_id() else library.piece_to_id(token)
+        return None if token is None else _sentencepiece_id(library, token)
 
     mask_token = mask_token or "[MASK]"
     return _checked_tokenizer(
@@ -235,6 +244,11 @@ def _build_sentencepiece(file: Path, mask_token: str | None, eos_token: str | No
         special_ids=[i for i in range(library.get_piece_size()) if library.is_control(i)],
         files=(file,),
     )
+
+
+def _sentencepiece_id(library: Any, token: str) -> int | None:
+    found = library.piece_to_id(token)
+    return None if found == library.unk_id() else found
 
 
 def _build_byte_level(mask_token: str | None, eos_token: str | None) -> Tokenizer:

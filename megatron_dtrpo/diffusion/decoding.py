@@ -47,12 +47,14 @@ class Pass(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """A finished response: per token its id, the decoding step that wrote it (from 0; several tokens may share one)
-    and the confidence with which. ``passes``: forward passes this sequence took part in. ``ended``: by an end token."""
+    """A finished response: per token its id, the decoding step that wrote it (from 0; several tokens may share one),
+    the confidence with which, and its block. ``passes``: forward passes this sequence took part in. ``ended``: by an
+    end token, not by the limit."""
 
     tokens: list[int]
     steps: list[int]
     confidence: list[float]
+    blocks: list[int]
     passes: int
     ended: bool
 
@@ -127,11 +129,25 @@ class Decoding:
         if not self._masked():
             self._finish_block()
 
+    def settled(self) -> list[int] | None:
+        """The response so far if the last pass finished a block of it and another one follows; None in between."""
+        return None if self._clean_start is None else self.tokens[self.prompt_length : self.block]
+
+    def stop(self) -> None:
+        """Ends the response with the blocks that are finished; only where it is `settled`."""
+        self.limit, self.finished = self.block, True
+
     def completion(self) -> Completion:
         stop = self.limit if self.end is None else self.end + 1
         response = slice(self.prompt_length, stop)
-        steps, confidence = self.steps[response], self.confidence[response]
-        return Completion(self.tokens[response], steps, confidence, self.passes, self.end is not None)
+        return Completion(
+            tokens=self.tokens[response],
+            steps=self.steps[response],
+            confidence=self.confidence[response],
+            blocks=[position // self.block_size for position in range(self.prompt_length, stop)],
+            passes=self.passes,
+            ended=self.end is not None,
+        )
 
     def _masked(self) -> list[int]:
         """Positions of the block that are still to be written."""

@@ -4,11 +4,11 @@ An estimator draws, for one response, ``K`` noisy views of its blocks and a weig
 
     L(y) = sum over views k and positions p of  weight[k, p] * log p(y_p | view k)
 
-estimates what it is named for. Policy and reference get the same draws, hence their ratio needs no schedule.
+estimates what it is named for. Policy and reference get the same draws, hence their ratio needs no schedule; only the
+plain ``elbo`` draws anew for the reference.
 
-Every estimator is a function ``(maskable, generators, options) -> Noise`` in `ESTIMATORS`; ``maskable`` is a bool
-``[n, B]`` tensor (see `layout.Blocks.maskable`) and ``generators`` holds one `torch.Generator` per base view, so that
-a view's draw does not depend on how many views there are. Legend: n blocks, B block size, K views.
+`ESTIMATORS` says of every estimator how it draws, ``NoiseRequest -> Noise``, and what else there is to know about it.
+Legend: n blocks, B block size, K views, m maskable tokens of a block.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Views are numbered from 1; the reference's own draws, where it has any, have the negative numbers.
+POLICY, REFERENCE = 1, -1
+
 
 class Noise(NamedTuple):
     """``masked``: bool ``[K, n, B]``, the tokens each view hides; ``weight``: float64 ``[K, n, B]``, zero where a
@@ -33,11 +36,25 @@ class Noise(NamedTuple):
 
 @dataclass(frozen=True)
 class EstimatorOptions:
-    """Knobs of the estimators; each estimator reads the ones its docstring names."""
+    """Knobs of the estimators; the table says which estimator reads which."""
 
     steps_per_block: int = 8
     complementary: bool = True
     min_timestep: float = 1e-3
+
+
+class NoiseRequest(NamedTuple):
+    """What a draw is made from.
+
+    ``maskable``: bool ``[n, B]`` (see `layout.Blocks.maskable`). ``generators``: one per base view, so that a view's
+    draw does not depend on how many views there are. ``steps``: int64 ``[n, B]``, the decoding step at which each
+    token was unmasked; None where no decoding was recorded.
+    """
+
+    maskable: Tensor
+    generators: Sequence[torch.Generator]
+    options: EstimatorOptions = EstimatorOptions()
+    steps: Tensor | None = None
 
 
 def noise_generator(seed: int, epoch: int, index: int, branch: int, view: int) -> torch.Generator:
@@ -49,34 +66,123 @@ def noise_generator(seed: int, epoch: int, index: int, branch: int, view: int) -
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def dtrpo(maskable: Tensor, generators: Sequence[torch.Generator], options: EstimatorOptions) -> Noise:
+def dtrpo(request: NoiseRequest) -> Noise:
     """One sampled timestep per block, the newly unmasked tokens only (dTRPO, arXiv 2603.18806, Theorems 1 and 2).
 
     A uniformly random order of the block's m maskable tokens is cut into ``T = min(steps_per_block, m)`` groups of
     near-equal size, the decoding steps; for one step ``t ~ U{1..T}`` the groups ``t..T`` are masked and group ``t``,
     which that step unmasks, is read with weight ``T / K``. Its expectation is the sum over all steps.
     """
-    count = maskable.sum(1)
-    steps = count.clamp(max=options.steps_per_block)
-    draws = [_dtrpo_view(maskable, count, steps, generator) for generator in generators]
-    masked, read = (torch.stack(t) for t in zip(*draws, strict=True))
-    return Noise(masked, read * (steps.double() / len(generators)).view(1, -1, 1))
+    count = request.maskable.sum(1)
+    steps = count.clamp(max=request.options.steps_per_block)
+    views = []
+    for generator in request.generators:
+        group = _random_rank(request.maskable, generator) * steps.unsqueeze(1) // count.clamp(min=1).unsqueeze(1)
+        views.append(at_timestep(request.maskable, group, _random_timestep(steps, generator)))
+    return _newly_unmasked(views, steps)
 
 
-def _dtrpo_view(maskable: Tensor, count: Tensor, steps: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    key = torch.rand(maskable.shape, generator=generator, dtype=torch.float64)
-    rank = key.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)
-    group = rank * steps.unsqueeze(1) // count.clamp(min=1).unsqueeze(1)
-    timestep = (torch.rand(steps.shape, generator=generator, dtype=torch.float64) * steps).long().unsqueeze(1)
+def trajectory(request: NoiseRequest) -> Noise:
+    """As `dtrpo`, but with the recorded decoding of the response in the place of a random order: the groups of a block
+    are its distinct recorded steps, in order, and T is their number."""
+    group, steps = recorded_groups(request.maskable, request.steps)
+    views = [
+        at_timestep(request.maskable, group, _random_timestep(steps, generator)) for generator in request.generators
+    ]
+    return _newly_unmasked(views, steps)
+
+
+def recorded_groups(maskable: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers the distinct steps of each block's maskable tokens from 0.
+
+    Args:
+        maskable: bool ``[n, B]``.
+        steps: int64 ``[n, B]``; read where maskable.
+
+    Returns:
+        The number of each token's step, int64 ``[n, B]`` (meaningless where not maskable), and how many distinct steps
+        each block has, int64 ``[n]``.
+    """
+    ordered, place = steps.masked_fill(~maskable, torch.iinfo(torch.long).max).sort(1)
+    number = torch.zeros_like(ordered)
+    number[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+    group = torch.empty_like(number).scatter_(1, place, number)
+    return group, (group + 1).masked_fill(~maskable, 0).amax(1)
+
+
+def at_timestep(maskable: Tensor, group: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """What is masked before, and what is unmasked in, decoding step ``timestep`` (from 0, int64 ``[n]``) of each block
+    whose tokens are unmasked in order of ``group``: bool ``[n, B]`` each."""
+    timestep = timestep.unsqueeze(1)
     return maskable & (group >= timestep), maskable & (group == timestep)
 
 
-def sft(maskable: Tensor, generators: Sequence[torch.Generator], options: EstimatorOptions) -> Noise:
+def _random_rank(maskable: Tensor, generator: torch.Generator) -> Tensor:
+    """A uniformly random order of each block's maskable tokens: int64 ``[n, B]``, theirs are ``0 .. m - 1``."""
+    key = torch.rand(maskable.shape, generator=generator, dtype=torch.float64)
+    return key.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)
+
+
+def _random_timestep(steps: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform on ``0 .. steps - 1``: int64 ``[n]``."""
+    return (torch.rand(steps.shape, generator=generator, dtype=torch.float64) * steps).long()
+
+
+def _newly_unmasked(views: Sequence[tuple[Tensor, Tensor]], steps: Tensor) -> Noise:
+    """Views (masked, read), each bool ``[n, B]``, of one of ``steps`` (int64 ``[n]``) equally likely steps a block."""
+    masked, read = (torch.stack(t) for t in zip(*views, strict=True))
+    return Noise(masked, read * (steps.double() / len(views)).view(1, -1, 1))
+
+
+def elbo(request: NoiseRequest) -> Noise:
+    """The evidence lower bound of a masked diffusion model (LLaDA, arXiv 2502.09992).
+
+    Per block ``l ~ U{1..m}`` tokens are masked without replacement and read with weight ``m / (l K)``. Its
+    expectation is the average over all orders of the sum over tokens one at a time.
+    """
+    levels = [
+        torch.rand(len(request.maskable), generator=generator, dtype=torch.float64) for generator in request.generators
+    ]
+    return _masked_to_level(request, levels)
+
+
+def vrpo(request: NoiseRequest) -> Noise:
+    """As `elbo`, with less variance (VRPO, arXiv 2505.19223): policy and reference share every draw, and the levels of
+    a block's K views are stratified: view k's is drawn from ``[(k - 1) / K, k / K)``."""
+    views = len(request.generators)
+    levels = [
+        (k + torch.rand(len(request.maskable), generator=generator, dtype=torch.float64)) / views
+        for k, generator in enumerate(request.generators)
+    ]
+    return _masked_to_level(request, levels)
+
+
+def _masked_to_level(request: NoiseRequest, levels: Sequence[Tensor]) -> Noise:
+    """Masks a share of each block, levels float64 ``[n]`` in ``[0, 1)`` per view: uniform ones give ``l ~ U{1..m}``."""
+    count = request.maskable.sum(1)
+    masked, weight = [], []
+    for level, generator in zip(levels, request.generators, strict=True):
+        hidden = (1 + (level * count).long()).minimum(count)  # a level may be rounded up to 1
+        masked.append(request.maskable & (_random_rank(request.maskable, generator) < hidden.unsqueeze(1)))
+        weight.append(masked[-1] * (count / (hidden.clamp(min=1).double() * len(levels))).unsqueeze(1))
+    return Noise(torch.stack(masked), torch.stack(weight))
+
+
+def mean_field(request: NoiseRequest) -> Noise:
+    """Everything masked and everything read: the response's tokens as if independent given the blocks before. There is
+    nothing random in it, so that more than one view would repeat the first."""
+    views = len(request.generators)
+    masked = request.maskable.expand(views, -1, -1).clone()
+    return Noise(masked, masked.double() / views)
+
+
+def sft(request: NoiseRequest) -> Noise:
     """Fast-dLLM v2's training noise: one ``t ~ U(min_timestep, 1)`` per block, each token masked with probability t,
     read with weight 1 where masked. With ``complementary`` each view is followed by one that masks the rest, so that
     every token is learnt once per pair of views."""
+    maskable, options = request.maskable, request.options
     views = []
-    for generator in generators:
+    for generator in request.generators:
         timestep = torch.rand((maskable.shape[0], 1), generator=generator, dtype=torch.float64)
         timestep = options.min_timestep + (1 - options.min_timestep) * timestep
         hidden = maskable & (torch.rand(maskable.shape, generator=generator, dtype=torch.float64) < timestep)
@@ -85,11 +191,38 @@ def sft(maskable: Tensor, generators: Sequence[torch.Generator], options: Estima
     return Noise(masked, masked.double())
 
 
-Estimator = Callable[[Tensor, Sequence[torch.Generator], EstimatorOptions], Noise]
+@dataclass(frozen=True)
+class Estimator:
+    """How an estimator draws, and what its callers need to know of it.
 
-ESTIMATORS: dict[str, Estimator] = {"dtrpo": dtrpo, "sft": sft}
+    Attributes:
+        options: the fields of `EstimatorOptions` that it reads.
+        objective: the objective it belongs to.
+        pairs_views: with the option ``complementary`` it lays out two views per generator.
+        is_random: whether averaging several views means anything.
+        independent_reference: the reference's noise is drawn apart from the policy's.
+        needs_steps: it reads a recorded decoding.
+    """
+
+    draw: Callable[[NoiseRequest], Noise]
+    options: tuple[str, ...] = ()
+    objective: str = "preference"
+    pairs_views: bool = False
+    is_random: bool = True
+    independent_reference: bool = False
+    needs_steps: bool = False
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "dtrpo": Estimator(dtrpo, ("steps_per_block",)),
+    "elbo": Estimator(elbo, independent_reference=True),
+    "vrpo": Estimator(vrpo),
+    "mean_field": Estimator(mean_field, is_random=False),
+    "trajectory": Estimator(trajectory, needs_steps=True),
+    "sft": Estimator(sft, ("complementary", "min_timestep"), objective="sft", pairs_views=True),
+}
 
 
 def total_views(name: str, base_views: int, options: EstimatorOptions) -> int:
     """K, the number of noisy views an estimator lays out for ``base_views`` generators."""
-    return 2 * base_views if name == "sft" and options.complementary else base_views
+    return 2 * base_views if ESTIMATORS[name].pairs_views and options.complementary else base_views

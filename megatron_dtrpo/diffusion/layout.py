@@ -58,6 +58,12 @@ class Blocks:
         is_response = (position >= self.prompt_length) & (position < self.prompt_length + self.response_length)
         return is_response.view(self.count, self.block_size)
 
+    def place(self, values: Tensor) -> Tensor:
+        """One value per response token, int64 ``[R]``, to where the tokens lie: ``[n, B]``, 0 elsewhere."""
+        placed = values.new_zeros(self.count, self.block_size)
+        placed[self.is_response()] = values
+        return placed
+
     def maskable(self, block_start: str) -> Tensor:
         """Bool ``[n, B]``: the response tokens that noise may mask.
 
@@ -238,6 +244,30 @@ def concatenate(documents: Sequence[PackedSequence]) -> PackedSequence:
         if isinstance(getattr(documents[0], f.name), Tensor)
     }
     return PackedSequence(block_size=documents[0].block_size, responses=responses, **merged)
+
+
+def share_prompt(documents: Sequence[PackedSequence]) -> PackedSequence:
+    """Joins documents of one response each, all of the same prompt, into one document with a branch for every response,
+    so that the prompt's full blocks are computed once. Every response keeps its views and weights."""
+    names = ("tokens", "document", "branch", "view", "position")
+    shared = int((documents[0].branch == 0).sum())
+    length, tokens, rows = shared, [[getattr(documents[0], name)[:shared] for name in names]], []
+    for branch, document in enumerate(documents, start=1):
+        own = replace(document, branch=torch.full_like(document.branch, branch))
+        tokens.append([getattr(own, name)[shared:] for name in names])
+        rows.append(
+            torch.where(document.target_row < shared, document.target_row, document.target_row + length - shared)
+        )
+        length += len(document) - shared
+    return replace(
+        documents[0],
+        responses=len(documents),
+        **{name: torch.cat(parts) for name, parts in zip(names, zip(*tokens, strict=True), strict=True)},
+        target_row=torch.cat(rows),
+        target_token=torch.cat([d.target_token for d in documents]),
+        target_weight=torch.cat([d.target_weight for d in documents]),
+        target_response=torch.cat([d.target_response + r for r, d in enumerate(documents)]),
+    )
 
 
 def pad_to(sequence: PackedSequence, length: int, pad_id: int) -> PackedSequence:

@@ -23,7 +23,7 @@ def propose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -
     Returns:
         Tokens int64 ``[N]`` and the probability ``[N]`` of each in the cut distribution.
     """
-    probability, token = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True, stable=True)
+    probability, token = torch.softmax(logits.float() / temperature, -1).sort(dim=-1, descending=True, stable=True)
     before = probability.cumsum(-1) - probability
     kept = probability.masked_fill(before > top_p, 0.0)
     kept[:, 0] = probability[:, 0]

@@ -6,11 +6,13 @@ on the prompt, its key and the options only, not on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, DecodingOptions, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
@@ -56,6 +58,7 @@ class BlockDecoder:
         seed: int = 0,
         keys: Sequence[tuple[int, int]] | None = None,
         finished: Callable[[int, Completion], None] = lambda index, completion: None,
+        stop: Callable[[int, list[int]], bool] = lambda index, tokens: False,
     ) -> list[Completion]:
         """The completion of each prompt.
 
@@ -65,6 +68,7 @@ class BlockDecoder:
             keys: (prompt number, sample number) of each prompt; with ``seed`` they decide what is drawn above
                 temperature 0. Default: (its place, 0).
             finished: called with place and completion as soon as a prompt is done.
+            stop: called with place and the response so far whenever a block of it is finished; True ends it there.
         """
         if keys is None:
             keys = [(index, 0) for index in range(len(prompts))]
@@ -91,6 +95,9 @@ class BlockDecoder:
                 self._round(active, cache, predict)
                 for number in range(len(active) - 1, -1, -1):
                     slot = active[number]
+                    settled = slot.decoding.settled()
+                    if settled and stop(slot.index, settled):
+                        slot.decoding.stop()
                     if slot.decoding.finished:
                         completions[slot.index] = slot.decoding.completion()
                         finished(slot.index, completions[slot.index])
@@ -161,3 +168,12 @@ class BlockDecoder:
             return prefill_attention(cache, slots, lengths, self.block_size, width, self.device)
         starts, visible = [one.start for one in group], [one.visible for one in group]
         return block_attention(cache, slots, starts, lengths[0], visible, self.device)
+
+
+def make_decoder(
+    model: BlockDiffusionGPTModel, settings: ModelSettings, tokenizer: Tokenizer, end_ids: Iterable[int] = ()
+) -> BlockDecoder:
+    """A decoder that stops at the tokenizer's end token and at ``end_ids``."""
+    size = min(tokenizer.vocab_size, settings.vocab_size)
+    vocabulary = Vocabulary(size, tokenizer.mask_id, frozenset([tokenizer.eos_id, *end_ids]))
+    return BlockDecoder(model, vocabulary, settings.block_size, settings.max_position_embeddings)

@@ -25,6 +25,10 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def device() -> torch.device:
     return torch.device("cpu") if cpu.is_cpu() else torch.device("cuda", torch.cuda.current_device())
 

@@ -14,6 +14,7 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training.checkpoint import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "eval.jsonl"
 
 
 def check_logging(settings: RunSettings) -> None:
@@ -42,7 +43,8 @@ class MetricLog:
     def __init__(self, settings: RunSettings, start: int, total: int, config: dict):
         self.settings, self.total = settings, total
         folder = Path(settings.save)
-        drop_later_lines(folder / METRICS_FILE, start)
+        for name in (METRICS_FILE, EVALUATIONS_FILE):
+            drop_later_lines(folder / name, start)
         self._file = (folder / METRICS_FILE).open("a", buffering=1)
         self._tensorboard = self._open_tensorboard(folder, start) if settings.tensorboard else None
         self._wandb = self._open_wandb(config) if settings.wandb_project else None
@@ -70,17 +72,29 @@ class MetricLog:
     def step(self, metrics: dict) -> None:
         iteration = metrics["iteration"]
         self._file.write(json.dumps(metrics) + "\n")
+        self._send(metrics)
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+        if iteration % self.settings.log_interval == 0 or iteration == self.total:
+            self.say(self._line(metrics))
+
+    def evaluation(self, metrics: dict) -> None:
+        """``iteration`` and what was measured on held-out data after it."""
+        with (Path(self.settings.save) / EVALUATIONS_FILE).open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        self._send(metrics)
+        shown = [f"{name} {value:.4f}" for name, value in metrics.items() if name != "iteration"]
+        self.say(f"evaluation after iteration {metrics['iteration']}: {', '.join(shown)}")
+
+    def _send(self, metrics: dict) -> None:
+        iteration = metrics["iteration"]
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "iteration":
                     self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb is not None:
             self._wandb.log(metrics, step=iteration)
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
-        if iteration % self.settings.log_interval == 0 or iteration == self.total:
-            self.say(self._line(metrics))
 
     def _line(self, metrics: dict) -> str:
         shown = [f"iteration {metrics['iteration']}/{self.total}", f"loss {metrics['loss']:.6f}"]

@@ -10,39 +10,54 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_dtrpo.config import Config
+from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.attention import attention_width
-from megatron_dtrpo.model.initialization import initialize_weights
-from megatron_dtrpo.model.provider import build_model
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.training import checkpoint
+from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import MetricLog
 from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
 from megatron_dtrpo.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable
+from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable, starting_model
+from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
 from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, score, train_pass
+from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 
 
 class Trainer:
     """One run: built from a validated configuration, then `run`."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, data_parallel_size: int):
-        self.config, self.device = config, initialize.device()
+    def __init__(self, config: Config, tokenizer: Tokenizer, data_parallel_size: int, evaluation=None):
+        """``evaluation``: an `evaluation.periodic.PeriodicEvaluation`, or None."""
+        self.config, self.device, self.evaluation = config, initialize.device(), evaluation
         self.is_main = dist.get_rank() == 0
         self.data: Data = open_data(config, tokenizer)
-        self.batches = self.data.batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
+        rank = parallel_state.get_data_parallel_rank()
+        self.batches = self.data.batches(config, rank, data_parallel_size)
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
         self.backend = choose_backend(config.parallel.attention_backend, self.device)
-        self.train_iters = config.optimizer.train_iters or math.ceil(
-            config.optimizer.num_epochs * len(self.data.order) / config.data.global_batch_size
-        )
+        self.train_iters = config.optimizer.steps(len(self.data.order), config.data.global_batch_size)
         self.stop_requested = False
+        self.cache = self._open_cache()
+        # The reference has batches of its own where it is run, and on other noise than the policy.
+        runs_alone = ESTIMATORS[config.objective.estimator].independent_reference and self.cache is None
+        self.reference_batches = self.data.reference_batches(config, rank, data_parallel_size) if runs_alone else None
         self._build(tokenizer)
+
+    def _open_cache(self) -> ReferenceCache | None:
+        directory = self.config.run.reference_cache
+        if directory is None:
+            return None
+        cache = ReferenceCache(directory)
+        cache.require({"data": self.data.store.content})
+        return cache
 
     def _build(self, tokenizer: Tokenizer) -> None:
         config, run = self.config, self.config.run
@@ -51,26 +66,31 @@ class Trainer:
             saved = checkpoint.load_model_config(run.save)
             checkpoint.check_same_architecture(config.model, saved, run.save)
 
-        model = build_model(config.model, config.parallel)
-        self.model = model.to(self.device)
-        if run.load is None:
-            initialize_weights(self.model, config.optimizer.seed)
-        else:
-            checkpoint.load(run.load, checkpoint.require_latest(run.load), self.model)
+        self.model = starting_model(config, self.device)
         self._freeze()
-        preference = config.objective.objective == "preference"
-        self.reference = ReferencePolicy(self.model) if preference else None
+        if self.evaluation is not None:
+            self.evaluation.remember_reference(self.model)
+        live = config.objective.objective == "preference" and self.cache is None
+        self.reference = ReferencePolicy(self.model) if live else None
+        if self.cache is not None:
+            self.cache.require({"weights": weights_fingerprint(self.model)})
         self.wrapped = wrap_data_parallel(self.model, config)
         self.optimizer = build_optimizer(self.wrapped, config)
         self.scheduler = build_scheduler(self.optimizer, config, self.train_iters)
 
         self.iteration = self.consumed = 0
+        self.data_facts = resume.data_facts(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
         if resume_from is not None:
             progress = checkpoint.load(run.save, resume_from, self.model, self.optimizer, self.scheduler)
+            resume.check_data(run.save, progress, self.data_facts)
             self.iteration, self.consumed = progress["iteration"], progress["consumed_samples"]
             for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
                 group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
             self.scheduler.step(increment=0)
+        if self.cache is not None:
+            batch = config.data.global_batch_size
+            left = (self.train_iters - self.iteration) * batch
+            self.cache.require_steps(self.data.order, self.consumed, self.consumed + left, batch)
         changes = []
         if self.is_main:
             changes = write_run_folder(config, tokenizer)
@@ -106,11 +126,16 @@ class Trainer:
         try:
             # The next step's batches are built while this one computes.
             with ThreadPoolExecutor(max_workers=1) as pool:
-                upcoming = pool.submit(self.batches.step, self.consumed)
+                upcoming = pool.submit(self._build_batches, self.consumed)
+                if self.iteration == 0:
+                    self._evaluate()
                 while self.iteration < self.train_iters:
-                    batches = upcoming.result()
-                    upcoming = pool.submit(self.batches.step, self.consumed + self.config.data.global_batch_size)
-                    stop = self._step(batches)
+                    batches, reference_batches = upcoming.result()
+                    upcoming = pool.submit(self._build_batches, self.consumed + self.config.data.global_batch_size)
+                    stop = self._step(batches, reference_batches)
+                    interval = self.config.evaluation.eval_interval or self.train_iters
+                    if self.iteration % interval == 0 or self.iteration == self.train_iters:
+                        self._evaluate()
                     if stop or self.iteration % self.config.run.save_interval == 0:
                         self._save()
                         saved_at = self.iteration
@@ -124,18 +149,28 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
 
-    def _step(self, host_batches) -> bool:
+    def _evaluate(self) -> None:
+        if self.evaluation is None:
+            return
+        metrics = self.evaluation.measure(self.wrapped, self.model)
+        if self.log is not None:
+            self.log.evaluation({"iteration": self.iteration, **metrics})
+
+    def _build_batches(self, consumed: int) -> tuple[list[MicroBatch], list[MicroBatch] | None]:
+        """The policy's batches of the step after ``consumed`` samples, and the reference's where it has its own: the
+        same samples in the same places."""
+        own = self.reference_batches.step(consumed) if self.reference_batches is not None else None
+        return self.batches.step(consumed), own
+
+    def _step(self, host_batches: list[MicroBatch], reference_batches: list[MicroBatch] | None) -> bool:
         """One optimizer step. Returns whether some process was asked to stop."""
         started = time.perf_counter()
         samples = [batch.samples for batch in host_batches]
-        width = attention_width(self.model.config)
         packed = sum(len(batch.sequence) for batch in host_batches)
-        batches = [DeviceBatch(batch, self.device, self.backend, width) for batch in host_batches]
-        if self.reference is not None:
-            with self.reference.in_place_of_policy():
-                scores = score(self.wrapped, batches)
-            for batch, reference in zip(batches, scores, strict=False):  # no scores but on the last stage
-                batch.reference = reference
+        batches = self._to_device(host_batches)
+        scores = self._reference_scores(batches, reference_batches)
+        for batch, reference in zip(batches, scores, strict=False):  # no scores but on the last stage
+            batch.reference = reference
 
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -169,6 +204,20 @@ class Trainer:
             )
         return stop > 0
 
+    def _to_device(self, batches: list[MicroBatch]) -> list[DeviceBatch]:
+        width = attention_width(self.model.config)
+        return [DeviceBatch(batch, self.device, self.backend, width) for batch in batches]
+
+    def _reference_scores(self, batches: list[DeviceBatch], own: list[MicroBatch] | None) -> list[Tensor]:
+        """``L`` per response under the reference, ``[responses]`` for each of ``batches``, at least on the last stage;
+        an empty list where the objective has no reference."""
+        if self.cache is not None:
+            return [self.cache.scores(batch.batch.samples, self.device) for batch in batches]
+        if self.reference is None:
+            return []
+        with self.reference.in_place_of_policy():
+            return score(self.wrapped, batches if own is None else self._to_device(own))
+
     def _learning_rate(self) -> float:
         return next(g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True))
 
@@ -189,7 +238,7 @@ class Trainer:
         raise UserError(f"{what} is {value} at iteration {self.iteration + 1} on {places}; {kept}")
 
     def _save(self) -> None:
-        progress = {"iteration": self.iteration, "consumed_samples": self.consumed}
+        progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}
         checkpoint.save(self.config.run.save, self.iteration, self.model, self.optimizer, self.scheduler, progress)
         self._say(f"saved {checkpoint.iteration_folder(self.config.run.save, self.iteration)}")
 

@@ -12,8 +12,22 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_dtrpo.config import Config
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.model.initialization import global_parameter_names
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
+from megatron_dtrpo.model.provider import build_model
+from megatron_dtrpo.training import checkpoint
+
+
+def starting_model(config: Config, device: torch.device) -> BlockDiffusionGPTModel:
+    """This rank's stage of what a run starts from, ``load`` or the seed, which also is its reference; collective."""
+    model = build_model(config.model, config.parallel).to(device)
+    if config.run.load is None:
+        initialize_weights(model, config.optimizer.seed)
+    else:
+        checkpoint.load(config.run.load, checkpoint.require_latest(config.run.load), model)
+    return model
 
 
 def select_trainable(model: torch.nn.Module, patterns: Sequence[str] | None) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dtrpo.data.batches import BatchBuilder
+from megatron_dtrpo.data.batches import BatchBuilder, MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.training.step import DeviceBatch, score
@@ -21,20 +21,27 @@ def score_pairs(
     model, builder: BatchBuilder, indices: list[int], device: torch.device, backend: str
 ) -> dict[int, tuple[float, float]]:
     """``L`` of chosen and rejected per example index, on every process. The noise is that of epoch 0."""
-    width = attention_width(model.config)
-    mine: dict[int, tuple[float, float]] = {}
+    scores: dict[int, tuple[float, float]] = {}
     for start in range(0, len(indices), CHUNK):
-        samples = [Sample(0, index) for index in indices[start : start + CHUNK]]
-        batches = [DeviceBatch(batch, device, backend, width) for batch in builder.batches(samples)]
-        results = score(model, batches) if batches else []
+        batches = builder.batches([Sample(0, index) for index in indices[start : start + CHUNK]])
+        scores |= {s.index: pair for s, pair in gathered_scores(model, batches, device, backend).items()}
+    return {index: scores[index] for index in indices}
+
+
+def gathered_scores(
+    model, batches: list[MicroBatch], device: torch.device, backend: str
+) -> dict[Sample, tuple[float, float]]:
+    """``L`` of chosen and rejected of every sample in any process's ``batches``, on every process; collective."""
+    width = attention_width(model.config)
+    on_device = [DeviceBatch(batch, device, backend, width) for batch in batches]
+    results = score(model, on_device) if batches else []
+    mine: dict[Sample, tuple[float, float]] = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
         for batch, values in zip(batches, results, strict=False):  # no results but on the last stage
-            pairs = values.view(-1, 2).tolist()
-            mine.update({s.index: tuple(pair) for s, pair in zip(batch.batch.samples, pairs, strict=True)})
-    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+            mine.update(zip(batch.samples, map(tuple, values.view(-1, 2).tolist()), strict=True))
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine if speaks else {})
-    merged = {index: pair for part in gathered for index, pair in part.items()}
-    return {index: merged[index] for index in indices}
+    dist.all_gather_object(gathered, mine)
+    return {sample: pair for part in gathered for sample, pair in part.items()}
 
 
 @dataclass(frozen=True)

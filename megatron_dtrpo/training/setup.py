@@ -7,7 +7,6 @@ again, takes the reference from it, and only then continues from its own checkpo
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import shutil
 import sys
@@ -19,23 +18,24 @@ import torch.distributed as dist
 import yaml
 
 from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import Config, fill_objective_defaults, validate, validate_training
+from megatron_dtrpo.config import Config, validate, validate_data, validate_training
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
+from megatron_dtrpo.data.recordings import require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.training import checkpoint
+from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import check_logging
-
-RUN_CONFIG = "run_config.yaml"
+from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
 
 
 def resolve_start(config: Config, given: set[str]) -> None:
     """Fills in what the starting checkpoint decides, except the keys that were ``given``, which must agree with it."""
     run = config.run
-    _return_to_first_start(config)
+    resume.return_to_first_start(config)
     if run.load is None:
         return
     checkpoint.require_latest(run.load)
@@ -46,58 +46,10 @@ def resolve_start(config: Config, given: set[str]) -> None:
     checkpoint.check_same_architecture(config.model, saved, run.load)
 
 
-def _return_to_first_start(config: Config) -> None:
-    """A resumed run keeps the starting point of its first start, which is its reference policy, and what is pinned."""
-    run = config.run
-    if run.save is None or checkpoint.latest_iteration(run.save) is None:
-        return
-    record = Path(run.save) / RUN_CONFIG
-    if not record.exists():
-        raise UserError(
-            f"{run.save}: holds a checkpoint but no {RUN_CONFIG}: give the run a folder of its own with --save"
-        )
-    first = read_yaml(record)
-    same_folder = run.load is not None and Path(run.load).resolve() == Path(run.save).resolve()
-    if run.load is None or same_folder:  # Megatron-LM's habit: --load and --save name the run
-        run.load = first["load"]
-    if (run.load is None) != (first["load"] is None) or (
-        run.load is not None and Path(run.load).resolve() != Path(first["load"]).resolve()
-    ):
-        raise UserError(f"{run.save}: this run started from {first['load'] or 'random weights'}, not from {run.load}")
-    _check_pinned(config, first)
-
-
-# What a run is: another value makes it another run. Most of the rest may change on resume, and is said to.
-_PINNED = ("seed", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16")
-_FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
-
-
-def _check_pinned(config: Config, first: dict) -> None:
-    now = _resolved(config)
-    for key in _PINNED:
-        if now[key] != first.get(key):
-            raise UserError(f"{config.run.save}: this run has {key} {first.get(key)}, not {now[key]}")
-
-
-def _resolved(config: Config) -> dict:
-    """All settings, with the defaults that depend on the objective filled in, as a run's record has them."""
-    config = copy.deepcopy(config)
-    fill_objective_defaults(config.objective)
-    return config.to_flat()
-
-
-def changes_since(config: Config, first: dict) -> list[str]:
-    """``key old -> new`` for every setting of the data, objective and optimizer that differs from a run's record."""
-    groups = (config.data, config.objective, config.optimizer)
-    keys = [f.name for group in groups for f in dataclasses.fields(group) if f.name not in _FREE]
-    now = config.to_flat()
-    return [f"{key} {first.get(key)} -> {now[key]}" for key in keys if now[key] != first.get(key)]
-
-
 def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
     """Settings of the objective and of packing that were not ``given`` become those of the preference run in
     ``folder``, so that it is scored as it was trained."""
-    record = Path(folder) / RUN_CONFIG
+    record = Path(folder) / resume.RUN_CONFIG
     first = read_yaml(record) if record.exists() else {}
     if first.get("objective") != "preference":
         return
@@ -141,10 +93,19 @@ class Data:
     skipped: int
 
     def batches(self, config: Config, rank: int, ranks: int) -> BatchBuilder:
+        """What the policy is run on."""
+        return self._builder(self.noising, config, rank, ranks)
+
+    def reference_batches(self, config: Config, rank: int, ranks: int) -> BatchBuilder:
+        """What the reference is run on: the same samples in the same places, under the noise of its own if it has
+        any."""
+        return self._builder(self.noising.for_reference(), config, rank, ranks)
+
+    def _builder(self, noising: Noising, config: Config, rank: int, ranks: int) -> BatchBuilder:
         return BatchBuilder(
             self.store,
             self.order,
-            self.noising,
+            noising,
             global_batch_size=config.data.global_batch_size,
             micro_batch_size=config.data.micro_batch_size,
             seq_length=config.data.seq_length,
@@ -180,6 +141,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         data.overlong,
     )
     _check_positions(store, usable, config)
+    _check_steps(store, usable, config)
     return Data(store, SampleOrder(usable, config.optimizer.seed, data.shuffle), noising, skipped)
 
 
@@ -204,6 +166,20 @@ def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> N
         )
 
 
+def _check_steps(store: TokenStore, usable: np.ndarray, config: Config) -> None:
+    """Raises UserError on every process if the estimator reads steps and some row's are missing or out of order."""
+    name = config.objective.estimator
+    if not ESTIMATORS[name].needs_steps:
+        return
+    problem = None
+    if initialize.rank() == 0:
+        try:
+            require_steps(store, usable, config.model.block_size, f"estimator {name}")
+        except UserError as error:
+            problem = str(error)
+    _raise_together(problem)
+
+
 def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tokenizer, int]:
     """Checks the settings and opens the tokenizer.
 
@@ -215,6 +191,7 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
     """
     resolve_start(config, given)
     data_parallel = validate(config, initialize.world_size())
+    validate_data(config)
     if training:
         validate_training(config, data_parallel)
         if Path(config.run.save).exists() and not Path(config.run.save).is_dir():
@@ -224,14 +201,16 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
         check_logging(config.run)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)
+    if training and config.run.reference_cache is not None:
+        ReferenceCache(config.run.reference_cache).require(run_facts(config, tokenizer))
     return tokenizer, data_parallel
 
 
 def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
     """What makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
     folder = Path(config.run.save)
-    record = folder / RUN_CONFIG
-    changes = changes_since(config, read_yaml(record)) if record.exists() else []
+    record = folder / resume.RUN_CONFIG
+    changes = resume.changes_since(config, read_yaml(record)) if record.exists() else []
     checkpoint.save_model_config(folder, config.model)
     if not (folder / checkpoint.TOKENIZER).exists():
         tokenizer.save(folder / checkpoint.TOKENIZER)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import EstimatorOptions, dtrpo, noise_generator
+from megatron_dtrpo.diffusion.estimators import EstimatorOptions, NoiseRequest, dtrpo, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
 from tests import launch, oracles
 
@@ -42,7 +42,7 @@ def packed_sequence():
         for branch, length in enumerate(lengths, start=1):
             maskable = Blocks(P, length, B).maskable("clean")
             generators = [noise_generator(7, 0, index, branch, view) for view in (1, 2)]
-            noise.append(dtrpo(maskable, generators, EstimatorOptions(steps_per_block=2)))
+            noise.append(dtrpo(NoiseRequest(maskable, generators, EstimatorOptions(steps_per_block=2))))
         documents.append(
             lay_out(
                 torch.randint(0, MASK, (P,), generator=generator),

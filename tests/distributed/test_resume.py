@@ -187,6 +187,7 @@ def test_another_start_is_refused_on_resume(killed):
         ({"load": killed}, "started from random weights"),
         ({"seed": 7}, "has seed 1234, not 7"),
         ({"objective": "sft"}, "has objective preference, not sft"),
+        ({"seq_length": 400}, "visits another number of examples an epoch"),
     )
     for others, words in refused:
         result = start(save, **others).wait()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import runpy
 
+import numpy as np
 import pytest
 
-from tests.launch import TINY_MODEL, Job, train, uneven_pairs
+from tests.launch import REPOSITORY, TINY_MODEL, Job, flags, train, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -48,3 +51,69 @@ def test_layouts_agree_and_the_runs_beta_is_used(folder):
     for row in rows:
         gain = row["logps/chosen"] - base[row["source"]]["logps/chosen"]
         assert row["rewards/chosen"] == pytest.approx(BETA * gain, abs=1e-9)
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """(name of a tool, settings): runs its command line in this process."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(name: str, settings: dict) -> int:
+        module = runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"))
+        command = {"score_preferences": "_score", "precompute_reference": "_precompute"}[name]
+        return module["run_command"](module[command], flags(settings))
+
+    return run
+
+
+def recorded_pairs(path, count: int):
+    """Pairs of random ids, decoded from left to right, two tokens a step."""
+    rng = random.Random(3)
+    rows = []
+    for _ in range(count):
+        row = {"prompt_ids": [rng.randrange(256) for _ in range(rng.randint(1, 20))]}
+        for name in ("chosen", "rejected"):
+            places = range(len(row["prompt_ids"]), len(row["prompt_ids"]) + rng.randint(2, 40))
+            row[f"{name}_ids"] = [rng.randrange(256) for _ in places]
+            row[f"{name}_steps"] = [p // 2 for p in places]
+        rows.append(row)
+    return write_lines(path, rows)
+
+
+@pytest.mark.parametrize("estimator", ["dtrpo", "elbo", "vrpo", "mean_field", "trajectory"])
+def test_every_estimator_scores(folder, tool, tmp_path, capfd, estimator):
+    """The run's rewards are its own scores less those that precompute_reference.py finds for the base, pair by pair;
+    and the base against itself is a tie, unless its noise is drawn twice."""
+    data = recorded_pairs(tmp_path / "recorded.jsonl", 10)
+    views = 1 if estimator == "mean_field" else 3
+    common = {"estimator": estimator, "num_views": views, "beta": BETA}
+    files = {"reference": folder / "base", "data": data}
+    rows = {}
+    for name in ("run", "base"):
+        output = {"checkpoint": folder / name, "output": tmp_path / f"{name}.jsonl"}
+        assert tool("score_preferences", {**files, **common, **output}) == 0
+        rows[name] = [json.loads(line) for line in output["output"].read_text().splitlines()]
+        printed = capfd.readouterr().out
+        for line in ("reward accuracy", "reward margin"):
+            assert re.search(rf"^{line} +-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]$", printed, re.MULTILINE), printed
+    scores = tmp_path / "scores"
+    settings = {**SETTINGS, **common, "load": folder / "base", "data_path": data, "global_batch_size": 10}
+    assert tool("precompute_reference", {**settings, "num_epochs": 1, "output": scores}) == 0
+    base = np.load(scores / "scores.npy")[0]
+    assert len(rows["run"]) == len(base) == 10
+    for row, reference in zip(rows["run"], base.tolist(), strict=True):
+        for name, score in zip(("chosen", "rejected"), reference, strict=True):
+            wanted = BETA * (row[f"logps/{name}"] - score)
+            assert row[f"rewards/{name}"] == pytest.approx(wanted, abs=1e-3)
+            assert abs(row[f"rewards/{name}"]) > 1e-9
+    ties = [row["rewards/margins"] == 0 for row in rows["base"]]
+    assert not any(ties) if estimator == "elbo" else all(ties)
+
+
+def test_trajectory_needs_recorded_decodings(folder, tool, capfd):
+    files = {"checkpoint": folder / "run", "data": folder / "pairs.jsonl"}
+    capfd.readouterr()
+    assert tool("score_preferences", {**files, "estimator": "trajectory"}) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "pairs.jsonl:1: has no chosen_steps and rejected_steps, which estimator trajectory needs" in line

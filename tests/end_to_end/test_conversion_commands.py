@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_tokenizer
+from megatron_dtrpo.data.tokenizer import load_tokenizer
 from tests import conversion_folders as folders
-from tests import launch
+from tests import launch, oracles
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
@@ -69,6 +71,55 @@ def test_import_train_export(tmp_path):
     assert {n: (w.dtype, w.shape) for n, w in new.items()} == {n: (w.dtype, w.shape) for n, w in old.items()}
     # In bf16 a step of 5e-7 is lost on most weights, but not on all: near zero they are fine enough.
     assert any(not torch.equal(new[name], old[name]) for name in old)
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "ByteLevelTokenizer"])
+def test_a_run_from_nothing_is_exported(tmp_path, kind):
+    """transformers reads and computes what the run does; imported again it is the same model with the same ids."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sums = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}."} for a in range(10) for b in range(10)]
+    settings = {
+        **launch.TINY_MODEL, "objective": "sft", "train_iters": 2, "lr": 0.01, "lr_warmup_iters": 0,
+        "global_batch_size": 8, "micro_batch_size": 8, "save": tmp_path / "run", "tokenizer_type": kind,
+        "data_path": launch.write_lines(tmp_path / "sums.jsonl", sums),
+    }  # fmt: skip
+    if kind == "SentencePieceTokenizer":
+        model = train_tokenizer.train([text for row in sums for text in row.values()], 285)
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        settings["tokenizer_model"] = tmp_path / "tokenizer.model"
+    launch.train(settings)
+    tool = ["python", "tools/convert_checkpoint.py"]
+    status, output = run([*tool, "export", "--megatron-path", "run", "--hf-path", "hf"], tmp_path)
+    assert status == 0 and "note:" not in output, output
+
+    folders.assert_same_model(tmp_path / "run", tmp_path / "hf", iteration=2, padding_is_zero=False)
+    ours = load_tokenizer(tmp_path / "run" / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (ours.eos_id, ours.mask_id)
+    ids = tokenizer("7 plus 8 is 15.\n  Na\u00efve </s>\u4e2d")["input_ids"]
+    assert ids == ours.encode("7 plus 8 is 15.\n  Na\u00efve </s>\u4e2d")
+    tokens = torch.tensor(ids[:16])
+    case = {"folder": str(tmp_path / "run"), "tokens": tokens, "block_size": launch.TINY_MODEL["block_size"]}
+    torch.save({**case, "greedy": 0}, tmp_path / "case.pt")
+    worker = launch.REPOSITORY / "tests" / "distributed" / "conversion_worker.py"
+    command = [str(worker), str(tmp_path / "case.pt"), str(tmp_path / "result.pt")]
+    result = launch.Job({}, tmp_path / "worker.log", command=command).wait(timeout=240)
+    assert result.status == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    with torch.no_grad():
+        sees = oracles.block_causal(16, case["block_size"])
+        logits = oracles.qwen2_logits(model, tokens, torch.arange(16), sees)
+    torch.testing.assert_close(torch.load(tmp_path / "result.pt")["logits"], logits, rtol=1e-4, atol=1e-5)
+
+    status, output = run([*tool, "import", "--hf-path", "hf", "--megatron-path", "again"], tmp_path)
+    assert status == 0 and "note:" not in output, output
+    folders.assert_same_model(tmp_path / "again", tmp_path / "hf")
+    again = load_tokenizer(tmp_path / "again" / "tokenizer")
+    assert (again.tokenizer_type, again.encode("5 plus 5 [MASK]")) == (
+        "HuggingFaceTokenizer",
+        ours.encode("5 plus 5 [MASK]"),
+    )
 
 
 def test_roundtrip_and_inspect(tmp_path):

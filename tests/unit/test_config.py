@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, read_yaml
-from megatron_dtrpo.config import GROUPS, Config, validate, validate_training
+from megatron_dtrpo.config import GROUPS, Config, validate, validate_data, validate_training
 from megatron_dtrpo.errors import UserError
 
 COMPLETE = {
@@ -39,7 +39,9 @@ def parsed(*argv: str):
 def refused(world_size: int = 1, **changes) -> str:
     with pytest.raises(UserError) as caught:
         config = config_of(**changes)
-        validate_training(config, validate(config, world_size))
+        data_parallel = validate(config, world_size)
+        validate_data(config)
+        validate_training(config, data_parallel)
     return str(caught.value)
 
 
@@ -267,6 +269,9 @@ def test_what_is_missing_is_named(key):
         (1, dict(overlap_param_gather=True), ["overlap_param_gather", "use_distributed_optimizer"]),
         (1, dict(objective="sft", estimator="dtrpo"), ["estimator dtrpo", "sft"]),
         (1, dict(objective="preference", estimator="sft"), ["estimator sft", "preference"]),
+        (1, dict(objective="sft", estimator="vrpo"), ["estimator vrpo", "sft"]),
+        (1, dict(estimator="mean_field", num_views=3), ["num_views is 3", "mean_field has no noise to average"]),
+        (1, dict(objective="sft", reference_cache="scores"), ["reference_cache", "objective sft has no reference"]),
         (1, dict(loss_type="ipo", label_smoothing=0.1), ["label_smoothing", "ipo"]),
         (1, dict(num_epochs=2.0), ["exactly one", "train_iters", "num_epochs"]),
         (1, dict(train_iters=None), ["exactly one", "train_iters", "num_epochs"]),

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 
-from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion import to_huggingface as export_module
 from megatron_dtrpo.conversion import to_megatron as import_module
 from megatron_dtrpo.conversion.hf_config import model_settings
@@ -17,31 +16,19 @@ from megatron_dtrpo.conversion.roundtrip import compare, roundtrip
 from megatron_dtrpo.conversion.template import config_dtype
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint, parse_size
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
-from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.data.tokenizer import load_tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training import checkpoint
 from tests import conversion_folders as folders
-from tests import oracles
 
 QUIET = dict(progress=False)
 WEIGHTS_ONLY = ImportOptions(progress=False, tokenizer=False)
-HEADS, GROUPS = folders.SHAPE["heads"], folders.SHAPE["groups"]
 
 
 def there_and_back(source, tmp_path, options=WEIGHTS_ONLY, **export):
     import_checkpoint(source, tmp_path / "megatron", options)
     export_checkpoint(tmp_path / "megatron", tmp_path / "back", ExportOptions(**QUIET, **export))
     return tmp_path / "back"
-
-
-def read_megatron(folder, tensors) -> dict[str, torch.Tensor]:
-    with TorchDistReader(checkpoint.iteration_folder(folder, 0)) as reader:
-        out = {}
-        for tensor in tensors:
-            out[tensor.key] = torch.empty(tensor.shape, dtype=reader.dtype(tensor.key, tensor.layer))
-            reader.read_rows(tensor.key, tensor.layer, 0, out[tensor.key])
-    return out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -68,19 +55,8 @@ def test_rows_in_small_pieces_are_the_same(tmp_path, monkeypatch):
 
 def test_megatron_tensors_are_what_the_oracle_says(tmp_path):
     source = folders.write_folder(tmp_path / "hf")
-    model = import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
-    tensors = mapping.megatron_tensors(model, model.vocab_size)
-    found = read_megatron(tmp_path / "megatron", tensors)
-    expected = oracles.megatron_from_qwen2(folders.read_weights(source), HEADS, GROUPS, tied=False)
-    sharded_key = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-                   "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}  # fmt: skip
-    for name, tensor in expected.items():
-        for theirs, key in sharded_key.items():
-            name = name.replace(theirs, key)
-        value = found.pop(name)
-        assert torch.equal(value[: len(tensor)], tensor), name
-        assert not value[len(tensor) :].any(), f"padding of {name}"
-    assert not found
+    import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
+    folders.assert_same_model(tmp_path / "megatron", source)
 
 
 def test_padding_reaches_any_tensor_parallel_size(tmp_path):
@@ -182,9 +158,9 @@ def test_reads_one_key_for_all_layers(tmp_path):
     from torch.distributed.checkpoint import FileSystemWriter, save
 
     source = folders.write_folder(tmp_path / "hf")
-    model = import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
+    import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
     folder = checkpoint.iteration_folder(tmp_path / "megatron", 0)
-    tensors = read_megatron(tmp_path / "megatron", mapping.megatron_tensors(model, model.vocab_size))
+    tensors = folders.read_megatron(tmp_path / "megatron")
     joint: dict[str, list] = {}
     for key, value in tensors.items():
         joint.setdefault(key if ".layers." not in key else "decoder.layers." + key.split(".", 3)[3], []).append(value)

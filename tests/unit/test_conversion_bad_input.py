@@ -19,22 +19,7 @@ INDEX = "model.safetensors.index.json"
 VALUE = "model.layers.2.self_attn.v_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return folders.write_folder(tmp_path_factory.mktemp("good") / "hf", shards=3)
-
-
-@pytest.fixture
-def source(good, tmp_path):
-    shutil.copytree(good, tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture(scope="module")
-def good_megatron(good, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good_megatron") / "megatron"
-    import_checkpoint(good, folder, ImportOptions(progress=False))
-    return folder
+good, source, good_megatron = folders.good, folders.source, folders.good_megatron
 
 
 def shard_of(source, name: str):

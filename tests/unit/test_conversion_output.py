@@ -11,29 +11,23 @@ import shutil
 import pytest
 
 from megatron_dtrpo.conversion import output, to_huggingface
-from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
 from tests import conversion_folders as folders
 from tests.conversion_folders import import_refused, refused, run_tool
 from tools import convert_checkpoint
 
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return folders.write_folder(tmp_path_factory.mktemp("good") / "hf", shards=3)
+good, source, good_megatron = folders.good, folders.source, folders.good_megatron
 
 
-@pytest.fixture
-def source(good, tmp_path):
-    shutil.copytree(good, tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture(scope="module")
-def good_megatron(good, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good_megatron") / "megatron"
-    import_checkpoint(good, folder, ImportOptions(progress=False))
-    return folder
+def test_a_rope_theta_that_is_filled_in_is_said(source, capsys):
+    words = ("import", "--hf-path", source, "--megatron-path")
+    assert "note:" not in run_tool(capsys, *words, source.parent / "as_it_is")[1]
+    config = folders.config()
+    del config["rope_theta"]
+    (source / "config.json").write_text(json.dumps(config))
+    status, printed = run_tool(capsys, *words, source.parent / "out")
+    notes = [line for line in printed.splitlines() if line.startswith("note:")]
+    assert status == 0 and len(notes) == 1 and "no rope_theta: taken as 10000" in notes[0], printed
 
 
 def test_existing_output(source, capsys):

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS, EstimatorOptions, dtrpo, noise_generator, sft, total_views
+from megatron_dtrpo.diffusion.estimators import (
+    ESTIMATORS,
+    EstimatorOptions,
+    NoiseRequest,
+    dtrpo,
+    noise_generator,
+    sft,
+    total_views,
+)
 from megatron_dtrpo.diffusion.layout import Blocks
 
 # Which places of a block of four may be masked: three of them (its first token is read elsewhere), or all four.
@@ -27,7 +35,13 @@ def generators(count: int = 1, *, seed: int = 0, index: int = 0) -> list[torch.G
 def draw(shape: list[bool], steps: int, blocks: int, views: int = 1, seed: int = 0):
     """dtrpo's draws for many equal blocks: bool ``[K, n, B]``, float64 ``[K, n, B]``."""
     maskable = torch.tensor(shape).repeat(blocks, 1)
-    return dtrpo(maskable, generators(views, seed=seed), EstimatorOptions(steps_per_block=steps))
+    return dtrpo(NoiseRequest(maskable, generators(views, seed=seed), EstimatorOptions(steps_per_block=steps)))
+
+
+def draws(name: str, maskable, generators, options: EstimatorOptions | None = None):
+    """Any estimator's draws; recorded steps are two tokens a step, from the last place to the first."""
+    steps = (100 - torch.arange(maskable.shape[1])).expand(maskable.shape) // 2
+    return ESTIMATORS[name].draw(NoiseRequest(maskable, generators, options or EstimatorOptions(), steps))
 
 
 def places(row) -> frozenset[int]:
@@ -136,7 +150,8 @@ def test_dtrpo_rules_hold_for_every_draw(views, steps):
     for block_start in ("clean", "noisy"):
         maskable = blocks.maskable(block_start)
         for seed in range(20):
-            masked, weight = dtrpo(maskable, generators(views, seed=seed), EstimatorOptions(steps_per_block=steps))
+            request = NoiseRequest(maskable, generators(views, seed=seed), EstimatorOptions(steps_per_block=steps))
+            masked, weight = dtrpo(request)
             assert masked.shape == weight.shape == (views, *maskable.shape)
             assert masked.dtype == torch.bool and weight.dtype == torch.float64
             assert not (masked & ~maskable).any()
@@ -290,28 +305,35 @@ def test_the_generator_stays_what_it_was():
 def test_global_random_state_is_neither_read_nor_changed(name):
     maskable = Blocks(5, 40, 8).maskable("clean")
     torch.manual_seed(0)
-    first = ESTIMATORS[name](maskable, generators(2), EstimatorOptions())
+    first = draws(name, maskable, generators(2))
     torch.manual_seed(1)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    second = ESTIMATORS[name](maskable, generators(2), EstimatorOptions())
+    second = draws(name, maskable, generators(2))
     assert torch.equal(first.masked, second.masked) and torch.equal(first.weight, second.weight)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", sorted(name for name, e in ESTIMATORS.items() if e.is_random and name != "vrpo"))
 def test_a_view_does_not_depend_on_how_many_there_are(name):
     maskable = Blocks(5, 60, 8).maskable("clean")
     options = EstimatorOptions(steps_per_block=3)
-    four = ESTIMATORS[name](maskable, generators(4), options)
+    four = draws(name, maskable, generators(4), options)
     each = total_views(name, 1, options)
     assert four.masked.shape[0] == total_views(name, 4, options) == 4 * each
     for count in (1, 2, 3):
-        fewer = ESTIMATORS[name](maskable, generators(count), options)
+        fewer = draws(name, maskable, generators(count), options)
         assert torch.equal(fewer.masked, four.masked[: count * each])
         assert torch.equal(fewer.weight > 0, four.weight[: count * each] > 0)
     assert len({tuple(view.flatten().tolist()) for view in four.masked}) == 4 * each  # and no two views agree
+
+
+def test_a_stratified_view_is_a_function_of_its_place_among_the_views():
+    maskable = Blocks(5, 60, 8).maskable("clean")
+    first, again, other = (draws("vrpo", maskable, generators(count)) for count in (3, 3, 4))
+    assert torch.equal(first.masked, again.masked)
+    assert first.masked.shape[0] == 3 and not torch.equal(first.masked[2], other.masked[2])
 
 
 def test_a_shorter_view_of_another_response_is_unrelated():
@@ -319,7 +341,7 @@ def test_a_shorter_view_of_another_response_is_unrelated():
     options = EstimatorOptions(steps_per_block=3)
     seen = set()
     for key in [(0, 0, 0, 1, 1), (1, 0, 0, 1, 1), (0, 1, 0, 1, 1), (0, 0, 1, 1, 1), (0, 0, 0, 2, 1), (0, 0, 0, 1, 2)]:
-        seen.add(tuple(dtrpo(maskable, [noise_generator(*key)], options).masked.flatten().tolist()))
+        seen.add(tuple(dtrpo(NoiseRequest(maskable, [noise_generator(*key)], options)).masked.flatten().tolist()))
     assert len(seen) == 6
 
 
@@ -331,16 +353,16 @@ def test_a_shorter_view_of_another_response_is_unrelated():
 def test_first_tokens_of_blocks_stay_visible_where_they_are_read_from_the_clean_pass(name, P, R):
     blocks = Blocks(P, R, 4)
     for seed in range(30):
-        noise = ESTIMATORS[name](blocks.maskable("clean"), generators(2, seed=seed), EstimatorOptions())
+        noise = draws(name, blocks.maskable("clean"), generators(2, seed=seed))
         assert not noise.masked[:, :, 0].any() and not noise.weight[:, :, 0].any()
         assert not (noise.masked & ~blocks.is_response()).any()
         assert torch.isfinite(noise.weight).all()
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", sorted(name for name, e in ESTIMATORS.items() if not e.needs_steps))
 def test_first_tokens_are_masked_like_any_other_where_they_are_read_from_the_noisy_view(name):
     maskable = Blocks(4, 4000, 4).maskable("noisy")
-    noise = ESTIMATORS[name](maskable, generators(), EstimatorOptions(steps_per_block=4))
+    noise = draws(name, maskable, generators(), EstimatorOptions(steps_per_block=4))
     rate = noise.masked[0].double().mean(0)
     assert (rate - rate.mean()).abs().max() < 5 * math.sqrt(0.25 / 1000)
     assert rate.min() > 0.3
@@ -350,11 +372,11 @@ def test_first_tokens_are_masked_like_any_other_where_they_are_read_from_the_noi
 def test_blocks_without_maskable_tokens(name):
     maskable = Blocks(4, 5, 4).maskable("clean")  # blocks of 3 and of 0 maskable tokens
     assert maskable.sum(1).tolist() == [3, 0]
-    both = ESTIMATORS[name](maskable, generators(2), EstimatorOptions(steps_per_block=2))
+    both = draws(name, maskable, generators(2), EstimatorOptions(steps_per_block=2))
     assert torch.isfinite(both.weight).all()
     assert not both.masked[:, 1].any() and not both.weight[:, 1].any()
     assert both.weight[:, 0].any()
-    none = ESTIMATORS[name](Blocks(4, 1, 4).maskable("clean"), generators(1), EstimatorOptions())
+    none = draws(name, Blocks(4, 1, 4).maskable("clean"), generators(1))
     assert not none.masked.any() and not none.weight.any()
 
 
@@ -364,20 +386,20 @@ def test_blocks_without_maskable_tokens(name):
 @pytest.mark.parametrize("block_start", ["clean", "noisy"])
 def test_complementary_views_part_the_maskable_tokens(block_start):
     maskable = Blocks(5, 100, 8).maskable(block_start)
-    masked, weight = sft(maskable, generators(3), EstimatorOptions(complementary=True))
+    masked, weight = sft(NoiseRequest(maskable, generators(3), EstimatorOptions(complementary=True)))
     assert masked.shape[0] == 6
     assert torch.equal(weight, masked.double())
     for first, second in zip(masked[::2], masked[1::2], strict=True):
         assert not (first & second).any()
         assert torch.equal(first | second, maskable)
-    single, weight = sft(maskable, generators(3), EstimatorOptions(complementary=False))
+    single, weight = sft(NoiseRequest(maskable, generators(3), EstimatorOptions(complementary=False)))
     assert torch.equal(single, masked[::2]) and torch.equal(weight, single.double())
 
 
 def test_sft_masks_a_uniform_number_of_a_blocks_tokens():
     """t is drawn per block: the number masked out of m is then uniform on 0..m (binomial, were t drawn per token)."""
     n, m = 18000, 8
-    masked, _ = sft(torch.ones(n, m, dtype=torch.bool), generators(), EstimatorOptions(min_timestep=0.0))
+    masked, _ = sft(NoiseRequest(torch.ones(n, m, dtype=torch.bool), generators(), EstimatorOptions(min_timestep=0.0)))
     counts = torch.bincount(masked[0].sum(1), minlength=m + 1).double()
     expected = n / (m + 1)
     assert ((counts - expected) ** 2 / expected).sum() < m + 5 * math.sqrt(2 * m)
@@ -386,5 +408,7 @@ def test_sft_masks_a_uniform_number_of_a_blocks_tokens():
 
 
 def test_sft_least_timestep():
-    masked, _ = sft(torch.ones(500, 8, dtype=torch.bool), generators(), EstimatorOptions(min_timestep=1.0))
+    masked, _ = sft(
+        NoiseRequest(torch.ones(500, 8, dtype=torch.bool), generators(), EstimatorOptions(min_timestep=1.0))
+    )
     assert masked[0].all() and not masked[1].any()

@@ -240,3 +240,55 @@ def test_chosen_and_rejected_have_noise_of_their_own(tokenizer):
     noisy = document.view == 1
     chosen, rejected = (document.tokens[noisy & (document.branch == b)].tolist() for b in (1, 2))
     assert len(chosen) == len(rejected) and chosen != rejected
+
+
+@pytest.mark.parametrize("estimator, shared", [("elbo", False), ("vrpo", True), ("dtrpo", True), ("mean_field", True)])
+def test_the_reference_sees_the_same_samples_in_the_same_places(stores, tokenizer, estimator, shared):
+    store = stores["preference"]
+    policy = noising("preference", tokenizer, estimator=estimator)
+    layout = dict(consumed=16, global_batch=16, micro_batch=3, budget=700, ranks=2)
+    for mine, theirs in zip(
+        build_step(store, policy, **layout), build_step(store, policy.for_reference(), **layout), strict=True
+    ):
+        assert [batch.samples for batch in mine] == [batch.samples for batch in theirs]
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one.sequence.position, other.sequence.position)
+            assert torch.equal(one.response_length, other.response_length)
+            assert torch.equal(one.sequence.tokens, other.sequence.tokens) == shared
+
+
+def test_recorded_steps_reach_the_noise(tokenizer, tmp_path):
+    """Through the store and the builder: each noisy block of a decoding that unmasked from right to left, one token a
+    step, shows a tail of its tokens and reads the last one that is masked."""
+    rng = random.Random(1)
+    rows = []
+    for _ in range(12):
+        row = {"prompt_ids": [rng.randrange(256) for _ in range(rng.randint(1, 9))]}
+        for name in ("chosen", "rejected"):
+            places = range(len(row["prompt_ids"]), len(row["prompt_ids"]) + rng.randint(1, 15))
+            row[f"{name}_ids"] = [rng.randrange(256) for _ in places]
+            row[f"{name}_steps"] = [p // 4 * 4 + (3 - p % 4 if p % 4 else 0) for p in places]
+        rows.append(row)
+    path = tmp_path / "recorded.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = build_token_store(path, "preference", tokenizer, tmp_path / "cache")
+    noise = noising("preference", tokenizer, estimator="trajectory")
+    (micro_batches,) = build_step(store, noise, consumed=0, global_batch=12, micro_batch=4, budget=700, ranks=1)
+    moments = set()
+    for sample, held in union([micro_batches]).items():
+        tokens, branch, view, position, target_row, _, target_weight, _, _ = held
+        P = len(rows[sample.index]["prompt_ids"])
+        for b, name in enumerate(("chosen", "rejected"), start=1):
+            end = P + len(rows[sample.index][f"{name}_ids"])
+            for v in (1, 2):
+                where = [i for i in range(len(tokens)) if branch[i] == b and view[i] == v]
+                shown = {position[i]: tokens[i] for i in where}
+                reads = {position[r] + 1: w for r, w in zip(target_row, target_weight, strict=True) if r in where}
+                for first in range(P // 4 * 4, end, 4):
+                    own = [p for p in range(max(first, P), min(first + 4, end)) if p % 4]
+                    hidden = [p for p in own if shown[p] == tokenizer.mask_id]
+                    assert hidden == own[: len(hidden)]
+                    assert [p for p in own if p in reads] == hidden[-1:]
+                    assert all(reads[p] == len(own) / 2 for p in hidden[-1:])
+                    moments.add((len(own), len(hidden)))
+    assert moments == {(m, t) for m in range(4) for t in range(1, m + 1)} | {(0, 0)}

@@ -225,7 +225,7 @@ def test_an_interrupted_build_leaves_nothing_finished(tmp_path, tokenizer, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_store, "_check_ids", interrupt)
+        patch.setattr(token_store, "_check_tokenized", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build_token_store(path, "preference", tokenizer, cache)
     assert list(cache.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import socket
 
 import pytest
@@ -42,6 +44,44 @@ def sentencepiece_model(tmp_path_factory):
             input=str(corpus), model_prefix=str(path / name), user_defined_symbols=symbols, **options
         )
     return path
+
+
+@pytest.fixture(scope="module")
+def spacious_model(sentencepiece_model):
+    """A SentencePiece model that spells unknown characters in bytes and keeps every space."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(sentencepiece_model / "corpus.txt"),
+        model_prefix=str(sentencepiece_model / "spacious"),
+        user_defined_symbols=["[MASK]"],
+        vocab_size=400,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return sentencepiece_model / "spacious.model"
+
+
+@pytest.fixture(params=["real", "masked.model", "spacious.model", "bytes"])
+def each(request):
+    """One tokenizer of each type, two of SentencePiece's."""
+    if request.param == "real":
+        return request.getfixturevalue("real")
+    if request.param == "bytes":
+        return build_tokenizer("ByteLevelTokenizer")
+    return build_tokenizer("SentencePieceTokenizer", request.getfixturevalue("spacious_model").parent / request.param)
+
+
+def pieces_by_prefixes(tokenizer, ids) -> list[str]:
+    """The oracle of ``Tokenizer.pieces``: what each token adds to the text of all tokens before it."""
+    text, pieces, end = tokenizer.decode(ids), [], 0
+    for i in range(1, len(ids) + 1):
+        agreed = len(os.path.commonprefix([tokenizer.decode(ids[:i]), text]))
+        pieces.append(text[end : max(end, agreed)])
+        end = max(end, agreed)
+    return pieces
 
 
 def message_of(call) -> str:
@@ -211,3 +251,49 @@ def test_unknown_type_and_missing_metadata(tmp_path):
     assert "no such file" in message_of(lambda: load_tokenizer(tmp_path))
     (tmp_path / "tokenizer_metadata.json").write_text('{"library": "huggingface"}')
     assert "not the metadata" in message_of(lambda: load_tokenizer(tmp_path))
+
+
+def test_pieces_join_to_the_text_and_each_is_what_its_token_adds(each):
+    generator = random.Random(0)
+    spelled = "\u00e9\u4e2d\U0001f600\U00013000 12 plus\n  \ufffd"
+    texts = [*TEXTS, *("".join(generator.choices(spelled, k=30)) for _ in range(50))]
+    cases = [each.encode(text) for text in texts]
+    cases += [[*ids[:3], each.mask_id, *ids[3:], each.eos_id] for ids in cases]
+    # Nonsense too: an untrained model breaks characters off.
+    cases += [[generator.randrange(each.vocab_size + 3) for _ in range(60)] for _ in range(50)]
+    for ids in cases:
+        pieces = each.pieces(ids)
+        assert "".join(pieces) == each.decode(ids)
+        assert pieces == pieces_by_prefixes(each, ids)
+        assert not any(piece for piece, i in zip(pieces, ids, strict=True) if i in each.special_ids)
+
+
+def test_a_character_belongs_to_the_token_that_completes_it(real, spacious_model):
+    for tokenizer in (build_tokenizer("ByteLevelTokenizer"), real):
+        ids = tokenizer.encode("\U00013000")
+        assert len(ids) > 1
+        assert tokenizer.pieces([*ids, tokenizer.eos_id]) == [*[""] * (len(ids) - 1), "\U00013000", ""]
+    spacious = build_tokenizer("SentencePieceTokenizer", spacious_model)
+    assert spacious.pieces(spacious.encode("\u4e2d"))[-3:] == ["", "", "\u4e2d"]
+    assert spacious.pieces(spacious.encode("12 plus"))[0].startswith("1")
+
+
+def test_pieces_are_found_in_linear_time(each, monkeypatch):
+    generator = random.Random(0)
+    spell = each.encode("a \u4e2d\U0001f600 12 plus 7 ")
+    # Of the plain SentencePiece model spell[-1] would be a space that it drops: the one run that takes longer.
+    last = [spell[-1]] if each.decode([spell[-1]] * 2) else spell
+    runs = [spell, [each.eos_id], last, each.encode("\U00013000")[-1:]]
+    decoded = 0
+    real_decode = type(each).decode
+
+    def counting(self, ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return real_decode(self, ids)
+
+    monkeypatch.setattr(type(each), "decode", counting)
+    for ids in [*((run * 2000)[:2000] for run in runs), [generator.randrange(each.vocab_size) for _ in range(2000)]]:
+        decoded = 0
+        assert "".join(each.pieces(ids)) == each.decode(ids)
+        assert decoded < 40 * len(ids)

@@ -1,0 +1,122 @@
+"""Export of a checkpoint's tokenizer: files that transformers reads, with the ids and texts of ours.
+
+A Hugging Face tokenizer's files are copied. SentencePiece and byte-level ones are written anew as a tokenizer.json,
+which is then read by `AutoTokenizer` and compared with ours before anybody relies on it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
+from megatron_dtrpo.conversion.sentencepiece_json import (
+    control_pieces,
+    is_unigram,
+    read_model,
+    tokenizer_from_sentencepiece,
+)
+from megatron_dtrpo.conversion.tokenizer_check import check_tokenizer
+from megatron_dtrpo.data.tokenizer import METADATA_FILE, Tokenizer, load_tokenizer
+
+# Beside the tokens' names. None stands for none: left out, classes of transformers fill in their own.
+_SETTINGS = {
+    "bos_token": None,
+    "unk_token": None,
+    "clean_up_tokenization_spaces": False,
+    # A text that says "</s>" means those four characters.
+    "split_special_tokens": True,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    # Where config.json says qwen2, AutoTokenizer of transformers 5 takes Qwen's own class whatever is said above. That
+    # class keeps of tokenizer.json the vocabulary alone, unless told to trust the file. No code is run for it.
+    "trust_remote_code": True,
+}
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What `tokenizers` needs to know. ``may_tie``: the model chooses by sums, which rounding may make equal."""
+
+    backend: Any  # tokenizers.Tokenizer
+    special: list[str]
+    pad: str
+    may_tie: bool = False
+
+
+def export_tokenizer(saved: Path, target: Path) -> list[str]:
+    """Writes a checkpoint's tokenizer into a Hugging Face folder that has its config.json already.
+
+    Returns what the user should know, a line each.
+
+    Raises:
+        UserError: if transformers cannot be made to read texts exactly as this tokenizer does.
+    """
+    kind = read_json(saved / METADATA_FILE).get("tokenizer_type") if (saved / METADATA_FILE).is_file() else None
+    if kind not in _EXPORTS:
+        return ["no tokenizer was exported: the checkpoint has none that transformers reads"]
+    return _EXPORTS[kind](saved, target)
+
+
+def _copy(saved: Path, target: Path) -> list[str]:
+    for file in sorted(saved.iterdir()):
+        if file.is_file() and file.name not in (METADATA_FILE, CONFIG):
+            shutil.copyfile(file, target / file.name)
+    return []
+
+
+def _by(convert: Callable[[Tokenizer], _Converted]) -> Callable[[Path, Path], list[str]]:
+    def export(saved: Path, target: Path) -> list[str]:
+        ours = load_tokenizer(saved)
+        converted = convert(ours)
+        _write(target, converted, ours)
+        return check_tokenizer(target, ours, saved, converted.may_tie)
+
+    return export
+
+
+def _sentencepiece(ours: Tokenizer) -> _Converted:
+    (file,) = ours.files
+    model = read_model(file)
+    special, pad = control_pieces(model), model.trainer_spec.pad_piece
+    pad = pad if pad in special else ours.eos_token
+    return _Converted(tokenizer_from_sentencepiece(model, file), special, pad, may_tie=is_unigram(model))
+
+
+def _byte_level(ours: Tokenizer) -> _Converted:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    special = {ours.megatron._tokenizer.id_to_token(number): number for number in sorted(ours.special_ids)}
+    backend = Backend(models.BPE({**{_letter(byte): byte for byte in range(256)}, **special}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return _Converted(backend, list(special), "<pad>")
+
+
+def _letter(byte: int) -> str:
+    """The letter that `tokenizers` writes for a byte: printable ones as they are, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(byte) if byte in printable else chr(0x100 + sum(b not in printable for b in range(byte)))
+
+
+_EXPORTS = {
+    "HuggingFaceTokenizer": _copy,
+    "SentencePieceTokenizer": _by(_sentencepiece),
+    "ByteLevelTokenizer": _by(_byte_level),
+}
+
+
+def _write(target: Path, converted: _Converted, ours: Tokenizer) -> None:
+    from tokenizers import AddedToken
+
+    named = {"eos_token": ours.eos_token, "mask_token": ours.mask_token, "pad_token": converted.pad}
+    others = [token for token in converted.special if token not in named.values()]
+    tokens = dict.fromkeys([*converted.special, *named.values()])
+    converted.backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    converted.backend.save(str(target / "tokenizer.json"))
+    settings = {**_SETTINGS, **named, "additional_special_tokens": others}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,1 @@
+"""What a checkpoint writes and scores: sessions, verifiers, benchmarks."""

@@ -1,0 +1,113 @@
+"""Log-likelihoods of many continuations, each given its context, by the estimators of training.
+
+Continuations of one context share its tokens, and documents share packed sequences up to a token budget. The noise of a
+continuation is drawn from the seed, its context and its length: a result does not depend on what else is asked for, and
+the choices of one question that are equally long are compared under the same draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from megatron_dtrpo.data.batches import MicroBatch, Noising
+from megatron_dtrpo.data.packing import balance, pack
+from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate, share_prompt
+from megatron_dtrpo.evaluation.session import Session
+from megatron_dtrpo.runtime import initialize
+
+CHUNK = 256  # documents whose packed sequences are alive at once
+
+
+class Continuation(NamedTuple):
+    """``tokens``: what is scored, given ``context``: one token id or more each."""
+
+    context: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+def content_key(ids: Sequence[int]) -> int:
+    """A number from 0 to 2**63 - 1 that stands for ``ids``, the same in every process and version."""
+    digest = hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def score_continuations(
+    session: Session, noising: Noising, continuations: Sequence[Continuation], budget: int
+) -> list[float]:
+    """``L`` of every continuation, on every process; collective.
+
+    Args:
+        budget: tokens of one packed sequence, clean and noisy together; what is longer by itself goes alone.
+    """
+    documents = _documents(noising, continuations, budget)
+    scores: dict[int, float] = {}
+    show = session.is_main and sys.stderr.isatty()
+    with tqdm(total=len(continuations), desc="scoring", unit=" continuations", disable=not show) as bar:
+        for start in range(0, len(documents), CHUNK):
+            found = session.gather(
+                _score_share(session, noising, continuations, documents[start : start + CHUNK], budget)
+            )
+            scores |= found
+            bar.update(len(found))
+    return [scores[number] for number in range(len(continuations))]
+
+
+def _cost(noising: Noising, continuations: Sequence[Continuation], numbers: Sequence[int]) -> int:
+    """Packed tokens of the document with these continuations of one context."""
+    lengths = [len(continuations[number].tokens) for number in numbers]
+    return int(noising.packed_length(len(continuations[numbers[0]].context), lengths))
+
+
+def _documents(noising: Noising, continuations: Sequence[Continuation], budget: int) -> list[list[int]]:
+    """Numbers of continuations that share a context and, together, keep within the budget."""
+    documents: list[list[int]] = []
+    open_documents: dict[tuple[int, ...], list[int]] = {}
+    for number, continuation in enumerate(continuations):
+        document = open_documents.get(continuation.context)
+        if document is None or _cost(noising, continuations, [*document, number]) > budget:
+            document = open_documents[continuation.context] = []
+            documents.append(document)
+        document.append(number)
+    return documents
+
+
+def _score_share(
+    session: Session,
+    noising: Noising,
+    continuations: Sequence[Continuation],
+    documents: Sequence[list[int]],
+    budget: int,
+) -> dict[int, float]:
+    """This replica's share, on its last pipeline stage."""
+    from megatron_dtrpo.model.attention import attention_width
+    from megatron_dtrpo.training.step import DeviceBatch, choose_backend, score
+
+    costs = [_cost(noising, continuations, numbers) for numbers in documents]
+    mine = balance(costs, session.replicas)[session.replica]
+    device, width = initialize.device(), attention_width(session.model.config)
+    backend = choose_backend(session.config.parallel.attention_backend, device)
+    batches, order = [], []
+    for group in pack(costs, mine, budget, len(mine)):
+        sequence = concatenate([_document(noising, continuations, documents[place]) for place in group])
+        order.append([number for place in group for number in documents[place]])
+        lengths = torch.tensor([len(continuations[number].tokens) for number in order[-1]])
+        batches.append(DeviceBatch(MicroBatch(sequence, [], lengths), device, backend, width))
+    results = score(session.model, batches) if batches else []
+    found: dict[int, float] = {}
+    for numbers, values in zip(order, results, strict=False):  # no results but on the last stage
+        found |= zip(numbers, values.tolist(), strict=True)
+    return found
+
+
+def _document(noising: Noising, continuations: Sequence[Continuation], numbers: Sequence[int]) -> PackedSequence:
+    context = continuations[numbers[0]].context
+    sample, prompt = Sample(0, content_key(context)), torch.tensor(context)
+    responses = [torch.tensor(continuations[number].tokens) for number in numbers]
+    return share_prompt([noising.document(sample, prompt, [response]) for response in responses])

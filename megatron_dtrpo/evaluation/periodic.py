@@ -1,0 +1,123 @@
+"""What a run measures of itself every so many steps: its objective on held-out data, and decoded exact match.
+
+The reference is the run's starting point, so its scores are computed once, before the first step.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from megatron_dtrpo.config import Config
+from megatron_dtrpo.data.prompts import Prompt, make_prompt
+from megatron_dtrpo.data.rows import open_rows
+from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.diffusion.decoding import DecodingOptions
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.evaluation.generation import decode_prompts
+from megatron_dtrpo.evaluation.session import Session
+from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
+from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.training.objectives import OBJECTIVES
+from megatron_dtrpo.training.scoring import CHUNK, score_pairs
+from megatron_dtrpo.training.setup import open_data
+from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, train_pass
+
+
+def periodic_evaluation(config: Config, tokenizer: Tokenizer, data_parallel_size: int) -> PeriodicEvaluation | None:
+    """The evaluation that ``config`` asks for, or None."""
+    if config.evaluation.eval_interval is None:
+        return None
+    return PeriodicEvaluation(config, tokenizer, data_parallel_size)
+
+
+class PeriodicEvaluation:
+    """Held-out data, opened and checked before training begins."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, data_parallel_size: int):
+        """Raises UserError for data that cannot be used. Collective."""
+        self.config = copy.deepcopy(config)
+        self.config.data.data_path = config.evaluation.eval_data_path
+        self.config.data.shuffle = False
+        self.tokenizer, self.replicas = tokenizer, data_parallel_size
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.data = open_data(self.config, tokenizer)
+        count = min(config.evaluation.eval_examples, len(self.data.order))
+        self.indices = [sample.index for sample in self.data.order.take(0, count)]
+        self.objective = OBJECTIVES[config.objective.objective](config.objective)
+        self.problems = self._problems()
+        self.verifier = load_verifier(config.evaluation.eval_verifier)
+        self.device = initialize.device()
+        self.backend = choose_backend(config.parallel.attention_backend, self.device)
+        self.reference: dict[int, tuple[float, float]] = {}
+
+    def _problems(self) -> list[Prompt]:
+        """Prompts of the rows that have an answer."""
+        rows = open_rows(self.config.data.data_path)
+        data, positions = self.config.data, self.config.model.max_position_embeddings
+        found = [(rows[index], rows.location(index)) for index in self.indices]
+        return [
+            make_prompt(row, location, self.tokenizer, positions, data.apply_chat_template)
+            for row, location in found
+            if row.get("answer") is not None and row.get("prompt") is not None
+        ]
+
+    def remember_reference(self, model) -> None:
+        """Scores the held-out pairs under ``model``, the run's starting point; nothing for SFT. Collective."""
+        if self.config.objective.objective == "preference":
+            builder = self.data.reference_batches(self.config, self.replica, self.replicas)
+            self.reference = score_pairs(model, builder, self.indices, self.device, self.backend)
+
+    def measure(self, wrapped, model) -> dict[str, float]:
+        """``eval/...`` metrics, the same on every process; collective.
+
+        Args:
+            wrapped: the model as training calls it; model: the bare stage.
+        """
+        metrics = self._objective(wrapped, attention_width(model.config))
+        if self.problems:
+            metrics["exact_match"] = self._exact_match(model)
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    def _objective(self, wrapped, width: int) -> dict[str, float]:
+        builder = self.data.batches(self.config, self.replica, self.replicas)
+        names = self.objective.metric_names
+        outcomes = []
+        for start in range(0, len(self.indices), CHUNK):
+            samples = [Sample(0, index) for index in self.indices[start : start + CHUNK]]
+            batches = [DeviceBatch(batch, self.device, self.backend, width) for batch in builder.batches(samples)]
+            for batch in batches:
+                if self.reference:
+                    known = np.array([self.reference[sample.index] for sample in batch.batch.samples])
+                    batch.reference = torch.from_numpy(known).flatten().to(self.device)
+            if batches:
+                with torch.no_grad():
+                    outcomes += train_pass(wrapped, batches, self.objective, forward_only=True)
+        sums, count, _, _ = reduce_metrics(outcomes, len(names), 0, False, self.device)
+        return {name: value / float(count) for name, value in zip(names, sums.tolist(), strict=True)}
+
+    def _exact_match(self, model) -> float:
+        """Share of problems whose greedily decoded answer the verifier accepts."""
+        settings, block_size = self.config.evaluation, self.config.model.block_size
+        options = DecodingOptions(
+            max_new_tokens=settings.eval_max_new_tokens,
+            threshold=settings.eval_threshold,
+            small_block_size=8 if block_size % 8 == 0 else block_size,
+        )
+        session = Session(self.config, model, self.tokenizer, self.replica, self.replicas)
+        decoded = decode_prompts(
+            session, self.problems, options, batch_size=settings.eval_batch_size, seed=0, progress=False
+        )
+        judge = Judge(self.verifier)
+        right = 0
+        for problem, samples in zip(self.problems, decoded, strict=True):
+            text = self.tokenizer.decode(samples[0].tokens)
+            right += judge(problem.row, problem.location, text) is True
+        if len(judge.failures) == len(self.problems):
+            raise UserError(f"eval_verifier judged no answer: {judge.failures[0]}")
+        return right / len(self.problems)

@@ -1,0 +1,157 @@
+"""A checkpoint opened for decoding and scoring, on any number of processes.
+
+with locate_checkpoint(folder, config) as source:    # settings and tokenizer: what input can be checked against
+    with source.open() as session:                   # processes and weights
+
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+from megatron_dtrpo.config import Config, validate
+from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import initialize
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model with its weights on this process's device, and its tokenizer. ``replica`` of ``replicas`` is the
+    data-parallel process this is."""
+
+    config: Config
+    model: Any
+    tokenizer: Tokenizer
+    replica: int
+    replicas: int
+
+    @property
+    def is_main(self) -> bool:
+        return dist.get_rank() == 0
+
+    def decoder(self, end_ids: Iterable[int] = ()):
+        """A `BlockDecoder` that stops at the tokenizer's end token and at ``end_ids``."""
+        from megatron_dtrpo.inference.decoder import make_decoder
+
+        return make_decoder(self.model, self.config.model, self.tokenizer, end_ids)
+
+    def gather(self, results: dict) -> dict:
+        """Joins what the processes found, on every process; collective. Keys that several of them found have the same
+        value; those of one pipeline stage only, as scores of the last, are joined too."""
+        from megatron.core import parallel_state
+
+        # Tensor-parallel processes hold the same: one of them speaks.
+        speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, results if speaks else {})
+        return {key: value for part in gathered for key, value in part.items()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is known to be there, with its settings filled into ``config``."""
+
+    folder: Path
+    iteration: int
+    config: Config
+    tokenizer: Tokenizer
+    replicas: int
+
+    @contextmanager
+    def open(self) -> Iterator[Session]:
+        """Starts the process group, builds the model and loads its weights."""
+        config = self.config
+        initialize.start(config.parallel, config.optimizer.seed)
+        try:
+            from megatron.core import parallel_state
+
+            from megatron_dtrpo.model.provider import build_model
+            from megatron_dtrpo.training import checkpoint
+
+            model = build_model(config.model, config.parallel).to(initialize.device()).eval()
+            checkpoint.load(self.folder, self.iteration, model)
+            yield Session(config, model, self.tokenizer, parallel_state.get_data_parallel_rank(), self.replicas)
+        finally:
+            initialize.stop()
+
+
+@contextmanager
+def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
+    """Reads what lies beside the weights.
+
+    Args:
+        folder: a checkpoint or run folder of this project, or a Hugging Face folder, which is converted into a
+            temporary folder first.
+        config: its parallel settings count; its model settings are filled in.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it does not fit the number of processes.
+    """
+    initialize.enable_device()
+    from megatron_dtrpo.training import checkpoint
+
+    folder = Path(folder)
+    is_huggingface = (folder / "config.json").is_file() and not (folder / checkpoint.TRACKER).exists()
+    with _converted(folder) if is_huggingface else _as_it_is(folder) as folder:
+        iteration = checkpoint.require_latest(folder)
+        config.model = checkpoint.load_model_config(folder)
+        config.parallel.sequence_parallel = False  # a sub-block may hold fewer tokens than there are ranks
+        replicas = validate(config, initialize.world_size())
+        tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
+        yield Source(folder, iteration, config, tokenizer, replicas)
+
+
+@contextmanager
+def _as_it_is(folder: Path) -> Iterator[Path]:
+    yield folder
+
+
+@contextmanager
+def _converted(folder: Path) -> Iterator[Path]:
+    """An import of a Hugging Face folder, made by the first process of this machine."""
+    from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+
+    if initialize.world_size() != initialize.local_world_size():
+        raise UserError(f"{folder}: on several nodes import it first: tools/convert_checkpoint.py import")
+    if initialize.world_size() == 1:
+        with tempfile.TemporaryDirectory() as scratch:
+            import_checkpoint(folder, Path(scratch) / "checkpoint", ImportOptions(progress=False))
+            yield Path(scratch) / "checkpoint"
+        return
+    # The processes do not know each other yet, but they know who started them.
+    launcher = psutil.Process(os.getppid())
+    scratch = Path(tempfile.gettempdir()) / f"megatron-dtrpo-{launcher.pid}-{int(launcher.create_time() * 1000)}"
+    if initialize.local_rank() == 0:
+        with tempfile.TemporaryDirectory() as own:
+            import_checkpoint(folder, Path(own) / "checkpoint", ImportOptions(progress=False))
+            os.symlink(Path(own) / "checkpoint", scratch)
+            try:
+                yield scratch
+            finally:
+                scratch.unlink()
+        return
+    while not scratch.exists():  # should the first process fail, the launcher ends this one
+        time.sleep(0.1)
+    yield scratch
+
+
+def token_ids(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[int]:
+    """Ids of single tokens by name. Raises UserError for one that the vocabulary does not have."""
+    ids = []
+    for token in tokens:
+        found = tokenizer.token_id(token)
+        if found is None:
+            raise UserError(f"stop token {token!r} is not in the tokenizer's vocabulary; name one token of it")
+        ids.append(found)
+    return ids

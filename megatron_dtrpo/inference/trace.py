@@ -1,0 +1,77 @@
+"""A decoding as it happened, and the page that replays it.
+
+The page is one HTML file that needs nothing else: it can be mailed, opened from a disk or put on any server, and
+never asks a network for anything. It is written in ``trace.html``, ``trace.css`` and ``trace.js``; this file puts
+them and the decodings together.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_dtrpo.errors import UserError
+
+_SOURCES = {name: Path(__file__).with_name(f"trace.{name}") for name in ("html", "css", "js")}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How one response of n tokens was decoded. ``pieces``, ``steps``, ``confidence`` and ``blocks`` have n entries.
+
+    ``pieces``: the text each token adds; joined they are ``text``. Tokens without text, as the end token, have ''.
+    ``steps``: the decoding step, from 0, in which each token appeared.
+    ``confidence``: the probability, 0 to 1, that the model gave each token when it appeared.
+    ``blocks``: each token's block on the absolute grid, prompt included; blocks follow each other in the response.
+    """
+
+    prompt: str
+    pieces: tuple[str, ...]
+    steps: tuple[int, ...]
+    confidence: tuple[float, ...]
+    blocks: tuple[int, ...]
+    text: str
+
+
+def trace_page(traces: Sequence[Trace], title: str) -> str:
+    """One self-contained HTML page that replays ``traces`` step by step. Write it as UTF-8.
+
+    It opens at the first step of the first trace, unless the address ends in ``#trace=2&step=5``, counted from 1, or
+    ``step=last``. Raises UserError where there is no trace or one contradicts itself.
+    """
+    if not traces:
+        raise UserError("traces: none given; decode at least one prompt")
+    for number, trace in enumerate(traces, start=1):
+        _check(trace, f"trace {number}")
+    # Only ASCII is left, lone surrogates and control characters are escaped, and no tag can begin or end in it.
+    data = json.dumps([asdict(trace) for trace in traces], allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    sources = {name: path.read_text(encoding="utf-8") for name, path in _SOURCES.items()}
+    values = {**sources, "title": html.escape(_printable(title)), "data": data}
+    # In one pass: no value is searched for another's place.
+    return re.sub(r"\{\{(title|css|data|js)\}\}", lambda place: values[place[1]], sources["html"])
+
+
+def _check(trace: Trace, where: str) -> None:
+    """Raise UserError where the parts of ``trace`` do not fit together; the page would show something wrong."""
+    columns = {"steps": trace.steps, "confidence": trace.confidence, "blocks": trace.blocks}
+    for name, column in columns.items():
+        if len(column) != len(trace.pieces):
+            raise UserError(f"{where}: {len(column)} {name} for {len(trace.pieces)} pieces; give one per token")
+    if "".join(trace.pieces) != trace.text:
+        raise UserError(f"{where}: the pieces do not join to the text; take them from Tokenizer.pieces")
+    if any(step < 0 for step in trace.steps):
+        raise UserError(f"{where}: a step is below 0; count steps from 0")
+    # A softmax in single precision may come out a little above 1.
+    if not all(0 <= probability <= 1.001 for probability in trace.confidence):
+        raise UserError(f"{where}: a confidence is not a probability from 0 to 1")
+
+
+def _printable(text: str) -> str:
+    """``text`` without what cannot stand in an HTML file: control characters and lone surrogates become U+FFFD."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

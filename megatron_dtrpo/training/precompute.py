@@ -1,0 +1,54 @@
+"""Walks a coming run's steps under its reference policy and writes the scores that `reference_cache` reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from megatron_dtrpo.config import Config
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.training.reference import starting_model
+from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
+from megatron_dtrpo.training.scoring import gathered_scores
+from megatron_dtrpo.training.setup import open_data
+from megatron_dtrpo.training.step import choose_backend
+from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
+
+
+def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, output: Path) -> str:
+    """Writes ``output``; collective. Returns what was done, in a line.
+
+    The batches are the run's own, step by step: packed in another way, a sum would be rounded in another way too.
+    """
+    data = open_data(config, tokenizer)
+    batch = config.data.global_batch_size
+    steps = config.optimizer.steps(len(data.order), batch)
+    if steps == 0:
+        raise UserError("num_epochs is 0: there is no step to precompute")
+    epochs = -(-steps * batch // len(data.order))
+    builder = data.reference_batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
+    device = initialize.device()
+    backend = choose_backend(config.parallel.attention_backend, device)
+    model = starting_model(config, device)
+    facts = run_facts(config, tokenizer) | {"data": data.store.content, "weights": weights_fingerprint(model)}
+
+    is_main = dist.get_rank() == 0
+    writer = CacheWriter(output, facts, epochs, len(data.store)) if is_main else None
+    try:
+        show_bar = config.run.progress and is_main and sys.stderr.isatty()
+        for step in tqdm(range(steps), unit="step", disable=not show_bar):
+            scores = gathered_scores(model, builder.step(step * batch), device, backend)
+            if writer is not None:
+                writer.add(scores)
+        if writer is not None:
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.discard()  # leaves a finished cache alone
+    return f"scored {steps} steps of {batch} pairs, {epochs} epochs, under the reference: {output}"

@@ -1,0 +1,87 @@
+"""What a run stays when it is started again: its starting point, its seed, what it learns and from which data.
+
+The first start writes its settings to ``run_config.yaml``, and every checkpoint records the data; a later start must
+agree with both. Most other settings may change, and the terminal says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+from megatron_dtrpo.arguments import read_yaml
+from megatron_dtrpo.config import Config, fill_objective_defaults
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.training import checkpoint
+
+RUN_CONFIG = "run_config.yaml"
+
+# What a run is: another value makes it another run. The options that its estimator reads belong to it.
+_PINNED = ("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16")
+_FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
+
+# What a checkpoint records of the data, and how a message says it.
+_DATA_FACTS = {
+    "data": "trains on other data",
+    "tokenizer": "has another tokenizer",
+    "usable_examples": "visits another number of examples an epoch (seq_length decides which are skipped)",
+}
+
+
+def return_to_first_start(config: Config) -> None:
+    """A resumed run keeps the starting point of its first start, which is its reference policy, and what is pinned."""
+    run = config.run
+    if run.save is None or checkpoint.latest_iteration(run.save) is None:
+        return
+    record = Path(run.save) / RUN_CONFIG
+    if not record.exists():
+        raise UserError(
+            f"{run.save}: holds a checkpoint but no {RUN_CONFIG}: give the run a folder of its own with --save"
+        )
+    first = read_yaml(record)
+    same_folder = run.load is not None and Path(run.load).resolve() == Path(run.save).resolve()
+    if run.load is None or same_folder:  # Megatron-LM's habit: --load and --save name the run
+        run.load = first["load"]
+    if (run.load is None) != (first["load"] is None) or (
+        run.load is not None and Path(run.load).resolve() != Path(first["load"]).resolve()
+    ):
+        raise UserError(f"{run.save}: this run started from {first['load'] or 'random weights'}, not from {run.load}")
+    _check_pinned(config, first)
+
+
+def _check_pinned(config: Config, first: dict) -> None:
+    now = _resolved(config)
+    for key in (*_PINNED, *ESTIMATORS[now["estimator"]].options):
+        if now[key] != first.get(key):
+            raise UserError(f"{config.run.save}: this run has {key} {first.get(key)}, not {now[key]}")
+
+
+def _resolved(config: Config) -> dict:
+    """All settings, with the defaults that depend on the objective filled in, as a run's record has them."""
+    config = copy.deepcopy(config)
+    fill_objective_defaults(config.objective)
+    return config.to_flat()
+
+
+def data_facts(content: str, tokenizer: str, usable_examples: int) -> dict:
+    """What a checkpoint records of the data: fingerprints of tokens and tokenizer, and the length of an epoch."""
+    return {"data": content, "tokenizer": tokenizer, "usable_examples": usable_examples}
+
+
+def check_data(directory: str | Path, progress: dict, now: dict) -> None:
+    """Raises UserError where ``now`` (see `data_facts`) is not what the checkpoint's ``progress`` records."""
+    for key, words in _DATA_FACTS.items():
+        if key in progress and progress[key] != now[key]:
+            raise UserError(
+                f"{directory}: this run {words}: give what it was started with, or --load {directory} into a new run"
+            )
+
+
+def changes_since(config: Config, first: dict) -> list[str]:
+    """``key old -> new`` for every setting of the data, objective and optimizer that differs from a run's record."""
+    groups = (config.data, config.objective, config.optimizer)
+    keys = [f.name for group in groups for f in dataclasses.fields(group) if f.name not in _FREE]
+    now = config.to_flat()
+    return [f"{key} {first.get(key)} -> {now[key]}" for key in keys if now[key] != first.get(key)]

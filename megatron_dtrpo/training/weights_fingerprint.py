@@ -1,0 +1,71 @@
+"""A fingerprint of a model's weights: exact, and the same under every layout.
+
+Every element's raw bits count with an odd factor that says where in the unsharded parameter it lies, summed modulo
+2^64: changing one element always changes the sum, and each process can add up its own part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dtrpo.model.initialization import global_parameter_names
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROWS = 1024  # summed at a time
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Hex fingerprint of all stages' parameters, on every process; collective. ``model`` is this rank's stage."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _own_sums(model))
+    total: dict[str, int] = {}
+    for part in gathered:
+        for name, value in part.items():
+            total[name] = (total.get(name, 0) + value) % 2**64
+    return hashlib.sha256(json.dumps(sorted(total.items())).encode()).hexdigest()
+
+
+def _own_sums(model: torch.nn.Module) -> dict[str, int]:
+    """Parameter (name, type, shape) -> the sum over the part that this process counts; every element has one that
+    does."""
+    sums = {}
+    tp = model.pg_collection.tp
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return sums
+    for name, parameter in global_parameter_names(model).items():
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            continue  # the last stage's copy of a tied matrix
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        if not sharded and tp.rank() != 0:
+            continue
+        indices = [torch.arange(size, device=parameter.device) for size in parameter.shape]
+        if sharded:
+            indices[parameter.partition_dim] = _sharded_indices(parameter, tp)
+        sums[f"{name} {parameter.dtype}"] = _sum_of_bits(parameter.detach(), indices)
+    return sums
+
+
+def _sharded_indices(parameter: Tensor, tp) -> Tensor:
+    """Where this rank's part lies along the divided dimension; a stride of 2 marks two stacked matrices."""
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    whole = torch.arange(parameter.shape[dim] * tp.size(), device=parameter.device)
+    return whole.unflatten(0, (stride, tp.size(), -1))[:, tp.rank()].flatten()
+
+
+def _sum_of_bits(parameter: Tensor, indices: list[Tensor]) -> int:
+    """``[rows, columns]`` or ``[rows]``, and the unsharded index of each of them. Products and sums wrap, as wanted."""
+    bits = parameter.contiguous().view(_INTEGERS[parameter.element_size()])
+    bits = bits if bits.dim() == 2 else bits.unsqueeze(1)
+    rows, columns = (*indices, indices[0].new_zeros(1))[:2]
+    total = 0
+    for part, row in zip(bits.split(_ROWS), rows.split(_ROWS), strict=True):
+        # 2^32 columns are more than any matrix has, whatever part of them is here.
+        factor = 2 * ((row.unsqueeze(1) << 32) + columns) + 1
+        total += (part.long() * factor).sum().item()
+    return total % 2**64

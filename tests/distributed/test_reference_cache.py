@@ -1,0 +1,297 @@
+"""Precomputed reference scores: the live reference's numbers to the last bit, and refused where they are another's."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.launch import TINY_MODEL, ForkServer, Job, disagreements, flags, uneven_pairs, write_lines
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# Two and a half epochs of 20 pairs: elbo, whose reference has noise of its own, is the hardest to get right.
+SETTINGS = {
+    **TINY_MODEL,
+    "estimator": "elbo",
+    "seq_length": 1200,
+    "micro_batch_size": 3,
+    "global_batch_size": 10,
+    "num_views": 2,
+    "train_iters": 5,
+    "save_interval": 3,
+    "lr": 1e-3,
+}
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+TIED = {"load": None, "untie_embeddings_and_output_weights": False}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = ForkServer(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, server) -> Path:
+    """Pairs and a checkpoint, ``start``, whose biases and norms are no longer what they were initialised to."""
+    folder = tmp_path_factory.mktemp("cache")
+    data = uneven_pairs(folder / "pairs.jsonl", 20)
+    server.train({**SETTINGS, "train_iters": 2, "lr": 0.01, "data_path": data, "save": folder / "start"})
+    return folder
+
+
+def settings_of(folder: Path, **others) -> dict:
+    settings = {"load": folder / "start", "data_path": folder / "pairs.jsonl", **SETTINGS, **others}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def precompute(folder: Path, name: str, processes: int = 1, **settings) -> Path:
+    settings = settings_of(folder, **settings, output=folder / name)
+    result = Job(settings, folder / f"{name}.log", processes, ["tools/precompute_reference.py"]).wait()
+    assert result.status == 0, result.output
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def cache(folder) -> Path:
+    return precompute(folder, "scores")
+
+
+@pytest.fixture(scope="module")
+def train(folder, server):
+    """(name, processes, settings) -> the metrics but for the rates; the run folder has that name."""
+
+    def run(name: str, processes: int = 1, **settings) -> list[dict]:
+        rows = server.train(settings_of(folder, **settings, save=folder / name), processes)
+        return [{key: value for key, value in row.items() if not key.endswith("_per_second")} for row in rows]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def live(train) -> list[dict]:
+    return train("live")
+
+
+def test_bit_for_bit_the_live_reference(train, live, cache):
+    assert train("cached", reference_cache=cache) == live
+    assert abs(live[0]["rewards/margins"]) > 1e-3  # the reference's noise is not the policy's
+
+
+def test_what_is_written(cache):
+    scores = np.load(cache / "scores.npy", mmap_mode="r")
+    assert scores.shape == (3, 20, 2) and scores.dtype == np.float64
+    assert not np.isnan(scores[:2]).any()
+    assert (scores[0] != scores[1]).mean() > 0.8  # an epoch has noise of its own; responses of one token have none
+    assert np.isnan(scores[2]).all(1).sum() == 10  # the run ends in the middle of the third epoch
+    assert sorted(p.name for p in cache.iterdir()) == ["meta.json", "scores.npy"]
+    assert not cache.with_name("scores.partial").exists()
+
+
+def test_bit_for_bit_under_tensor_parallelism(folder, train, cache):
+    sharded = precompute(folder, "scores_tp2", 2, **TP2)
+    assert train("cached_tp2", 2, **TP2, reference_cache=sharded) == train("live_tp2", 2, **TP2)
+    one, two = (json.loads((path / "meta.json").read_text())["facts"] for path in (cache, sharded))
+    assert one == two  # the fingerprint of the weights among them
+
+
+@pytest.mark.parametrize("layout", [{**TP2, **PP2}, {"use_distributed_optimizer": True}], ids=["TP2 x PP2", "DP2"])
+def test_one_cache_serves_every_layout(train, live, cache, layout):
+    processes = 2 * len(layout)
+    rows = train("as_" + "_".join(layout), processes, **layout, reference_cache=cache, micro_batch_size=8)
+    assert disagreements(rows, live) == []
+
+
+def test_tied_weights_have_one_fingerprint_under_pipeline_parallelism(folder, train):
+    cache = precompute(folder, "scores_tied", 2, **TIED, **PP2)
+    rows = train("tied_cached", **TIED, reference_cache=cache)
+    assert disagreements(rows, train("tied_live", **TIED)) == []
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_resumed_run_goes_on_bit_for_bit(folder, train, live, cache, cached):
+    """From its checkpoint of step 3, with the cache or, because nothing depends on it, without."""
+    first = "to_be_resumed" if cached else "to_be_resumed_live"
+    assert train(first, reference_cache=cache) == live
+    save = folder / first
+    shutil.rmtree(save / "iter_0000005")
+    (save / "latest_checkpointed_iteration.txt").write_text("3")
+    assert train(first, **({"reference_cache": cache} if cached else {})) == live
+    assert "resuming from iteration 3" in (folder / f"{first}.log").read_text()
+
+
+def test_vrpo_and_trajectory_too(folder, train):
+    """With shared noise the first step is a tie, from the cache as well."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(20):
+        row = {"prompt_ids": [rng.randrange(256) for _ in range(rng.randint(1, 30))]}
+        for name in ("chosen", "rejected"):
+            length = rng.randint(1, 60)
+            row[f"{name}_ids"] = [rng.randrange(256) for _ in range(length)]
+            row[f"{name}_steps"] = sorted(rng.randrange(40) for _ in range(length))
+            for i in range(1, length):  # a new block is a new step
+                if (len(row["prompt_ids"]) + i) % TINY_MODEL["block_size"] == 0:
+                    row[f"{name}_steps"][i:] = [step + 1 for step in row[f"{name}_steps"][i:]]
+        rows.append(row)
+    data = write_lines(folder / "recorded.jsonl", rows)
+    for estimator in ("vrpo", "trajectory"):
+        settings = {"estimator": estimator, "data_path": data}
+        cache = precompute(folder, f"scores_{estimator}", **settings)
+        rows = train(f"{estimator}_live", **settings)
+        assert train(f"{estimator}_cached", **settings, reference_cache=cache) == rows
+        assert 0.69314 < rows[0]["loss"] < 0.69316 and rows[0]["rewards/margins"] == 0
+        assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
+
+
+# In this process: what a run keeps, and what it refuses.
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_copy_of_the_reference_is_kept(folder, cache, alone, monkeypatch):
+    from megatron_dtrpo import train as trainer
+    from megatron_dtrpo.runtime import initialize
+
+    initialize.enable_device()
+    from megatron_dtrpo.training import loop
+
+    kept = []
+
+    class Watched(loop.ReferencePolicy):
+        def __init__(self, model):
+            super().__init__(model)
+            kept.append(sum(value.numel() for _, value in self.frozen))
+
+    monkeypatch.setattr(loop, "ReferencePolicy", Watched)
+    settings = settings_of(folder, train_iters=1)
+    assert trainer.main(flags({**settings, "save": folder / "no_copy", "reference_cache": cache})) == 0
+    assert kept == []
+    assert trainer.main(flags({**settings, "save": folder / "copy"})) == 0
+    assert len(kept) == 1 and kept[0] > 10_000
+
+
+REFUSED = {
+    "estimator": ({"estimator": "vrpo"}, "made for estimator elbo, not vrpo"),
+    "views": ({"num_views": 3}, "made for num_views 2, not 3"),
+    "block start": ({"block_start": "noisy"}, "made for block_start clean, not noisy"),
+    "seed": ({"seed": 7}, "made for seed 1234, not 7"),
+    "precision": ({"bf16": True}, "made for bf16 False, not True"),
+    "block size": ({"load": None, "block_size": 16}, "made for block_size 8, not 16"),
+    "model": ({"load": None, "rotary_base": 10.0}, "made for rotary_base 1000000.0, not 10.0"),
+    "too few steps": ({"train_iters": 6}, "lacks pairs of step 6 of 6: it covers fewer steps or epochs"),
+    "too few epochs": ({"train_iters": 7}, "lacks pairs of step 6 of 7"),
+    "tokenizer": ({"mask_token": "<pad>"}, "made for another fingerprint of the tokenizer"),
+    "data": ({"data_path": "other.jsonl"}, "made for another fingerprint of the data"),
+    "checkpoint": ({"load": "live"}, "made for another fingerprint of the reference checkpoint's weights"),
+    "random weights": ({"load": None}, "made for another fingerprint of the reference checkpoint's weights"),
+    "nothing there": ({"reference_cache": "pairs.jsonl"}, "meta.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_cache_of_another_run_is_refused(folder, live, cache, alone, capfd, tmp_path, name):
+    from megatron_dtrpo import train as trainer
+
+    uneven_pairs(folder / "other.jsonl", 20, seed=1)
+    change, reason = REFUSED[name]
+    paths = {key: folder / change[key] for key in ("data_path", "load", "reference_cache") if change.get(key)}
+    settings = settings_of(folder, **{"reference_cache": cache, **change, **paths})
+    capfd.readouterr()
+    assert trainer.main(flags({**settings, "save": tmp_path / "run"})) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: reference_cache ") and reason in lines[0], lines
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_fingerprint_sees_one_element_and_its_place(alone):
+    import torch
+
+    from megatron_dtrpo.config import ModelSettings, ParallelSettings
+    from megatron_dtrpo.runtime import initialize
+
+    settings = {key: value for key, value in TINY_MODEL.items() if key != "tokenizer_type"}
+    initialize.start(ParallelSettings(), seed=1)
+    try:
+        from megatron_dtrpo.model.initialization import initialize_weights
+        from megatron_dtrpo.model.provider import build_model
+        from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
+
+        model = build_model(ModelSettings(**settings, kv_channels=8, vocab_size=259), ParallelSettings())
+        initialize_weights(model, seed=1)
+        seen = {weights_fingerprint(model)}
+        assert seen == {weights_fingerprint(model)}
+        with torch.no_grad():
+            matrix = model.embedding.word_embeddings.weight
+            for count, change in enumerate(
+                (
+                    lambda: matrix[300, 31].mul_(-1),  # the padding of the vocabulary counts too
+                    lambda: matrix[:2].copy_(matrix[:2].flip(0).clone()),
+                    lambda: matrix[7, :2].copy_(matrix[7, :2].flip(0).clone()),
+                    lambda: model.decoder.final_layernorm.weight[3:4].nextafter_(torch.tensor(2.0)),
+                ),
+                start=2,
+            ):
+                change()
+                seen.add(weights_fingerprint(model))
+                assert len(seen) == count
+    finally:
+        initialize.stop()
+
+
+def test_unused_options_and_the_place_of_the_data_do_not_matter(folder, live, cache, alone, tmp_path):
+    from megatron_dtrpo import train as trainer
+    from tests.launch import read_metrics
+
+    shutil.copy(folder / "pairs.jsonl", tmp_path / "copy.jsonl")
+    settings = settings_of(folder, steps_per_block=3, data_path=tmp_path / "copy.jsonl", reference_cache=cache)
+    assert trainer.main(flags({**settings, "save": tmp_path / "run", "train_iters": 1})) == 0
+    assert read_metrics(tmp_path / "run")[0]["loss"] == live[0]["loss"]
+
+
+def test_a_damaged_cache_is_refused(cache, tmp_path):
+    from megatron_dtrpo.errors import UserError
+    from megatron_dtrpo.training.reference_cache import ReferenceCache
+
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    scores = (copy / "scores.npy").read_bytes()
+    (copy / "scores.npy").write_bytes(scores[:-8])
+    with pytest.raises(UserError, match="damaged; run tools/precompute_reference.py"):
+        ReferenceCache(copy)
+    (copy / "scores.npy").write_bytes(scores)
+    (copy / "meta.json").write_text('{"format_version": 1')
+    with pytest.raises(UserError, match="damaged"):
+        ReferenceCache(copy)
+    (copy / "meta.json").unlink()
+    with pytest.raises(UserError, match="meta.json cannot be read"):
+        ReferenceCache(copy)
+
+
+def test_the_tool_refuses_what_it_cannot_do(folder, cache, alone, capfd, tmp_path):
+    import runpy
+
+    tool = runpy.run_path("tools/precompute_reference.py")
+    settings = settings_of(folder, output=tmp_path / "scores")
+    refused = (
+        ({"output": cache}, "exists already"),
+        ({"objective": "sft", "estimator": "sft"}, "objective sft has no reference"),
+        ({"data_path": tmp_path / "none.jsonl"}, "no such file"),
+        ({"num_epochs": 1}, "give exactly one of train_iters and num_epochs"),
+    )
+    for change, reason in refused:
+        capfd.readouterr()
+        assert tool["run_command"](tool["_precompute"], flags({**settings, **change})) == 2
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 1 and reason in lines[0], lines
+    assert list(tmp_path.iterdir()) == []

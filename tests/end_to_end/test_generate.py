@@ -1,0 +1,164 @@
+"""tools/generate.py and tools/build_preferences.py, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dtrpo import train
+from tests.launch import TINY_MODEL, Job, flags, uneven_pairs, write_lines
+from tools import build_preferences, generate
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
+
+POSITIONS = 200
+PROMPTS = [
+    {"prompt": "Tom has 3 apples. ", "answer": 3, "id": "a"},
+    {"prompt_ids": [72, 105, 33, 32, 72, 105, 33], "answer": 4},
+    {"prompt": "x", "answer": 5},
+    {"prompt": "A prompt that is longer than two blocks of eight. ", "answer": 6},
+    {"prompt": "sixteen letters!", "answer": 7},
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """The runs in this process are of one process, whatever the environment says."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint of random weights, sure enough of some tokens to write several at once, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("generate")
+    data = uneven_pairs(folder / "pairs.jsonl", 4)
+    model = {**TINY_MODEL, "max_position_embeddings": POSITIONS, "init_method_std": 0.5}
+    run = {"seq_length": 2048, "global_batch_size": 4, "train_iters": 1, "lr": 1e-9}
+    assert train.main(flags({**model, **run, "data_path": data, "save": folder / "run"})) == 0
+    write_lines(folder / "prompts.jsonl", PROMPTS)
+    return folder
+
+
+def run_tool(tool, command, folder: Path, **settings) -> int:
+    return train.run_command(command, flags({"checkpoint": folder / "run", **settings}))
+
+
+def decode(folder: Path, name: str, **settings) -> list[dict]:
+    settings = {"prompts": folder / "prompts.jsonl", "max_new_tokens": 20, "small_block_size": 4} | settings
+    assert run_tool(generate, generate._generate, folder, output=folder / name, **settings) == 0
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def same(rows: list[dict], others: list[dict]) -> bool:
+    """Confidences are compared loosely: sums in fp32 depend on what shares a batch."""
+    for row, other in zip(rows, others, strict=True):
+        if row["completion_confidence"] != pytest.approx(other["completion_confidence"], rel=1e-3):
+            return False
+    rows, others = ([{**row, "completion_confidence": None} for row in part] for part in (rows, others))
+    return rows == others
+
+
+def test_rows_keep_what_they_had_and_gain_a_completion(folder, capfd):
+    rows = decode(folder, "out.jsonl", record_trajectory=True, trace=folder / "trace.html")
+    assert [{key: row[key] for key in given} for row, given in zip(rows, PROMPTS, strict=True)] == PROMPTS
+    for row in rows:
+        assert 1 <= len(row["completion_ids"]) <= 20
+        assert len(row["completion_steps"]) == len(row["completion_confidence"]) == len(row["completion_ids"])
+        kept = [i for i in row["completion_ids"] if i < 256]
+        assert row["completion"] == bytes(kept).decode("utf-8", errors="replace")
+    assert "tokens per second" in capfd.readouterr().err
+    page = (folder / "trace.html").read_text()
+    assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompts_completion_does_not_depend_on_the_batch_or_the_layout(folder, temperature):
+    settings = {"temperature": temperature, "threshold": 0.5, "record_trajectory": True}
+    alone = decode(folder, "alone.jsonl", batch_size=1, **settings)
+    assert same(decode(folder, "together.jsonl", batch_size=4, **settings), alone)
+    if temperature:
+        assert not same(decode(folder, "seed.jsonl", seed=7, **settings), alone)
+        words = {"checkpoint": folder / "run", "prompts": folder / "prompts.jsonl", "output": folder / "many.jsonl"}
+        words |= {"max_new_tokens": 20, "small_block_size": 4, "tensor_model_parallel_size": 2, **settings}
+        result = Job(words, folder / "many.log", 4, ["tools/generate.py"]).wait()  # TP2 x DP2
+        assert result.status == 0, result.output
+        rows = [json.loads(line) for line in (folder / "many.jsonl").read_text().splitlines()]
+        assert same(rows, alone)
+
+
+def test_one_prompt_prints_its_answer(folder, capfd):
+    assert run_tool(generate, generate._generate, folder, prompt="Tom has 3 apples. ", max_new_tokens=20) == 0
+    expected = decode(folder, "again.jsonl", small_block_size=8)[0]["completion"]
+    assert capfd.readouterr().out.split("\n")[0] == expected.split("\n")[0]
+
+
+def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_path, monkeypatch, capfd):
+    (tmp_path / "even_verifier.py").write_text(
+        "def even(row, text):\n    if row.get('answer') == 5:\n        raise RuntimeError('cannot judge')\n"
+        "    return len(text) % 2 == 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 6}
+    settings |= {"max_new_tokens": 24, "verifier": "even_verifier:even"}
+    assert run_tool(build_preferences, build_preferences._build, folder, pairs_per_prompt=2, **settings) == 0
+    out = capfd.readouterr()
+    assert "prompts.jsonl:3: the verifier raised RuntimeError: cannot judge" in out.err
+    assert "6 responses could not be judged" in out.err
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert pairs and all(pair["answer"] != 5 for pair in pairs)
+    for pair in pairs:
+        assert len(pair["chosen"]) % 2 == 0 and len(pair["rejected"]) % 2 == 1
+        for name in ("chosen", "rejected"):
+            assert len(pair[f"{name}_ids"]) == len(pair[f"{name}_steps"])
+        assert pair["chosen_ids"][-1] == 256  # the end token
+    # What was written trains, recorded decoding steps and all.
+    model = {"load": folder / "run", "estimator": "trajectory", "data_path": tmp_path / "pairs.jsonl"}
+    training = {"train_iters": 1, "global_batch_size": 2, "save": tmp_path / "trained"}
+    assert train.main(flags({**model, **training})) == 0
+
+
+ERRORS = {
+    "no such checkpoint": ({"prompt": "a", "checkpoint": "nowhere"}, "no checkpoint to load"),
+    "prompt too long": ({"prompt": "y" * POSITIONS}, f"--prompt: the prompt has {POSITIONS} tokens"),
+    "row too long": ({"rows": [{"prompt": "a"}, {"prompt": "y" * 500}]}, "rows.jsonl:2: the prompt has 500 tokens"),
+    "unknown stop token": ({"prompt": "a", "stop_token": "<|nothing|>"}, "stop token '<|nothing|>'"),
+    "empty file": ({"rows": []}, "rows.jsonl: holds no rows"),
+    "row without a prompt": ({"rows": [{"text": "a"}]}, "rows.jsonl:1: a row needs prompt, messages or prompt_ids"),
+    "empty prompt": ({"rows": [{"prompt": ""}]}, "rows.jsonl:1: the prompt is empty"),
+    "ids out of range": ({"rows": [{"prompt_ids": [5000]}]}, "rows.jsonl:1: prompt_ids"),
+    "mask in the prompt": ({"rows": [{"prompt_ids": [3, 258]}]}, "contains the mask token"),
+    "messages without a template": ({"rows": [{"messages": [{"role": "user", "content": "a"}]}]}, "no chat template"),
+    "both kinds of prompt": ({"prompt": "a", "rows": [{"prompt": "a"}]}, "either --prompt TEXT or --prompts FILE"),
+    "no prompt": ({}, "either --prompt TEXT or --prompts FILE"),
+    "threshold": ({"prompt": "a", "threshold": 1.5}, "--threshold 1.5"),
+    "sub-block": ({"prompt": "a", "small_block_size": 3}, "must divide the model's block_size 8"),
+    "new tokens": ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 0"),
+    "unknown flag": ({"prompt": "a", "treshold": 0.5}, "nearest known one is --threshold"),
+    "trace folder": ({"prompt": "a", "trace": "no/folder/x.html"}, "its folder does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_mistakes_are_one_line(folder, tmp_path, capfd, name):
+    settings, message = ERRORS[name]
+    settings = dict(settings)
+    rows = settings.pop("rows", None)
+    if rows is not None:
+        write_lines(tmp_path / "rows.jsonl", rows)
+        settings |= {"prompts": tmp_path / "rows.jsonl", "output": tmp_path / "out.jsonl"}
+    before = sorted(tmp_path.iterdir())
+    capfd.readouterr()
+    assert run_tool(generate, generate._generate, folder, **settings) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_pairs_without_a_right_answer_are_an_error(folder, tmp_path, capfd):
+    settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 2}
+    assert run_tool(build_preferences, build_preferences._build, folder, max_new_tokens=4, **settings) == 2
+    assert "no prompt has both a right and a wrong response" in capfd.readouterr().err
+    assert not (tmp_path / "pairs.jsonl").exists()

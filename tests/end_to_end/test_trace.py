@@ -1,0 +1,215 @@
+"""The page that replays decodings, as a browser shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.inference.trace import Trace, trace_page
+from tests.browser import NAMES, Page, browser, find
+
+pytestmark = pytest.mark.end_to_end
+
+TITLE = 'A <i>title</i> & "quotes" {{data}} \x00\ud800'
+HOSTILE = (
+    '</script><script>window.hacked = 1</script><img src="http://127.0.0.1:9/x" onerror="window.hacked = 2"> &amp;'
+)
+
+
+def trace_of(prompt: str, pieces: tuple[str, ...], steps: tuple[int, ...], first_block: int = 2) -> Trace:
+    """A trace of blocks of four tokens."""
+    n = len(pieces)
+    confidence = tuple(1 - i / (2 * n) + 1e-6 for i in range(n))
+    return Trace(prompt, pieces, steps, confidence, tuple(first_block + i // 4 for i in range(n)), "".join(pieces))
+
+
+TRACES = (
+    trace_of(
+        HOSTILE,
+        ("48", " /", " ", "2", " =", " 24", "\n\n", "  so", "", "\u4e2d", ""),
+        (0, 2, 0, 1, 4, 3, 3, 4, 6, 6, 6),
+    ),
+    trace_of(
+        "<b>second</b>\nline", (" <!--", "</script>", "\t\x07", "\ud83d", "\r\n\u2028", ""), (1, 0, 1, 2, 3, 2), 9
+    ),
+    trace_of("nothing", (), ()),
+)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory) -> Iterator[Page]:
+    executable = find()
+    if executable is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+    with browser(executable, tmp_path_factory.mktemp("browser")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory) -> str:
+    file: Path = tmp_path_factory.mktemp("page") / "trace.html"
+    file.write_text(trace_page(TRACES, TITLE), encoding="utf-8")
+    return file.as_uri()
+
+
+@pytest.fixture
+def opened(tab, url) -> Iterator[Page]:
+    """The page, just opened. What it may never do is looked for when the test is over."""
+    tab.open("about:blank")
+    tab.events.clear()
+    tab.open(url)
+    yield tab
+    tab.evaluate("0")  # events up to here have been received
+    methods = [event["method"] for event in tab.events]
+    for complaint in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+        assert complaint not in methods, [e["params"] for e in tab.events if e["method"] == complaint]
+    requests = [e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"]
+    assert [request.partition("#")[0] for request in requests if not request.startswith("data:")] == [url]
+    assert tab.evaluate("window.hacked") is None
+
+
+def completion(page: Page) -> str:
+    """The text shown. As UTF-16 code units on the way here: a lone surrogate would not survive it."""
+    text = "document.getElementById('completion').textContent"
+    units = page.evaluate(f"Array.from({{ length: {text}.length }}, (_, i) => {text}.charCodeAt(i))")
+    return "".join(map(chr, units))
+
+
+def shown_by(trace: Trace, step: int) -> str:
+    return "".join(piece for piece, at in zip(trace.pieces, trace.steps, strict=True) if at <= step)
+
+
+def set_value(page: Page, name: str, value: int, event: str) -> None:
+    page.evaluate(
+        f"{{ const e = document.getElementById('{name}'); e.value = {value};"
+        f" e.dispatchEvent(new Event('{event}', {{ bubbles: true }})); }}"
+    )
+
+
+def number(page: Page, name: str) -> str:
+    return page.evaluate(f"document.getElementById('{name}').textContent")
+
+
+def test_opens_at_the_first_step_with_prompt_and_title_as_text(opened):
+    assert opened.evaluate("document.getElementById('step').value") == "0"
+    assert completion(opened) == "48 "
+    assert number(opened, "prompt") == HOSTILE
+    shown = 'A <i>title</i> & "quotes" {{data}} \ufffd\ufffd'
+    assert opened.evaluate("[document.title, document.querySelector('h1').textContent]") == [shown, shown]
+    assert opened.evaluate("document.querySelectorAll('script, img, i[onerror]').length") == 2
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_slider_shows_the_tokens_up_to_its_step(opened, index):
+    trace = TRACES[index]
+    set_value(opened, "trace", index, "change")
+    assert number(opened, "prompt") == trace.prompt
+    steps = range(max(trace.steps) + 1)
+    assert opened.evaluate("document.getElementById('step').max") == str(steps[-1])
+    for step in [*steps, *reversed(steps)]:
+        set_value(opened, "step", step, "input")
+        assert completion(opened) == shown_by(trace, step)
+        count = sum(at <= step for at in trace.steps)
+        assert number(opened, "where") == f"step {step + 1} of {len(steps)}"
+        assert number(opened, "tokens") == f"{count} of {len(trace.pieces)}"
+        assert number(opened, "rate") == f"{count / (step + 1):.2f}"
+        new = opened.evaluate("[...document.querySelectorAll('.token.new')].map(e => +e.dataset.index)")
+        assert new == [i for i, at in enumerate(trace.steps) if at == step]
+    set_value(opened, "step", steps[-1], "input")
+    assert completion(opened) == trace.text
+    assert opened.evaluate("[...document.querySelectorAll('.block')].map(e => +e.dataset.block)") == sorted(
+        set(trace.blocks)
+    )
+
+
+def test_nothing_moves_when_tokens_appear(opened):
+    places = "JSON.stringify([...document.querySelectorAll('.token')].map(e => e.getBoundingClientRect()))"
+    before = opened.evaluate(places)
+    set_value(opened, "step", 6, "input")
+    assert completion(opened) == TRACES[0].text
+    assert opened.evaluate(places) == before
+
+
+def test_no_tokens(opened):
+    set_value(opened, "trace", 2, "change")
+    assert (completion(opened), number(opened, "where"), number(opened, "tokens")) == ("", "no tokens", "0 of 0")
+
+
+def test_play_goes_to_the_end_and_stops(opened):
+    set_value(opened, "speed", 16, "change")
+    opened.evaluate("document.getElementById('play').click()")
+    assert number(opened, "playing") == "Pause"
+    opened.wait_for("document.getElementById('step').value === '6'")
+    opened.wait_for("document.getElementById('playing').textContent === 'Play'")
+    assert completion(opened) == TRACES[0].text
+
+
+def test_keys(opened):
+    position = "document.getElementById('step').value"
+    for key, expected in (("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1")):
+        opened.press(key, key)
+        assert opened.evaluate(position) == expected
+    opened.evaluate("document.getElementById('step').focus()")
+    opened.press(" ", "Space")
+    assert number(opened, "playing") == "Pause"
+    opened.wait_for(f"{position} !== '1'")
+    opened.press(" ", "Space")
+    assert number(opened, "playing") == "Play"
+
+
+def test_tooltip_and_what_it_does_not_give_away(opened):
+    tip = "document.getElementById('tip').hidden ? null : document.getElementById('tip').innerText"
+    opened.evaluate("document.querySelector('[data-index=\"2\"]').focus()")
+    assert opened.evaluate(tip).split("\n") == [
+        "\u201c \u201d",
+        "appeared in step 1 of 7",
+        "confidence 90.9%",
+        "block 2",
+    ]
+    opened.evaluate("document.querySelector('[data-index=\"5\"]').focus()")
+    assert opened.evaluate(tip).split("\n") == ["masked", "appears in step 4 of 7", "block 3"]
+    opened.evaluate("document.activeElement.blur()")
+    assert opened.evaluate(tip) is None
+
+
+def test_the_address_chooses_trace_and_step(tab, url):
+    for fragment, index, step in (("#trace=2&step=3", 1, 2), ("#step=last", 0, 6), ("#trace=99&step=x", 2, 0)):
+        tab.open("about:blank")
+        tab.open(url + fragment)
+        assert completion(tab) == shown_by(TRACES[index], step)
+        assert tab.evaluate("document.getElementById('trace').selectedIndex") == index
+    set_value(tab, "trace", 0, "change")
+    set_value(tab, "step", 4, "input")
+    assert tab.evaluate("location.hash") == "#trace=1&step=5"
+
+
+def test_one_trace_needs_no_chooser_and_a_phone_no_sideways_scrolling(tab, tmp_path):
+    file = tmp_path / "one.html"
+    file.write_text(trace_page([trace_of("p" * 300, ("x" * 300, "y"), (0, 1))], "t" * 99), encoding="utf-8")
+    tab.call("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=2, mobile=True)
+    try:
+        tab.open(file.as_uri())
+        assert tab.evaluate("document.getElementById('chooser').hidden")
+        assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    finally:
+        tab.call("Emulation.clearDeviceMetricsOverride")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": (0,)}, "trace 2: 1 steps for 6 pieces"),
+        ({"text": "other"}, "trace 2: the pieces do not join to the text"),
+        ({"steps": (0, 0, 0, 0, 0, -1)}, "trace 2: a step is below 0"),
+        ({"confidence": (0.0, 0.5, 1.0, 1.0, 1.0, float("nan"))}, "trace 2: a confidence is not a probability"),
+    ],
+)
+def test_contradictions_are_user_errors(change, message):
+    with pytest.raises(UserError, match=message):
+        trace_page([TRACES[0], replace(TRACES[1], **change)], "title")
+    with pytest.raises(UserError, match="none given"):
+        trace_page([], "title")

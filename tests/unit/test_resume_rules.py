@@ -1,0 +1,80 @@
+"""What a run that is started again must leave as it was, and what it may change."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from megatron_dtrpo.config import Config, fill_objective_defaults
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.training.resume import RUN_CONFIG, changes_since, check_data, data_facts, return_to_first_start
+
+FIRST = {"load": "base", "data_path": "pairs.jsonl", "train_iters": 10, "estimator": "dtrpo", "lr": 1e-4}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a checkpoint of iteration 3 and the record of a start with FIRST."""
+    folder = tmp_path / "run"
+    (folder / "iter_0000003").mkdir(parents=True)
+    (folder / "iter_0000003" / "metadata.json").write_text("{}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    config = Config.from_flat({**FIRST, "save": str(folder)})
+    fill_objective_defaults(config.objective)
+    (folder / RUN_CONFIG).write_text(yaml.safe_dump(config.to_flat()))
+    return folder
+
+
+def again(run, **changes) -> Config:
+    config = Config.from_flat({**FIRST, "save": str(run), **changes})
+    return_to_first_start(config)
+    return config
+
+
+def test_it_starts_where_it_started(run):
+    assert again(run, load=None).run.load == "base"
+    assert again(run, load=str(run)).run.load == "base"
+    with pytest.raises(UserError, match="this run started from base, not from other"):
+        again(run, load="other")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [
+        ("seed", 1, 1234),
+        ("shuffle", False, True),
+        ("objective", "sft", "preference"),
+        ("estimator", "vrpo", "dtrpo"),
+        ("steps_per_block", 4, 8),
+        ("block_start", "noisy", "clean"),
+        ("loss_type", "ipo", "sigmoid"),
+        ("trainable_modules", ["mlp"], None),
+        ("bf16", True, False),
+    ],
+)
+def test_what_it_is_stays(run, key, value, first):
+    changes = {key: value} if key != "objective" else {key: value, "estimator": None}
+    with pytest.raises(UserError, match=re.escape(f"{run}: this run has {key} {first}, not {value}")):
+        again(run, **changes)
+
+
+def test_the_rest_may_change_and_is_named(run):
+    first = yaml.safe_load((run / RUN_CONFIG).read_text())
+    # complementary belongs to another estimator, so it pins nothing here.
+    config = again(
+        run, lr=2e-4, beta=0.1, num_views=4, complementary=False, micro_batch_size=3, reference_cache="scores"
+    )
+    fill_objective_defaults(config.objective)
+    changes = changes_since(config, first)
+    assert changes == ["num_views 1 -> 4", "complementary True -> False", "beta 0.5 -> 0.1", "lr 0.0001 -> 0.0002"]
+
+
+def test_the_data_stay(run):
+    now = data_facts("tokens", "tokenizer", 20)
+    check_data(run, {"iteration": 3, **now}, now)
+    check_data(run, {"iteration": 3}, now)  # of a run that did not record them
+    for key, words in (("data", "other data"), ("tokenizer", "another tokenizer"), ("usable_examples", "seq_length")):
+        with pytest.raises(UserError, match=words):
+            check_data(run, {**now, key: "other"}, now)

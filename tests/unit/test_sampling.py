@@ -1,0 +1,68 @@
+"""The proposals of a decoding step, against the distribution written out token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_dtrpo.diffusion.sampling import accept, most_probable, propose
+
+
+def nucleus(logits: list[float], temperature: float, top_p: float) -> dict[int, float]:
+    """Fast-dLLM v2's rule: down the sorted probabilities a token stays while the sum before it is at most top_p."""
+    exponential = [math.exp(x / temperature) for x in logits]
+    probability = {i: e / sum(exponential) for i, e in enumerate(exponential)}
+    kept, before = {}, 0.0
+    for i in sorted(probability, key=lambda i: -probability[i]):
+        if not kept or before <= top_p:
+            kept[i] = probability[i]
+        before += probability[i]
+    total = sum(kept.values())
+    return {i: p / total for i, p in kept.items()}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.9, 1.0])
+def test_draws_follow_the_cut_distribution(temperature, top_p):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(1))
+    expected = nucleus(logits.tolist(), temperature, top_p)
+    grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    token, confidence = propose(logits.repeat(len(grid), 1), grid, temperature, top_p)
+    share = torch.bincount(token, minlength=12).double() / len(grid)
+    for i in range(12):
+        assert share[i] == pytest.approx(expected.get(i, 0.0), abs=2e-4)
+    for t, c in zip(token[::997].tolist(), confidence[::997].tolist(), strict=True):
+        assert c == pytest.approx(expected[t], rel=1e-5)
+
+
+def test_extreme_draws_stay_inside_and_forbidden_tokens_are_never_drawn():
+    logits = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
+    logits[:, 4] = -torch.inf
+    uniform = torch.cat([torch.zeros(200), torch.full((200,), 1 - 1e-16)]).double()
+    token, confidence = propose(logits, uniform, 1.0, 0.7)
+    assert (token != 4).all() and (confidence > 0).all()
+    for row, t in zip(logits.tolist(), token.tolist(), strict=True):
+        assert t in nucleus([x if x > -math.inf else -1e9 for x in row], 1.0, 0.7)
+
+
+def test_greedy_confidence_counts_forbidden_tokens_in_the_normaliser():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    token, best, normaliser = most_probable(logits, torch.tensor([False, True, False]))
+    assert token.item() == 2
+    assert (best - normaliser).exp().item() == pytest.approx(math.exp(2) / sum(map(math.exp, (1, 2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "threshold", "expected"),
+    [
+        ([0.2, 0.95, 0.91], 0.9, [False, True, True]),
+        ([0.2, 0.5, 0.3], 0.9, [False, True, False]),  # always the surest
+        ([0.9, 0.9], 0.9, [True, False]),  # strictly above; a tie goes to the first
+        ([0.1, 0.2, 0.3], 0.0, [True, True, True]),
+        ([1.0, 1.0], 1.0, [True, False]),
+    ],
+)
+def test_what_is_accepted(confidence, threshold, expected):
+    assert accept(torch.tensor(confidence), threshold).tolist() == expected

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Makes preference pairs of a checkpoint's own right and wrong answers.
+
+    python tools/build_preferences.py --checkpoint RUN --prompts problems.jsonl --output pairs.jsonl --samples 8
+
+Samples responses to every prompt, has each judged, and writes pairs of a right (chosen) and a wrong one (rejected) with
+their exact token ids and recorded decoding steps, so that --estimator trajectory can train on them too. The verifier
+`numeric` compares the last number of a response with the row's `answer`; give `module:function` for your own:
+function(row, text) -> bool. Prompt rows are those of tools/generate.py. Runs under torchrun as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from megatron_dtrpo.arguments import parse_tool, tool_parser
+from megatron_dtrpo.diffusion.decoding import Completion
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.train import run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("build_preferences.py", __doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="Prompts, with what the verifier needs.")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file of pairs to write.")
+    parser.add_argument("--samples", type=int, default=8, help="Responses per prompt. Default: %(default)s.")
+    parser.add_argument("--pairs-per-prompt", type=int, default=1, metavar="N", help="At most this many pairs of one "
+                        "prompt, no response twice. Default: %(default)s.")  # fmt: skip
+    parser.add_argument("--verifier", default="numeric", metavar="NAME", help="numeric, or module:function. Default: "
+                        "%(default)s.")  # fmt: skip
+    parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
+    parser.add_argument("--batch-size", type=int, default=64, help="Responses decoded at once. Default: %(default)s.")
+    parser.add_argument("--no-progress", action="store_true", help="No progress bar.")
+    add_decoding_flags(parser, temperature=1.0, top_p=1.0)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for flag in ("samples", "pairs_per_prompt", "batch_size"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: it must be at least 1")
+    if not Path(arguments.output).resolve().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: its folder does not exist")
+    if arguments.temperature == 0:
+        raise UserError("--temperature 0 writes the same response every time: give a temperature above 0")
+
+
+def _build(argv: list[str]) -> None:
+    arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
+    _check(arguments)
+    from megatron_dtrpo.data.prompts import read_prompts
+    from megatron_dtrpo.evaluation.generation import decode_prompts, speed
+    from megatron_dtrpo.evaluation.session import locate_checkpoint
+    from megatron_dtrpo.evaluation.verifiers import load_verifier
+
+    verifier = load_verifier(arguments.verifier)
+    with locate_checkpoint(arguments.checkpoint, config) as source:
+        options = decoding_options(arguments, config.model.block_size)
+        limit = config.model.max_position_embeddings
+        prompts = read_prompts(arguments.prompts, source.tokenizer, limit, arguments.apply_chat_template)
+        with source.open() as session:
+            started = time.perf_counter()
+            completions = decode_prompts(
+                session,
+                prompts,
+                options,
+                batch_size=arguments.batch_size,
+                seed=arguments.seed,
+                samples=arguments.samples,
+                progress=not arguments.no_progress,
+            )
+            seconds = time.perf_counter() - started
+            if session.is_main:
+                print(speed([c for each in completions for c in each], seconds), file=sys.stderr)
+                _judge_and_write(session.tokenizer, prompts, completions, verifier, arguments)
+
+
+def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> None:
+    from megatron_dtrpo.evaluation.verifiers import Judge
+    from megatron_dtrpo.training.checkpoint import write_atomically
+
+    judge = Judge(verifier)
+    lines: list[str] = []
+    right_total = wrong_total = both = 0
+    for prompt, samples in zip(prompts, completions, strict=True):
+        right: list[Completion] = []
+        wrong: list[Completion] = []
+        for completion in _different(samples):
+            verdict = judge(prompt.row, prompt.location, tokenizer.decode(completion.tokens))
+            if verdict is not None:
+                (right if verdict else wrong).append(completion)
+        right_total, wrong_total = right_total + len(right), wrong_total + len(wrong)
+        # An answer that never ends is no example to follow, whatever number it came past.
+        right = [completion for completion in right if completion.ended]
+        pairs = list(zip(right, wrong, strict=False))[: arguments.pairs_per_prompt]
+        both += bool(pairs)
+        lines += [json.dumps(_row(tokenizer, prompt, *pair), ensure_ascii=False) + "\n" for pair in pairs]
+    judge.report()
+    if not lines:
+        raise UserError(
+            f"no prompt has both a right and a wrong response ({right_total} right, {wrong_total} wrong in all): raise "
+            "--samples or --temperature, or take other prompts"
+        )
+    try:
+        write_atomically(Path(arguments.output), "".join(lines))
+    except OSError as error:
+        raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
+    print(f"different responses  {right_total + wrong_total} ({right_total} right, {wrong_total} wrong)")
+    print(f"prompts with both    {both} of {len(prompts)}")
+    print(f"pairs                {len(lines)} in {arguments.output}")
+
+
+def _different(samples: list[Completion]) -> list[Completion]:
+    """The first of each group of equal responses."""
+    return list({tuple(sample.tokens): sample for sample in reversed(samples)}.values())[::-1]
+
+
+def _row(tokenizer, prompt, chosen: Completion, rejected: Completion) -> dict:
+    """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded."""
+    asked = prompt.row.get("prompt") if prompt.row.get("prompt") is not None else prompt.row.get("messages")
+    row = {key: value for key, value in prompt.row.items() if key not in ("messages", "completion")}
+    row |= {"prompt": prompt.text if asked is None else asked, "prompt_ids": prompt.ids}
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        text = tokenizer.decode(completion.tokens)
+        row[name] = [{"role": "assistant", "content": text}] if isinstance(asked, list) else text
+        row[f"{name}_ids"], row[f"{name}_steps"] = completion.tokens, completion.steps
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_build))

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Runs benchmarks of the lm-evaluation-harness on a checkpoint.
+
+    python tools/evaluate.py --checkpoint RUN --tasks gsm8k --output gsm8k.json
+    torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint RUN --tasks ifeval --apply-chat-template
+
+RUN is a checkpoint or run folder, or an exported Hugging Face folder. Tasks are the harness's, by name or pattern, and
+your own: --include-path. Prints the harness's table; --output has everything else. Under torchrun the processes share
+the model and the requests, and the first one fetches the data and reports. Needs: pip install "megatron-dtrpo[eval]".
+
+--max-new-tokens, --temperature and --top-p replace what the tasks say. Where a task asks for log-likelihoods they are
+estimated: vrpo, the default, is the evidence lower bound with levels stratified over --num-views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_dtrpo.arguments import parse_tool, tool_parser
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.train import run_command
+
+INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
+SCORING = [name for name, one in ESTIMATORS.items() if one.objective == "preference" and not one.needs_steps]
+
+
+class _TasksOwn:
+    """The default of a setting that tasks bring along; ``without`` is for those that do not."""
+
+    def __init__(self, without):
+        self.without = without
+
+    def __str__(self) -> str:
+        return f"the task's, else {self.without}"
+
+
+TASKS_OWN = {"max_new_tokens": _TasksOwn(256), "temperature": _TasksOwn(0.0), "top_p": _TasksOwn(1.0)}
+GENERATION_NAMES = {"max_new_tokens": "max_gen_toks", "temperature": "temperature", "top_p": "top_p"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("evaluate.py", __doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    parser.add_argument("--tasks", required=True, metavar="NAMES", help="Tasks, separated by commas.")
+    parser.add_argument("--include-path", metavar="DIR", help="Folder with YAML files of your own tasks.")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples in the prompt. Default: the task's.")
+    parser.add_argument("--limit", type=float, metavar="N", help="Only the first N documents of each task, or, below "
+                        "1, that share of them: for trying out.")  # fmt: skip
+    parser.add_argument("--apply-chat-template", action="store_true", help="Prompts are messages to the assistant; "
+                        "few-shot examples are earlier turns.")  # fmt: skip
+    parser.add_argument("--no-fewshot-as-multiturn", dest="multiturn", action="store_false", help="With a chat "
+                        "template: few-shot examples inside the one message.")  # fmt: skip
+    parser.add_argument(
+        "--system-instruction", metavar="TEXT", help="The system's message, or what prompts begin with."
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="Results as the harness has them.")
+    parser.add_argument("--log-samples", action="store_true", help="Results include every prompt and answer.")
+    parser.add_argument("--confirm-run-unsafe-code", action="store_true", help="Let code tasks (HumanEval, MBPP) run "
+                        "what the model wrote, on this machine.")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
+    add_decoding_flags(parser, **TASKS_OWN)
+    parser.add_argument("--estimator", choices=SCORING, default="vrpo", help="Estimator of log-likelihoods. Default: "
+                        "%(default)s.")  # fmt: skip
+    parser.add_argument("--num-views", type=int, metavar="K", help="Noisy views it averages over. Default: 4, or 1 "
+                        "where there is no noise.")  # fmt: skip
+    parser.add_argument("--steps-per-block", type=int, default=8, metavar="N", help="dtrpo: decoding steps of a block. "
+                        "Default: %(default)s.")  # fmt: skip
+    parser.add_argument("--seq-length", type=int, default=8192, metavar="N", help="Tokens scored at once. Default: "
+                        "%(default)s.")  # fmt: skip
+    parser.add_argument("--check-greedy", action="store_true", help="For metrics that ask whether an answer is what "
+                        "greedy decoding writes: decode and compare.")  # fmt: skip
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for holds, message in (
+        (arguments.batch_size >= 1, f"--batch-size {arguments.batch_size}: it must be at least 1"),
+        (arguments.limit is None or arguments.limit > 0, f"--limit {arguments.limit}: it must be above 0"),
+        (arguments.num_fewshot is None or arguments.num_fewshot >= 0,
+         f"--num-fewshot {arguments.num_fewshot}: it must not be negative"),
+        (arguments.include_path is None or Path(arguments.include_path).is_dir(),
+         f"--include-path {arguments.include_path}: no such folder"),
+        (arguments.output is None or Path(arguments.output).resolve().parent.is_dir(),
+         f"--output {arguments.output}: its folder does not exist"),
+        (Path(arguments.checkpoint).is_dir(), f"--checkpoint {arguments.checkpoint}: no such folder"),
+    ):  # fmt: skip
+        if not holds:
+            raise UserError(message)
+
+
+def _evaluate(argv: list[str]) -> None:
+    arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
+    _check(arguments)
+    overrides = _take_overrides(arguments)
+    objective = config.objective
+    objective.estimator, objective.steps_per_block = arguments.estimator, arguments.steps_per_block
+    objective.num_views = arguments.num_views or (4 if ESTIMATORS[arguments.estimator].is_random else 1)
+    config.data.seq_length, config.optimizer.seed = arguments.seq_length, arguments.seed
+
+    from megatron_dtrpo.runtime import initialize
+
+    tasks = _load_tasks(arguments) if initialize.rank() == 0 else None
+    from megatron_dtrpo.data.batches import Noising
+    from megatron_dtrpo.evaluation.session import locate_checkpoint
+
+    with locate_checkpoint(arguments.checkpoint, config) as source:
+        decoding = decoding_options(arguments, config.model.block_size)
+        with source.open() as session:
+            from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
+
+            noising = Noising.from_config(config, source.tokenizer.mask_id)
+            options = HarnessOptions(decoding, arguments.batch_size, arguments.seed, arguments.check_greedy)
+            model = HarnessModel(session, noising, options)
+            if not session.is_main:
+                model.leader.follow()
+                return
+            with model.leader.leading():
+                results = _simple_evaluate(model, tasks, overrides, arguments)
+            _report(results, source, options, arguments)
+
+
+def _take_overrides(arguments: argparse.Namespace) -> dict:
+    """What the flags say against the tasks, in the harness's words; the flags not given get their last resort."""
+    given = {name: getattr(arguments, name) for name in TASKS_OWN if getattr(arguments, name) is not TASKS_OWN[name]}
+    for name, own in TASKS_OWN.items():
+        setattr(arguments, name, given.get(name, own.without))
+    overrides = {GENERATION_NAMES[name]: value for name, value in given.items()}
+    if "temperature" in given:
+        overrides["do_sample"] = given["temperature"] > 0
+    return overrides
+
+
+def _load_tasks(arguments: argparse.Namespace) -> dict:
+    """The tasks with their data and where they are from, as the harness takes them; on the first process."""
+    if arguments.confirm_run_unsafe_code:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # asked again, by the library that runs the code
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"tools/evaluate.py needs the lm-evaluation-harness ({error}): {INSTALL}") from None
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks is empty: name a task, e.g. gsm8k")
+    # The harness's own tasks are 14,000 files: they are not read where the given folder has all that is asked for.
+    own = TaskManager(include_path=arguments.include_path, include_defaults=False) if arguments.include_path else None
+    if own is not None and all(own.match_tasks([name]) for name in names):
+        manager = own
+    else:
+        manager = TaskManager(include_path=arguments.include_path)
+    tasks = []
+    for name in names:
+        found = manager.match_tasks([name])
+        if not found:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4)
+            raise UserError(f"--tasks {name}: the harness has no such task; near ones: {', '.join(near) or 'none'}")
+        for match in found:
+            tasks += _load_task(manager, match, arguments.confirm_run_unsafe_code)
+    return {"tasks": tasks, "task_manager": manager}
+
+
+def _load_task(manager, name: str, confirmed: bool) -> list:
+    unsafe = UserError(
+        f"task {name} runs code that the model wrote: add --confirm-run-unsafe-code if that is all right"
+    )
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # data sets, the network, missing packages: whatever a task's own code meets
+        if "HF_ALLOW_CODE_EVAL" in str(error) and not confirmed:
+            raise unsafe from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {reason}") from None
+    if not confirmed and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+        raise unsafe
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def _simple_evaluate(model, tasks: dict, overrides: dict, arguments: argparse.Namespace) -> dict:
+    from lm_eval import simple_evaluate
+
+    return simple_evaluate(
+        model=model,
+        **tasks,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        log_samples=arguments.log_samples,
+        gen_kwargs=overrides or None,
+        system_instruction=arguments.system_instruction,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=arguments.multiturn and arguments.apply_chat_template,
+        confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+    )
+
+
+def _report(results: dict, source, options, arguments: argparse.Namespace) -> None:
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from megatron_dtrpo.evaluation.harness import MODEL_NAME
+    from megatron_dtrpo.training.checkpoint import write_atomically
+
+    names = ("estimator", "num_views", "steps_per_block", "block_start")
+    scoring = {name: getattr(source.config.objective, name) for name in names}
+    described = {"checkpoint": arguments.checkpoint, "iteration": source.iteration, "seed": options.seed}
+    results["config"] |= {"model": MODEL_NAME, "model_args": described | vars(options.decoding) | scoring}
+    if arguments.output:
+        path = Path(arguments.output)
+        try:
+            write_atomically(path, json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
+        except OSError as error:
+            raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_evaluate))

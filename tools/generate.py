@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Writes responses to prompts with a checkpoint, block by block.
+
+    python tools/generate.py --checkpoint RUN --prompt "Tom has 3 apples, buys 4. How many now? "
+    python tools/generate.py --checkpoint RUN --prompts prompts.jsonl --output answers.jsonl --batch-size 16
+
+Prompt rows (JSONL, Parquet) hold `prompt` (text or messages), `messages` or `prompt_ids`. Each output row is the input
+row with `completion` and `completion_ids`, and with --record-trajectory also `completion_steps` (the decoding step that
+wrote each token) and `completion_confidence`. --trace writes a page that replays the decoding. RUN is a checkpoint or
+run folder, or an exported Hugging Face folder. Runs under torchrun too: tensor, pipeline and data parallel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_dtrpo.arguments import parse_tool, tool_parser
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.train import run_command
+
+TRACED = 20  # decodings on one page: enough to choose from, small enough to open anywhere
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("generate.py", __doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    parser.add_argument("--prompt", metavar="TEXT", help="One prompt; the response is printed.")
+    parser.add_argument("--prompts", metavar="FILE", help="Many prompts.")
+    parser.add_argument("--output", metavar="FILE", help="JSONL file to write; needed with --prompts.")
+    parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
+    parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
+    parser.add_argument("--stop-token", action="append", default=[], metavar="TOKEN", help="A token that ends a "
+                        "response, beside the tokenizer's end token; may be repeated.")  # fmt: skip
+    parser.add_argument("--verifier", metavar="NAME", help="Judge the responses: numeric (the last number against the "
+                        "row's answer) or module:function. Prints the share that is right.")  # fmt: skip
+    parser.add_argument("--record-trajectory", action="store_true", help="Write each token's decoding step.")
+    parser.add_argument("--trace", metavar="FILE.html", help=f"Write a page that replays the first {TRACED} prompts.")
+    parser.add_argument("--no-progress", action="store_true", help="No progress bar.")
+    add_decoding_flags(parser)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UserError("give either --prompt TEXT or --prompts FILE")
+    if arguments.prompts is not None and arguments.output is None:
+        raise UserError("--output is missing: give the JSONL file to write")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size}: it must be at least 1")
+    for flag in ("output", "trace"):
+        path = getattr(arguments, flag)
+        if path and not Path(path).resolve().parent.is_dir():
+            raise UserError(f"--{flag} {path}: its folder does not exist")
+
+
+def _generate(argv: list[str]) -> None:
+    arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
+    _check(arguments)
+    from megatron_dtrpo.data.prompts import make_prompt, read_prompts
+    from megatron_dtrpo.evaluation.generation import decode_prompts, speed
+    from megatron_dtrpo.evaluation.session import locate_checkpoint, token_ids
+    from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
+
+    judge = Judge(load_verifier(arguments.verifier)) if arguments.verifier else None
+    with locate_checkpoint(arguments.checkpoint, config) as source:
+        options = decoding_options(arguments, config.model.block_size)
+        end_ids = token_ids(source.tokenizer, arguments.stop_token)
+        known = (source.tokenizer, config.model.max_position_embeddings, arguments.apply_chat_template)
+        if arguments.prompts is not None:
+            prompts = read_prompts(arguments.prompts, *known)
+        else:
+            prompts = [make_prompt({"prompt": arguments.prompt}, "--prompt", *known)]
+        with source.open() as session:
+            started = time.perf_counter()
+            decoded = decode_prompts(
+                session,
+                prompts,
+                options,
+                batch_size=arguments.batch_size,
+                seed=arguments.seed,
+                end_ids=end_ids,
+                progress=not arguments.no_progress,
+            )
+            seconds = time.perf_counter() - started
+            if session.is_main:
+                completions = [samples[0] for samples in decoded]
+                verdicts = _judge(session.tokenizer, prompts, completions, judge)
+                _write(session.tokenizer, prompts, completions, verdicts, arguments)
+                unfinished = sum(not completion.ended for completion in completions)
+                print(f"{speed(completions, seconds)}; {unfinished} without an end token", file=sys.stderr)
+
+
+def _judge(tokenizer, prompts, completions, judge) -> list[bool | None]:
+    """Whether each response is right; None where nobody can say. Prints the share of those that are."""
+    if judge is None:
+        return [None] * len(prompts)
+    from megatron_dtrpo.training.scoring import accuracy
+
+    verdicts = [
+        judge(prompt.row, prompt.location, tokenizer.decode(completion.tokens))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    judge.report()
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    if judged:
+        print(f"exact match          {accuracy([1.0 if verdict else -1.0 for verdict in judged])}")
+    return verdicts
+
+
+def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
+    from megatron_dtrpo.training.checkpoint import write_atomically
+
+    lines = []
+    for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True):
+        row = {**prompt.row, "completion": tokenizer.decode(completion.tokens), "completion_ids": completion.tokens}
+        if arguments.verifier:
+            row["correct"] = verdict
+        if arguments.record_trajectory:
+            row["completion_steps"] = completion.steps
+            row["completion_confidence"] = [round(c, 6) for c in completion.confidence]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    try:
+        if arguments.output:
+            write_atomically(Path(arguments.output), "".join(lines))
+        if arguments.trace:
+            write_atomically(Path(arguments.trace), _trace_page(tokenizer, prompts, completions, arguments.checkpoint))
+    except OSError as error:
+        with suppress(OSError):
+            Path(f"{error.filename}").unlink()
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    if arguments.prompt is not None:
+        print(tokenizer.decode(completions[0].tokens))
+
+
+def _trace_page(tokenizer, prompts, completions, checkpoint: str) -> str:
+    from megatron_dtrpo.inference.trace import Trace, trace_page
+
+    traces = [
+        Trace(
+            prompt=prompt.text,
+            pieces=tuple(tokenizer.pieces(completion.tokens)),
+            steps=tuple(completion.steps),
+            confidence=tuple(completion.confidence),
+            blocks=tuple(completion.blocks),
+            text=tokenizer.decode(completion.tokens),
+        )
+        for prompt, completion in zip(prompts[:TRACED], completions, strict=False)
+    ]
+    return trace_page(traces, f"Decoding with {Path(checkpoint).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_generate))

@@ -5,7 +5,9 @@ A model of a million parameters learns these in minutes, and right is told from 
     prompt      37+58+6=
     completion  95+6=101
 
-No problem is in two files. Standard library only: this file runs before anything is installed.
+The worked examples to imitate, sft.jsonl, come from a careless pupil who forgets every other carry (85+6=91 or 81 here):
+imitation learns the habit with the sums, and preferences between right and wrong answers unlearn it. Held-out
+solutions are all right. No problem is in two files. Standard library only: this file runs before anything is installed.
 """
 
 import argparse
@@ -15,22 +17,36 @@ import sys
 from pathlib import Path
 
 RANGES = (range(10, 100), range(10, 100), range(2, 10))
+FORGOTTEN = 0.5  # share of the carries that the careless pupil forgets
 PROBLEMS = len(RANGES[0]) * len(RANGES[1]) * len(RANGES[2])
 
 
-def record(first: int, second: int, third: int) -> dict:
-    """One problem: it is solved from left to right, and ends in its answer."""
-    total = first + second + third
-    return {"prompt": f"{first}+{second}+{third}=", "completion": f"{first + second}+{third}={total}", "answer": total}
+def add(left: int, right: int, forgets_carry: bool = False) -> int:
+    """The sum, or what it comes to where the units' carry is forgotten."""
+    carries = left % 10 + right % 10 >= 10
+    return left + right - 10 * (carries and forgets_carry)
+
+
+def record(numbers: tuple[int, int, int], rng: random.Random | None = None) -> dict:
+    """One problem, solved from left to right, and its answer; with ``rng`` by the careless pupil."""
+    first, second, third = numbers
+    forgets = [rng is not None and rng.random() < FORGOTTEN for _ in range(2)]
+    between = add(first, second, forgets[0])
+    solution = f"{between}+{third}={add(between, third, forgets[1])}"
+    return {"prompt": f"{first}+{second}+{third}=", "completion": solution, "answer": sum(numbers)}
 
 
 def generate(train: int, problems: int, heldout: int, seed: int = 0) -> dict[str, list[dict]]:
     """File name -> records. Held-out problems come first: they are the same however many others are asked for."""
     everything = [(a, b, c) for a in RANGES[0] for b in RANGES[1] for c in RANGES[2]]
     random.Random(f"arithmetic/{seed}").shuffle(everything)
-    records = [record(*numbers) for numbers in everything[: heldout + problems + train]]
-    asked = [{"prompt": row["prompt"], "answer": row["answer"]} for row in records[heldout : heldout + problems]]
-    return {"heldout.jsonl": records[:heldout], "problems.jsonl": asked, "sft.jsonl": records[heldout + problems :]}
+    asked, rest = everything[heldout : heldout + problems], everything[heldout + problems :][:train]
+    pupil = random.Random(f"careless/{seed}")
+    return {
+        "heldout.jsonl": [record(numbers) for numbers in everything[:heldout]],
+        "problems.jsonl": [{key: record(numbers)[key] for key in ("prompt", "answer")} for numbers in asked],
+        "sft.jsonl": [record(numbers, pupil) for numbers in rest],
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -108,7 +108,7 @@ dtrpo_setup_cpu() (
         grep -v '^torch==' "$constraints" >"$pins"
     fi
     cd "$root" || exit 1
-    pip_install -c "$pins" --no-build-isolation -e ".[dev,examples,eval]" || give_up "installing this package"
+    pip_install -c "$pins" --no-build-isolation -e ".[dev,examples]" || give_up "installing this package"
     echo "$TORCH_SPEC" >"$chosen"
     echo "$wanted" >"$stamp"
     echo "done: $python" >&2

@@ -8,6 +8,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash requirements/setup_cpu.sh
 
+# Only tests need the evaluation harness here, and it is large; without it the tests that use it are skipped.
+if ! compgen -G ".venv/lib/python*/site-packages/lm_eval" >/dev/null; then
+    echo "installing the evaluation harness ..." >&2
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet -c requirements/cpu-constraints.txt "lm-eval>=0.4.13,<0.5" ||
+        echo "warning: lm-eval could not be installed: its tests are skipped" >&2
+fi
+
 # Tests start several processes; each with a thread per core they would only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # No test may depend on what the Hugging Face hub answers today.

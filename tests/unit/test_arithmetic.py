@@ -13,12 +13,30 @@ def numbers(prompt: str) -> list[int]:
     return [int(part) for part in prompt.removesuffix("=").split("+")]
 
 
-def test_every_solution_is_right():
-    for row in arithmetic.generate(300, 100, 100)["sft.jsonl"]:
+def worked(row: dict) -> tuple[list[int], int]:
+    """A solution's intermediate sum and last number, and what it says they come to."""
+    left, right = row["completion"].split("=")
+    return [int(part) for part in left.split("+")], int(right)
+
+
+def test_held_out_solutions_are_right():
+    for row in arithmetic.generate(0, 0, 300)["heldout.jsonl"]:
         first, second, third = numbers(row["prompt"])
-        left, right = row["completion"].split("=")
-        assert [int(part) for part in left.split("+")] == [first + second, third]
-        assert int(right) == row["answer"] == first + second + third
+        assert worked(row) == ([first + second, third], first + second + third)
+        assert row["answer"] == first + second + third
+
+
+def test_the_pupil_forgets_every_other_carry_and_makes_no_other_mistake():
+    carries = forgotten = 0
+    for row in arithmetic.generate(4000, 0, 0)["sft.jsonl"]:
+        first, second, third = numbers(row["prompt"])
+        (between, repeated), last = worked(row)
+        assert repeated == third and row["answer"] == first + second + third
+        for left, right, result in ((first, second, between), (between, third, last)):
+            carry = left % 10 + right % 10 >= 10
+            assert result in ((left + right, left + right - 10) if carry else (left + right,))
+            carries, forgotten = carries + carry, forgotten + (result < left + right)
+    assert 0.46 < forgotten / carries < 0.54
 
 
 def test_no_problem_is_in_two_files():

@@ -5,9 +5,9 @@ A model of a million parameters learns these in minutes, and right is told from 
     prompt      37+58+6=
     completion  95+6=101
 
-The worked examples to imitate, sft.jsonl, come from a careless pupil who forgets every other carry (85+6=91 or 81 here):
-imitation learns the habit with the sums, and preferences between right and wrong answers unlearn it. Held-out
-solutions are all right. No problem is in two files. Standard library only: this file runs before anything is installed.
+The worked examples to imitate, sft.jsonl, come from a careless pupil who forgets every other carry (37+58=85).
+Imitation learns the habit with the sums; preferences between right and wrong answers unlearn it. Held-out solutions are
+all right. No problem is in two files. Standard library only: this file runs before anything is installed.
 """
 
 import argparse

@@ -96,6 +96,14 @@ def read_runs(directories: list[Path]) -> list[Run]:
     return runs
 
 
+def _without_anchor(runs: list[Run]) -> list[Run]:
+    """With a likelihood anchor `loss` is more than the preference loss, which then has a key of its own."""
+    return [
+        replace(run, rows=[{**row, "loss": row.get("preference_loss", row["loss"])} for row in run.rows])
+        for run in runs
+    ]
+
+
 def panels(runs: list[Run]) -> list[Panel]:
     sft = [run for run in runs if not run.is_preference]
     preference = [run for run in runs if run.is_preference]
@@ -104,7 +112,7 @@ def panels(runs: list[Run]) -> list[Panel]:
         result.append(Panel("SFT loss", sft, (Curve("loss"),)))
     if preference:
         result += [
-            Panel("Preference loss", preference, (Curve("loss"),), math.log(2), "ln 2"),
+            Panel("Preference loss", _without_anchor(preference), (Curve("loss"),), math.log(2), "ln 2"),
             Panel("Reward accuracy", preference, (Curve("rewards/accuracies"),), 0.5, "chance"),
             Panel("Reward margin", preference, (Curve("rewards/margins"),), 0.0),
             Panel(

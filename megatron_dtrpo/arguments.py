@@ -56,6 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser of every setting, and of the file that gives some of them."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, underscores for hyphens.")
     _add_settings(parser, GROUPS)
@@ -139,14 +140,21 @@ def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str
     Returns:
         The configuration, not yet validated, and the keys that were given explicitly.
     """
-    flags = _parse_known(build_parser(prog, description), argv)
+    _, config, given = parse_command(build_parser(prog, description), argv)
+    return config, given
+
+
+def parse_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Config, set[str]]:
+    """As `parse`, for a parser of `build_parser` that a command has added flags of its own to; these come first."""
+    flags = _parse_known(parser, argv)
+    own = argparse.Namespace(**{key: flags.pop(key) for key in list(flags) if key not in TYPES and key != "config"})
     config_file = flags.pop("config", None)
     values = read_yaml(config_file) if config_file else {}
     for key, other in _ALTERNATIVES:
         if key in flags and other not in flags:
             values.pop(other, None)
     values |= flags
-    return Config.from_flat(values), set(values)
+    return own, Config.from_flat(values), set(values)
 
 
 def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:

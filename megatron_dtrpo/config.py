@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import RECIPES, check_cached_reference, check_fp8
+
+RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transformer Engine
 
 
 def _setting(default, help: str, choices: tuple = (), *, at_least=None, at_most=None):
@@ -57,14 +60,59 @@ class ParallelSettings:
 
     tensor_model_parallel_size: int = _setting(1, "Processes that share each layer.", at_least=1)
     pipeline_model_parallel_size: int = _setting(1, "Pipeline stages.", at_least=1)
+    num_virtual_stages_per_pipeline_rank: int = _setting(
+        1,
+        "Parts that each pipeline stage is cut into; above 1 the interleaved schedule, with smaller bubbles.",
+        at_least=1,
+    )
+    context_parallel_size: int = _setting(
+        1,
+        "Processes that share each packed sequence; it is padded to whole units for each, at most 128 tokens long.",
+        at_least=1,
+    )
     sequence_parallel: bool = _setting(False, "Shard norms and residuals along the sequence; no effect without TP.")
     use_distributed_optimizer: bool = _setting(False, "Shard optimizer state over data-parallel processes.")
     overlap_grad_reduce: bool = _setting(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = _setting(False, "Overlap the distributed optimizer's gather with the forward pass.")
     bf16: bool = _setting(False, "bfloat16 weights and activations, fp32 main weights and gradient reduction.")
+    transformer_impl: str | None = _setting(
+        None,
+        "Layers of Transformer Engine (fused norms, FP8) or megatron-core's own; default: Transformer Engine where it "
+        "is installed and there is a GPU.",
+        ("transformer_engine", "local"),
+    )
+    fp8_format: str | None = _setting(
+        None,
+        "Matrix products in FP8: e4m3 throughout, or hybrid with e5m2 gradients. Default: none; see docs/fp8.md.",
+        ("e4m3", "hybrid"),
+    )
+    fp8_recipe: str = _setting(
+        "tensorwise",
+        "How FP8 tensors are scaled. Megatron-LM's default is delayed, with scales of past steps; with the others "
+        "policy and reference round alike.",
+        tuple(RECIPES),
+    )
+    fp8_margin: int = _setting(0, "delayed: scales are smaller by 2 to this power.", at_least=0)
+    fp8_amax_history_len: int = _setting(1, "delayed: maxima that are remembered.", at_least=1)
+    fp8_amax_compute_algo: str = _setting(
+        "most_recent", "delayed: the remembered maximum that sets the scale.", ("max", "most_recent")
+    )
+    fp8_param_gather: bool = _setting(False, "Keep and gather the weights of FP8 matrix products in FP8.")
+    fp8_reference: bool = _setting(
+        True, "The reference policy too computes in FP8; off: in bf16, and FP8's error is in the likelihood ratio."
+    )
+    first_last_layers_bf16: bool = _setting(False, "Keep the first and last layers out of FP8.")
+    num_layers_at_start_in_bf16: int = _setting(1, "How many of the first.", at_least=0)
+    num_layers_at_end_in_bf16: int = _setting(1, "How many of the last.", at_least=0)
     attention_backend: str = _setting("auto", "auto: flex on CUDA, sdpa elsewhere.", ("auto", "flex", "sdpa"))
+    gradient_accumulation_fusion: bool = _setting(
+        False, "Add weight gradients into the fp32 gradient in the matrix product; needs Apex's CUDA extension."
+    )
     recompute_granularity: str | None = _setting(
-        None, "Recompute activations in the backward pass: whole layers or the core attention.", ("full", "selective")
+        None, "Recompute activations in the backward pass: whole layers or some modules.", ("full", "selective")
+    )
+    recompute_modules: list[str] | None = _setting(
+        None, f"With selective: which of {', '.join(RECOMPUTABLE)}. Default: core_attn."
     )
     recompute_method: str | None = _setting(
         None, "With full: uniform chunks of layers, or a number of layers per stage (block).", ("uniform", "block")
@@ -286,14 +334,19 @@ def validate(config: Config, world_size: int) -> int:
     _fill_defaults(config)
 
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    _multiple("world size", world_size, "tensor_model_parallel_size x pipeline_model_parallel_size =", tp * pp)
-    data_parallel = world_size // (tp * pp)
+    cp, virtual = parallel.context_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    sizes = "tensor_model_parallel_size x pipeline_model_parallel_size" + " x context_parallel_size" * (cp > 1)
+    _multiple("world size", world_size, f"{sizes} =", tp * pp * cp)
+    data_parallel = world_size // (tp * pp * cp)
     _multiple("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
     _multiple("num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
     _multiple("num_query_groups", model.num_query_groups, "tensor_model_parallel_size", tp)
     _multiple("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
     _multiple("make_vocab_size_divisible_by", model.make_vocab_size_divisible_by, "tensor_model_parallel_size", tp)
     _multiple("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    _check_virtual_stages(model.num_layers // pp, pp, virtual)
+    if cp > 1:
+        _multiple("seq_length", data.seq_length, "context_parallel_size x block_size =", cp * model.block_size)
     _demand(model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} is odd: rotary angles need an even width")
     _demand(
         model.block_size > 1 or objective.block_start == "noisy",
@@ -305,7 +358,9 @@ def validate(config: Config, world_size: int) -> int:
         not (parallel.overlap_param_gather and not parallel.use_distributed_optimizer),
         "overlap_param_gather needs use_distributed_optimizer",
     )
-    _check_recompute(parallel, model.num_layers // pp)
+    _check_recompute(parallel, model.num_layers // pp // virtual, "virtual stage" if virtual > 1 else "stage")
+
+    check_fp8(model, parallel, data.seq_length)
 
     estimator = ESTIMATORS[objective.estimator]
     _demand(
@@ -337,6 +392,8 @@ def validate_training(config: Config, data_parallel: int) -> None:
         config.run.reference_cache is None or config.objective.objective == "preference",
         f"reference_cache: objective {config.objective.objective} has no reference: leave it out",
     )
+    if config.run.reference_cache is not None:
+        check_cached_reference(config.parallel)
     _check_length(config, data_parallel)
     _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
     interval, path = config.evaluation.eval_interval, config.evaluation.eval_data_path
@@ -344,10 +401,20 @@ def validate_training(config: Config, data_parallel: int) -> None:
     _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")
 
 
+def validate_decoding(config: Config) -> None:
+    """Checks that held-out rows with an answer can be decoded by the model that trains. Raises UserError."""
+    _demand(
+        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
+        "eval_data_path has rows with an answer, which cannot be decoded with num_virtual_stages_per_pipeline_rank: "
+        "leave that out",
+    )
+
+
 def validate_precomputing(config: Config, data_parallel: int) -> None:
     """Checks what only the reference's scores of a coming run need; after `validate`. Raises UserError."""
     objective = config.objective.objective
     _demand(objective == "preference", f"objective {objective} has no reference: there is nothing to precompute")
+    check_cached_reference(config.parallel)
     _check_length(config, data_parallel)
 
 
@@ -361,19 +428,32 @@ def _check_length(config: Config, data_parallel: int) -> None:
     )
 
 
-def _check_recompute(parallel: ParallelSettings, layers_per_stage: int) -> None:
+def _check_virtual_stages(layers_per_stage: int, stages: int, virtual: int) -> None:
+    name = "num_virtual_stages_per_pipeline_rank"
+    _demand(virtual == 1 or stages > 1, f"{name} {virtual} needs pipeline_model_parallel_size above 1")
+    _multiple("layers per stage", layers_per_stage, name, virtual)
+
+
+def _check_recompute(parallel: ParallelSettings, layers: int, stage: str) -> None:
+    """``layers``: in a ``stage``, which is what megatron-core recomputes in chunks."""
     method, count = parallel.recompute_method, parallel.recompute_num_layers
+    _demand(
+        parallel.recompute_modules is None or parallel.recompute_granularity == "selective",
+        "recompute_modules goes with recompute_granularity selective: set that or leave it out",
+    )
+    for name in parallel.recompute_modules or ():
+        _demand(name in RECOMPUTABLE, f"recompute_modules: {name!r} is none of {', '.join(RECOMPUTABLE)}")
     if parallel.recompute_granularity != "full":
         _demand(
             method is None and count is None,
             "recompute_method and recompute_num_layers go with recompute_granularity full: set that or leave them out",
         )
     elif method == "uniform":
-        _multiple("layers per stage", layers_per_stage, "recompute_num_layers", count)
+        _multiple(f"layers per {stage}", layers, "recompute_num_layers", count)
     else:
         _demand(
-            count <= layers_per_stage,
-            f"recompute_num_layers {count} is more than the {layers_per_stage} layers of a stage",
+            count <= layers,
+            f"recompute_num_layers {count} is more than the {layers} layers of a {stage}",
         )
 
 

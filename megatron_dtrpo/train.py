@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -39,18 +40,46 @@ def _wait_for_rank_zero(seconds: float = 20.0) -> None:
         time.sleep(seconds)
 
 
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dry run", "Looks at a run instead of starting it.")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Check the settings, build the model of every pipeline stage without memory, print parameters and the "
+        "memory plan; needs no GPU, no data and no checkpoint.",
+    )
+    group.add_argument(
+        "--world-size",
+        type=int,
+        metavar="INT",
+        help="Processes of the run that is looked at. Default: as many as are here, or as the layout needs at least.",
+    )
+    group.add_argument("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU. Default: 80.")
+
+
 def main(argv: list[str] | None = None) -> int:
     return run_command(_train, argv)
 
 
 def _train(argv: list[str]) -> None:
-    from megatron_dtrpo.arguments import parse
+    from megatron_dtrpo.arguments import build_parser, parse_command
 
-    config, given = parse(argv, prog="python -m megatron_dtrpo.train", description=__doc__)
+    parser = build_parser(prog="python -m megatron_dtrpo.train", description=__doc__)
+    _add_dry_run(parser)
+    own, config, given = parse_command(parser, argv)
 
     from megatron_dtrpo.runtime import initialize
 
+    if own.dry_run and initialize.rank() != 0:
+        return  # one process looks and speaks for all
     initialize.enable_device()
+    if own.dry_run:
+        from megatron_dtrpo.training.dry_run import dry_run
+
+        dry_run(config, given, own.world_size, own.gpu_memory)
+        return
+    if own.world_size is not None or own.gpu_memory is not None:
+        raise UserError("--world-size and --gpu-memory go with --dry-run: the launcher starts the processes of a run")
     from megatron_dtrpo.training.setup import prepare
 
     tokenizer, data_parallel_size = prepare(config, given)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_dtrpo.arguments import parse
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import refuse_fp8
 from megatron_dtrpo.train import run_command
 
 
@@ -30,6 +31,7 @@ def _score(argv: list[str]) -> None:
     parser.add_argument("--output", help="JSONL file: one object per pair.")
     arguments, rest = parser.parse_known_args(argv)
     config, given = parse(rest, parser.prog, __doc__)
+    refuse_fp8(config.parallel, "scoring")
     config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: its folder does not exist")
@@ -56,7 +58,7 @@ def _score(argv: list[str]) -> None:
 def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[dict]:
     from megatron.core import parallel_state
 
-    from megatron_dtrpo.model.provider import build_model
+    from megatron_dtrpo.model.provider import build_chunks
     from megatron_dtrpo.runtime import initialize
     from megatron_dtrpo.training import checkpoint
     from megatron_dtrpo.training.scoring import score_pairs
@@ -75,7 +77,7 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)
-    model = build_model(config.model, config.parallel).to(device)
+    model = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
 
     def scores(folder: str, builder) -> dict:
         checkpoint.load(folder, checkpoint.require_latest(folder), model)

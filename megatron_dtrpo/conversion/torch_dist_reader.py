@@ -7,6 +7,7 @@ while their neighbours are. Nothing in the folder is trusted: pickles may name t
 
 from __future__ import annotations
 
+import enum
 import io
 import math
 import os
@@ -39,10 +40,19 @@ _PLAIN = {
 }
 
 
+def _member(kind: type, name: str) -> enum.Enum:
+    """What Python 3.11.0 to 3.11.3 write as ``getattr``, with which they pickle the members of enumerations."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise UserError("it reads an attribute, which is no part of a tensor's description")
+    return kind[name]
+
+
 class _DescriptionUnpickler(pickle.Unpickler):
     """Builds tensor descriptions and refuses everything else."""
 
     def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if "." not in name:
             if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
                 return getattr(torch, name)

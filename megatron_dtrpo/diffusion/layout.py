@@ -270,6 +270,13 @@ def share_prompt(documents: Sequence[PackedSequence]) -> PackedSequence:
     )
 
 
+def empty_sequence(block_size: int) -> PackedSequence:
+    """No tokens, no predictions, no responses: to be padded."""
+    nothing = {f.name: torch.zeros(0, dtype=torch.long) for f in fields(PackedSequence) if f.name != "responses"}
+    nothing |= {"block_size": block_size, "target_weight": torch.zeros(0, dtype=torch.float64)}
+    return PackedSequence(responses=0, **nothing)
+
+
 def pad_to(sequence: PackedSequence, length: int, pad_id: int) -> PackedSequence:
     """Appends padding up to ``length`` tokens. Each block of padding sees only itself, so it costs next to nothing
     where attention follows the mask. ``length`` is a multiple of the block size."""

@@ -22,7 +22,9 @@ import torch.distributed as dist
 from megatron_dtrpo.config import Config, validate
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import refuse_fp8
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime.precision import check_machine
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
         iteration = checkpoint.require_latest(folder)
         config.model = checkpoint.load_model_config(folder)
         config.parallel.sequence_parallel = False  # a sub-block may hold fewer tokens than there are ranks
+        refuse_fp8(config.parallel, "decoding and evaluation")
         replicas = validate(config, initialize.world_size())
+        check_machine(config.parallel)
         tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
         yield Source(folder, iteration, config, tokenizer, replicas)
 

@@ -111,7 +111,8 @@ def prefill_attention(
     position = torch.cat([torch.arange(length) for length in lengths])
     shared = torch.zeros_like(slot)
     coordinates = Coordinates(slot, shared, torch.full_like(slot, CLEAN), position // block_size)
-    plan = plan_chunks(Coordinates(*(field.to(device) for field in coordinates)), block_size, width)
+    coordinates = Coordinates(*(field.to(device) for field in coordinates))
+    plan = plan_chunks(coordinates, coordinates, block_size, width)
     return PrefillAttention(
         backend="prefill", plan=plan, cache=cache, slot=slot.to(device), position=position.to(device)
     )

@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dtrpo.diffusion.layout import Coordinates, visible
+from megatron_dtrpo.diffusion.sharding import GRAIN
+from megatron_dtrpo.model.context_parallel import gather_keys_and_values
 from megatron_dtrpo.model.segmented_sdpa import plan_chunks, segmented_sdpa
 
 
@@ -31,10 +33,13 @@ class PackedAttention(PackedSeqParams):
     qkv_format: str = "sbhd"
     backend: str = "sdpa"
     plan: Any = None
+    group: Any = None  # context-parallel process group that keys and values are gathered over
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         """``query [s, heads, d]``, ``key, value [s, groups, d]`` to ``[s, heads, d]``. All layers share one plan; a
         key/value cache (`inference.cache`) keeps something for each."""
+        if self.group is not None:
+            key, value = gather_keys_and_values(key, value, self.group)
         return BACKENDS[self.backend][1](query, key, value, self.plan, scale)
 
 
@@ -42,16 +47,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tens
     return segmented_sdpa(query, key, value, plan, scale)
 
 
-def _flex_plan(coordinates: Coordinates, block_size: int, width: int, grain: int = 128):
+def _flex_plan(coordinates: Coordinates, keys: Coordinates, block_size: int, width: int, grain: int = GRAIN):
     """A FlexAttention block mask; compiled, because eagerly it would build the dense mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(batch, head, query, key):
-        return visible(coordinates.at(query), coordinates.at(key))
+        return visible(coordinates.at(query), keys.at(key))
 
-    length, device = coordinates.document.numel(), coordinates.document.device
+    lengths, device = (coordinates.document.numel(), keys.document.numel()), coordinates.document.device
     on_gpu = device.type == "cuda"
-    return create_block_mask(mask_mod, None, None, length, length, device=device, BLOCK_SIZE=grain, _compile=on_gpu)
+    return create_block_mask(mask_mod, None, None, *lengths, device=device, BLOCK_SIZE=grain, _compile=on_gpu)
 
 
 @functools.cache
@@ -67,7 +72,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tens
     return out.squeeze(0).transpose(0, 1)
 
 
-# backend -> (plan from coordinates, block size and width, attention of [s, heads, d] tensors under the plan)
+# backend -> (plan from both coordinates, block size and width, attention of [s, heads, d] tensors under the plan)
 BACKENDS = {"sdpa": (plan_chunks, _sdpa), "flex": (_flex_plan, _flex)}
 
 
@@ -76,14 +81,19 @@ def attention_width(config: TransformerConfig) -> int:
     return config.num_attention_heads * config.kv_channels // config.tensor_model_parallel_size
 
 
-def plan_attention(coordinates: Coordinates, block_size: int, backend: str, width: int) -> PackedAttention:
+def plan_attention(
+    coordinates: Coordinates, block_size: int, backend: str, width: int, keys: Coordinates | None = None, group=None
+) -> PackedAttention:
     """Prepares the attention of one packed sequence.
 
     Args:
-        coordinates: ``[S]`` on the device that computes.
+        coordinates: ``[s]`` on the device that computes.
         width: of `attention_width`.
+        keys, group: under context parallelism the coordinates ``[S]`` of all ranks' tokens, rank by rank, and the
+            process group that has them.
     """
-    return PackedAttention(backend=backend, plan=BACKENDS[backend][0](coordinates, block_size, width))
+    plan = BACKENDS[backend][0](coordinates, coordinates if keys is None else keys, block_size, width)
+    return PackedAttention(backend=backend, plan=plan, group=group)
 
 
 class BlockDiffusionAttention(MegatronModule):

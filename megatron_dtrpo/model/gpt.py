@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dtrpo.model.attention import PackedAttention
+from megatron_dtrpo.model.limits import LOGIT_ROWS
 from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
-
-# Target rows whose logits are alive at once; more rows are recomputed chunk by chunk in the backward pass.
-LOGIT_ROWS = 2048
 
 
 class BlockDiffusionGPTModel(GPTModel):
@@ -40,9 +38,10 @@ class BlockDiffusionGPTModel(GPTModel):
         """Runs this stage on one packed sequence.
 
         Args:
-            tokens, position: int64 ``[S]``.
+            tokens, position: int64 ``[S]``; under context parallelism this rank's part of the sequence.
             attention: the sequence's attention plan.
-            target_row, target_token: int64 ``[N]``: packed row read and token predicted; last stage only.
+            target_row, target_token: int64 ``[N]``: packed row read (of ``tokens``) and token predicted; last stage
+                only. N may be 0.
 
         Returns:
             On the last stage the log-probability of each target, fp32 ``[N]`` (hidden states ``[S, 1, h]`` if no
@@ -63,7 +62,12 @@ class BlockDiffusionGPTModel(GPTModel):
             )
         if target_row is None:
             return hidden
-        return self._target_log_probs(hidden.squeeze(1)[target_row], target_token)
+        rows = hidden.squeeze(1)
+        if target_row.numel() == 0:
+            # Nothing to predict, on a context-parallel rank or in a micro-batch of padding: the head still takes part
+            # in its collectives, and gets a gradient, of zeros.
+            return self._log_probs(rows[:1], target_token.new_zeros(1))[:0]
+        return self._target_log_probs(rows[target_row], target_token)
 
     def _rotary_angles(self, position: Tensor) -> Tensor:
         """Angles ``[S, 1, 1, d]`` of positions ``[S]``, in fp32."""

@@ -12,8 +12,18 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.runtime.fp8 import keep_exact_value
+
 # Layers that write to the residual stream start smaller, by 1 / sqrt(2 * layers) (GPT-2, Megatron).
 _RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
+
+# Transformer Engine keeps a norm inside the layer that it feeds; megatron-core's own layers keep it beside that. A
+# parameter has the latter name whoever computes it, so that neither fingerprints of weights nor patterns of trainable
+# modules depend on that.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 def global_parameter_names(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -22,7 +32,8 @@ def global_parameter_names(model: torch.nn.Module) -> dict[str, torch.nn.Paramet
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
-            name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+            number = model.decoder.layers[int(local)].layer_number - 1
+            name = f"decoder.layers.{number}.{_FUSED_NORMS.get(rest, rest)}"
         names[name] = parameter
     return names
 
@@ -40,7 +51,9 @@ def initialize_weights(model: torch.nn.Module, seed: int) -> None:
         std = config.init_method_std
         if name.endswith(_RESIDUAL_WRITERS):
             std /= math.sqrt(2 * config.num_layers)
-        parameter.copy_(_shard(_draw(name, _full_shape(parameter, tp.size()), seed) * std, parameter, tp))
+        value = _shard(_draw(name, _full_shape(parameter, tp.size()), seed) * std, parameter, tp)
+        parameter.copy_(value)
+        keep_exact_value(parameter, value)
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

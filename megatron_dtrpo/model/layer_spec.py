@@ -2,12 +2,16 @@
 
 The core attention becomes ours, because the packed layout is neither causal nor dense, and the local backend's norm
 becomes one that takes sequence parallelism. Everything else, and with it every sharded key of a checkpoint, is
-megatron-core's.
+megatron-core's: its local spec writes its norms under the names that they have inside Transformer Engine's fused
+layers, so that either backend reads the other's checkpoints.
 """
 
 from __future__ import annotations
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -15,31 +19,47 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dtrpo.model.attention import BlockDiffusionAttention
 from megatron_dtrpo.model.norm import RMSNorm
+from megatron_dtrpo.runtime.precision import default_transformer_impl
 
 
-def _local_layer_spec() -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
+def _with_our_attention(spec: ModuleSpec) -> ModuleSpec:
     spec.submodules.self_attention.submodules.core_attention = BlockDiffusionAttention
     # The mask comes from the packed layout, not from a type that a kernel knows.
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
     return spec
 
 
+def _local_layer_spec() -> ModuleSpec:
+    spec = _with_our_attention(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    return spec
+
+
+def _transformer_engine_layer_spec() -> ModuleSpec:
+    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec())
+
+
+def _transformer_engine_norm() -> type:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
 # transformer_impl -> (layer spec, final norm)
-BACKENDS = {"local": (_local_layer_spec, RMSNorm)}
+BACKENDS = {
+    "local": (_local_layer_spec, lambda: RMSNorm),
+    "transformer_engine": (_transformer_engine_layer_spec, _transformer_engine_norm),
+}
 
 
-def block_diffusion_layer_spec(transformer_impl: str = "local") -> ModuleSpec:
-    """The spec of one layer."""
-    return BACKENDS[transformer_impl][0]()
+def block_diffusion_layer_spec(transformer_impl: str | None = None) -> ModuleSpec:
+    """The spec of one layer; default: Transformer Engine's where it is installed and there is a GPU."""
+    return BACKENDS[transformer_impl or default_transformer_impl()][0]()
 
 
-def block_diffusion_block_spec(
-    config: TransformerConfig, transformer_impl: str = "local", vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """The spec of this pipeline stage's layers and of the final norm."""
-    layer_spec, final_norm = BACKENDS[transformer_impl]
+def block_diffusion_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers and of the final norm, with the backend that ``config`` names."""
+    layer_spec, final_norm = BACKENDS[config.transformer_impl]
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=final_norm())

@@ -1,4 +1,4 @@
-"""Builds this rank's stage of the model from the settings."""
+"""Builds this rank's part of the model from the settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.layer_spec import block_diffusion_block_spec
 from megatron_dtrpo.runtime.precision import transformer_precision
@@ -15,6 +16,18 @@ from megatron_dtrpo.runtime.precision import transformer_precision
 
 def _leave(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _interleaving(parallel: ParallelSettings) -> dict:
+    """Two stages that exchange activations and gradients in one batch of messages could mix them up: the interleaved
+    schedule sends each by itself, and computes meanwhile."""
+    if parallel.num_virtual_stages_per_pipeline_rank == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": parallel.num_virtual_stages_per_pipeline_rank,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
 
 
 def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> TransformerConfig:
@@ -42,6 +55,9 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Says only how many share a sequence: megatron-core cuts none itself, and our core attention gathers.
+        context_parallel_size=parallel.context_parallel_size,
+        **_interleaving(parallel),
         # Packed sequences differ in length from micro-batch to micro-batch; stages tell each other the shape.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
@@ -50,7 +66,8 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
-        gradient_accumulation_fusion=False,
+        recompute_modules=parallel.recompute_modules,
+        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -60,18 +77,31 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
     )
 
 
+def build_chunks(model: ModelSettings, parallel: ParallelSettings) -> list[BlockDiffusionGPTModel]:
+    """This rank's part of the model, with uninitialised weights: load a checkpoint or call `initialize_weights`. One
+    stage, or under interleaving so many virtual ones, in the order of their layers."""
+    config, count = transformer_config(model, parallel), parallel.num_virtual_stages_per_pipeline_rank
+    return [_build_stage(model, config, stage) for stage in (range(count) if count > 1 else [None])]
+
+
 def build_model(model: ModelSettings, parallel: ParallelSettings) -> BlockDiffusionGPTModel:
-    """This rank's stage, with uninitialised weights: load a checkpoint or call `initialize_weights`."""
-    config = transformer_config(model, parallel)
+    """This rank's only stage, for what cannot run several. Raises UserError under interleaving."""
+    if parallel.num_virtual_stages_per_pipeline_rank > 1:
+        raise UserError("num_virtual_stages_per_pipeline_rank is for training and scoring pairs: leave it out here")
+    return build_chunks(model, parallel)[0]
+
+
+def _build_stage(model: ModelSettings, config: TransformerConfig, vp_stage: int | None) -> BlockDiffusionGPTModel:
     return BlockDiffusionGPTModel(
         config=config,
-        transformer_layer_spec=block_diffusion_block_spec(config),
+        transformer_layer_spec=block_diffusion_block_spec(config, vp_stage=vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
     )

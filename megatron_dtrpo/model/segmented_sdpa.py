@@ -2,7 +2,7 @@
 
 Every run of the packed layout starts and ends on a block boundary and a block's tokens share their coordinates, so the
 mask is known per pair of blocks. Queries are cut into chunks of whole blocks; a chunk attends exactly the key blocks
-that any of its blocks sees. Legend: S packed tokens, B block size, q and k tokens of a chunk.
+that any of its blocks sees. Legend: S packed tokens, s of them queries here, B block size, q and k tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ class Chunk(NamedTuple):
     mask: Tensor | None
 
 
-def plan_chunks(coordinates: Coordinates, block_size: int, width: int) -> list[Chunk]:
+def plan_chunks(coordinates: Coordinates, keys: Coordinates, block_size: int, width: int) -> list[Chunk]:
     """Cuts one packed sequence into chunks.
 
     Args:
-        coordinates: ``[S]``; S is a multiple of the block size.
+        coordinates: of the queries, ``[s]``; whole blocks.
+        keys: coordinates of the keys, ``[S]``: the same ones, or under context parallelism those of all ranks.
         width: query heads times head width on this rank, which says what a query-key pair costs.
     """
-    blocks = Coordinates(*(field[::block_size].cpu() for field in coordinates))
-    seen = visible(blocks.at((slice(None), None)), blocks.at((None, slice(None))))
+    blocks, key_blocks = (Coordinates(*(field[::block_size].cpu() for field in side)) for side in (coordinates, keys))
+    seen = visible(blocks.at((slice(None), None)), key_blocks.at((None, slice(None))))
     overhead = CALL_OVERHEAD / (width * block_size**2)  # in pairs of blocks
     device = coordinates.document.device
     within = torch.arange(block_size)
     chunks = []
     for first, last in _cut(blocks, seen, max(1, CHUNK_TOKENS // block_size), overhead):
         rows = seen[first:last]
-        key_blocks = rows.any(0).nonzero().squeeze(1)
-        keys = (key_blocks.unsqueeze(1) * block_size + within).flatten()
-        rows = rows[:, key_blocks]
+        attended = rows.any(0).nonzero().squeeze(1)
+        key_rows = (attended.unsqueeze(1) * block_size + within).flatten()
+        rows = rows[:, attended]
         mask = None
         if not rows.all():
             mask = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)
             mask = mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1).to(device)
-        chunks.append(Chunk(first * block_size, last * block_size, keys.to(device), mask))
+        chunks.append(Chunk(first * block_size, last * block_size, key_rows.to(device), mask))
     return chunks
 
 
@@ -79,7 +80,7 @@ def _cut(blocks: Coordinates, seen: Tensor, step: int, overhead: float) -> list[
 
 
 def segmented_sdpa(query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float) -> Tensor:
-    """Attention of ``query [S, heads, d]`` over ``key, value [S, groups, d]``: ``[S, heads, d]``."""
+    """Attention of ``query [s, heads, d]`` over ``key, value [S, groups, d]``: ``[s, heads, d]``."""
     return _SegmentedSdpa.apply(query, key, value, chunks, scale, torch.is_grad_enabled())
 
 
@@ -97,7 +98,7 @@ class _SegmentedSdpa(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, chunks, scale, with_grad):
         out = torch.empty_like(query)
-        ctx.graphs = []
+        ctx.graphs, ctx.keys = [], key.shape[0]
         for chunk in chunks:
             inputs = (query[chunk.start : chunk.stop], key[chunk.keys], value[chunk.keys])
             if with_grad:
@@ -116,7 +117,7 @@ class _SegmentedSdpa(torch.autograd.Function):
         for chunk, inputs, result in ctx.graphs:
             dq, dk, dv = torch.autograd.grad(result, inputs, grad[chunk.start : chunk.stop])
             if grad_key is None:
-                grad_key = dk.new_zeros((grad.shape[0], *dk.shape[1:]))
+                grad_key = dk.new_zeros((ctx.keys, *dk.shape[1:]))
                 grad_value = torch.zeros_like(grad_key)
             grad_query[chunk.start : chunk.stop] = dq
             grad_key.index_add_(0, chunk.keys, dk)

@@ -41,7 +41,6 @@ def enable_device() -> None:
 def start(parallel: ParallelSettings, seed: int, timeout_minutes: float = 10.0) -> None:
     """Joins the process group (of one, when not started by torchrun) and builds megatron-core's parallel state."""
     cpu.enable()
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     backend = "gloo" if cpu.is_cpu() else "nccl"
@@ -52,13 +51,23 @@ def start(parallel: ParallelSettings, seed: int, timeout_minutes: float = 10.0) 
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-    )
+    build_parallel_state(parallel)
     # Nothing of ours draws from these streams (weights and noise have generators of their own); megatron-core's
     # tensor-parallel regions ask that they exist.
     model_parallel_cuda_manual_seed(seed)
+
+
+def build_parallel_state(parallel: ParallelSettings) -> None:
+    """megatron-core's process groups within the one that was joined."""
+    from megatron.core import parallel_state
+
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+    )
 
 
 def stop() -> None:

@@ -25,6 +25,8 @@ import yaml
 from megatron_dtrpo.arguments import read_yaml
 from megatron_dtrpo.config import ModelSettings
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.model.chunks import chunks_of
+from megatron_dtrpo.runtime.fp8 import keep_exact_value
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG = "model_config.yaml"
@@ -99,15 +101,23 @@ def check_same_architecture(given: ModelSettings, saved: ModelSettings, director
             raise UserError(f"{directory}: checkpoint of another architecture: {f.name} is {theirs} there, {mine} here")
 
 
+def _by_key(model) -> dict:
+    """Stages under the names that Megatron-LM gives them. A tensor's key in a checkpoint is its name in the whole
+    model, whatever holds it here."""
+    chunks = chunks_of(model)
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{n}": chunk for n, chunk in enumerate(chunks)}
+
+
 def _sharded_state(model, optimizer, sharding: dict, is_loading: bool) -> dict:
-    state = {"model": model.sharded_state_dict(metadata=sharding)}
+    state = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _by_key(model).items()}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=sharding)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=sharding)
     return state
 
 
 def save(directory: str | Path, iteration: int, model, optimizer, scheduler, progress: dict) -> None:
-    """Saves one iteration; collective. ``model`` is the bare stage, ``progress`` plain values."""
+    """Saves one iteration; collective. ``model`` is the bare stage or a list of virtual ones, ``progress`` plain
+    values."""
     from megatron.core import dist_checkpointing
 
     final = iteration_folder(directory, iteration)
@@ -131,6 +141,7 @@ def save(directory: str | Path, iteration: int, model, optimizer, scheduler, pro
 def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None) -> dict:
     """Loads weights, and optimizer and scheduler where given, under any layout; collective. Returns ``progress``."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
 
     folder = iteration_folder(directory, iteration)
     if optimizer is not None:
@@ -138,13 +149,44 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     # Megatron-LM's checkpoints say here whether they keep one key per layer; old ones say nothing and do not.
     sharding = {**_SHARDING, "non_homogeneous_layers": False, **(_content_metadata(folder) or {})}
     wanted = _sharded_state(model, optimizer, sharding, is_loading=True)
-    state = _explained(folder, lambda: dist_checkpointing.load(wanted, str(folder)))
-    model.load_state_dict(state["model"])
+    state, _, absent = _explained(
+        folder, lambda: dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
+    )
+    _require_tensors(folder, absent)
+    for key, chunk in _by_key(model).items():
+        _load_stage(chunk, state[key])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     return state.get("progress", {})
+
+
+# Transformer Engine's layers keep their FP8 scales under this name, and write it without FP8 too. megatron-core's own
+# layers write nothing under it, the norms not even that: what lacks it starts with fresh scales.
+_EXTRA_STATE = "_extra_state"
+
+
+def _require_tensors(folder: Path, absent: set[str]) -> None:
+    """Raises UserError on every process if some process's model needs more than the checkpoint has; collective.
+    ``absent`` are keys that this one's model asked for in vain."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, sorted(key for key in absent if not key.endswith(_EXTRA_STATE)))
+    missing = sorted(set().union(*gathered))
+    if missing:
+        raise UserError(
+            f"{folder}: does not load into this model: {missing[0]} and {len(missing) - 1} more are not in it"
+        )
+
+
+def _load_stage(chunk, state: dict) -> None:
+    """Loads a stage's state; what may be missing, or there in vain, is Transformer Engine's extra state alone."""
+    mismatch = chunk.load_state_dict(state, strict=False)
+    for key in (*mismatch.missing_keys, *mismatch.unexpected_keys):
+        if not key.endswith(_EXTRA_STATE):
+            raise RuntimeError(f"{key} was loaded into a model without it, or not loaded into one with it")
+    for name, parameter in chunk.named_parameters():
+        keep_exact_value(parameter, state[name])
 
 
 def _content_metadata(folder: Path) -> dict | None:

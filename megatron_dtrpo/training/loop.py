@@ -12,14 +12,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.config import Config, validate_decoding
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import MetricLog
 from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
@@ -30,6 +32,10 @@ from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
 from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, score, train_pass
 from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 
+# What asks a run to save and stop: SIGTERM, on which torchrun gives its processes half a minute, and SIGUSR1, on which
+# nobody hurries them.
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class Trainer:
     """One run: built from a validated configuration, then `run`."""
@@ -38,13 +44,15 @@ class Trainer:
         """``evaluation``: an `evaluation.periodic.PeriodicEvaluation`, or None."""
         self.config, self.device, self.evaluation = config, initialize.device(), evaluation
         self.is_main = dist.get_rank() == 0
+        if evaluation is not None and evaluation.problems:
+            validate_decoding(config)
         self.data: Data = open_data(config, tokenizer)
         rank = parallel_state.get_data_parallel_rank()
         self.batches = self.data.batches(config, rank, data_parallel_size)
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
         self.backend = choose_backend(config.parallel.attention_backend, self.device)
         self.train_iters = config.optimizer.steps(len(self.data.order), config.data.global_batch_size)
-        self.stop_requested = False
+        self.stop_requested, self.stop_signal = False, "a signal to another process"
         self.cache = self._open_cache()
         # The reference has batches of its own where it is run, and on other noise than the policy.
         runs_alone = ESTIMATORS[config.objective.estimator].independent_reference and self.cache is None
@@ -66,22 +74,23 @@ class Trainer:
             saved = checkpoint.load_model_config(run.save)
             checkpoint.check_same_architecture(config.model, saved, run.save)
 
-        self.model = starting_model(config, self.device)
+        self.chunks = starting_model(config, self.device)
         self._freeze()
         if self.evaluation is not None:
-            self.evaluation.remember_reference(self.model)
+            with without_fp8(self.chunks):
+                self.evaluation.remember_reference(self.chunks)
         live = config.objective.objective == "preference" and self.cache is None
-        self.reference = ReferencePolicy(self.model) if live else None
+        self.reference = ReferencePolicy(self.chunks) if live else None
         if self.cache is not None:
-            self.cache.require({"weights": weights_fingerprint(self.model)})
-        self.wrapped = wrap_data_parallel(self.model, config)
+            self.cache.require({"weights": weights_fingerprint(self.chunks)})
+        self.wrapped = wrap_data_parallel(self.chunks, config)
         self.optimizer = build_optimizer(self.wrapped, config)
         self.scheduler = build_scheduler(self.optimizer, config, self.train_iters)
 
         self.iteration = self.consumed = 0
         self.data_facts = resume.data_facts(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
         if resume_from is not None:
-            progress = checkpoint.load(run.save, resume_from, self.model, self.optimizer, self.scheduler)
+            progress = checkpoint.load(run.save, resume_from, self.chunks, self.optimizer, self.scheduler)
             resume.check_data(run.save, progress, self.data_facts)
             self.iteration, self.consumed = progress["iteration"], progress["consumed_samples"]
             for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
@@ -100,7 +109,7 @@ class Trainer:
     def _freeze(self) -> None:
         patterns = self.config.objective.trainable_modules
         matched = [None] * dist.get_world_size()
-        dist.all_gather_object(matched, select_trainable(self.model, patterns))
+        dist.all_gather_object(matched, select_trainable(self.chunks, patterns))
         check_patterns(patterns, set().union(*matched))
 
     def _announce(self, resume_from: int | None, changes: list[str]) -> None:
@@ -120,8 +129,8 @@ class Trainer:
             self.log.say(f"warning: {usable} examples are fewer than global_batch_size {batch}: a step repeats some")
 
     def run(self) -> None:
-        """Trains to the last step, or until SIGTERM, and saves."""
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        """Trains to the last step, or until SIGTERM or SIGUSR1, and saves."""
+        previous = {number: signal.signal(number, self._on_signal) for number in _STOPS}
         saved_at = self.iteration
         try:
             # The next step's batches are built while this one computes.
@@ -140,19 +149,22 @@ class Trainer:
                         self._save()
                         saved_at = self.iteration
                     if stop:
-                        self._say(f"stopped by SIGTERM after iteration {self.iteration}; the checkpoint is complete")
+                        after = f"after iteration {self.iteration}; the checkpoint is complete"
+                        self._say(f"stopped by {self.stop_signal} {after}")
                         return
             if saved_at != self.iteration:
                 self._save()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             if self.log is not None:
                 self.log.close()
 
     def _evaluate(self) -> None:
         if self.evaluation is None:
             return
-        metrics = self.evaluation.measure(self.wrapped, self.model)
+        with without_fp8(self.chunks):  # decoding's passes are of any length
+            metrics = self.evaluation.measure(self.wrapped, self.chunks[0])
         if self.log is not None:
             self.log.evaluation({"iteration": self.iteration, **metrics})
 
@@ -172,7 +184,8 @@ class Trainer:
         for batch, reference in zip(batches, scores, strict=False):  # no scores but on the last stage
             batch.reference = reference
 
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outcomes = train_pass(self.wrapped, batches, self.objective)
         names = self.objective.metric_names
@@ -205,8 +218,9 @@ class Trainer:
         return stop > 0
 
     def _to_device(self, batches: list[MicroBatch]) -> list[DeviceBatch]:
-        width = attention_width(self.model.config)
-        return [DeviceBatch(batch, self.device, self.backend, width) for batch in batches]
+        width = attention_width(self.chunks[0].config)
+        multiple = token_multiple(self.config.parallel)
+        return [DeviceBatch(batch, self.device, self.backend, width, multiple) for batch in batches]
 
     def _reference_scores(self, batches: list[DeviceBatch], own: list[MicroBatch] | None) -> list[Tensor]:
         """``L`` per response under the reference, ``[responses]`` for each of ``batches``, at least on the last stage;
@@ -215,7 +229,8 @@ class Trainer:
             return [self.cache.scores(batch.batch.samples, self.device) for batch in batches]
         if self.reference is None:
             return []
-        with self.reference.in_place_of_policy():
+        in_fp8 = self.config.parallel.fp8_reference
+        with self.reference.in_place_of_policy(), reference_pass(self.chunks, in_fp8):
             return score(self.wrapped, batches if own is None else self._to_device(own))
 
     def _learning_rate(self) -> float:
@@ -239,12 +254,12 @@ class Trainer:
 
     def _save(self) -> None:
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}
-        checkpoint.save(self.config.run.save, self.iteration, self.model, self.optimizer, self.scheduler, progress)
+        checkpoint.save(self.config.run.save, self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
         self._say(f"saved {checkpoint.iteration_folder(self.config.run.save, self.iteration)}")
 
     def _say(self, message: str) -> None:
         if self.log is not None:
             self.log.say(message)
 
-    def _on_sigterm(self, signum, frame) -> None:
-        self.stop_requested = True
+    def _on_signal(self, signum, frame) -> None:
+        self.stop_requested, self.stop_signal = True, signal.Signals(signum).name

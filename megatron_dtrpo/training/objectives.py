@@ -1,4 +1,4 @@
-"""From the log-probabilities of one micro-batch to a summed loss, its divisor and summed metrics.
+"""From the log-likelihoods of one micro-batch's responses to a summed loss, its divisor and summed metrics.
 
 Sums, not means: megatron-core divides gradients by the divisor's total over the global batch, so that no number
 depends on how examples were dealt to processes and packed into sequences.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dtrpo.config import ObjectiveSettings
 from megatron_dtrpo.data.batches import MicroBatch
-from megatron_dtrpo.objectives.preference import preference_loss, response_log_likelihoods
+from megatron_dtrpo.objectives.preference import preference_loss
 
 
 class Outcome(NamedTuple):
@@ -32,12 +32,7 @@ class Objective(NamedTuple):
 
     metric_names: tuple[str, ...]
     evaluate: Callable[[Tensor, MicroBatch, Tensor | None], Outcome]
-
-
-def log_likelihoods(log_probs: Tensor, batch: MicroBatch) -> Tensor:
-    """``L`` of each response of a micro-batch: ``[N] -> [responses]``."""
-    sequence = batch.sequence
-    return response_log_likelihoods(log_probs, sequence.target_weight, sequence.target_response, sequence.responses)
+    """``L`` per response under the policy, fp64 ``[responses]``, and under the reference, if there is one."""
 
 
 def preference_objective(settings: ObjectiveSettings) -> Objective:
@@ -47,9 +42,9 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
     if settings.rpo_alpha:
         names += ["preference_loss", "nll_loss"]
 
-    def evaluate(log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
+    def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         loss, metrics = preference_loss(
-            log_likelihoods(log_probs, batch),
+            policy,
             reference,
             batch.response_length[::2],
             loss_type=settings.loss_type,
@@ -67,10 +62,10 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
 def sft_objective(settings: ObjectiveSettings) -> Objective:
     """Mean cross-entropy over all predicted tokens of the global batch."""
 
-    def evaluate(log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
-        per_example = -log_likelihoods(log_probs, batch)
+    def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
+        per_example = -policy
         loss = per_example.sum()
-        count = torch.tensor(log_probs.numel(), dtype=torch.int, device=loss.device)
+        count = torch.tensor(batch.sequence.target_row.numel(), dtype=torch.int, device=loss.device)
         return Outcome(loss, count, loss.detach().double()[None], per_example.detach())
 
     return Objective(("loss",), evaluate)

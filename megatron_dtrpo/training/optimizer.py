@@ -9,26 +9,32 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dtrpo.config import Config
-from megatron_dtrpo.runtime.precision import optimizer_precision
+from megatron_dtrpo.runtime.precision import data_parallel_precision, optimizer_precision
 
 
-def wrap_data_parallel(model, config: Config) -> DistributedDataParallel:
-    """Gradients are reduced in fp32, whatever the weights are."""
+def wrap_data_parallel(chunks: list, config: Config) -> list[DistributedDataParallel]:
+    """Wraps this rank's stages."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        **data_parallel_precision(parallel),
     )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    shared = chunks[0].config  # one object for all stages
+    # Only the first stage's gradients are ready last and worth reducing piece by piece (as Megatron-LM does).
+    wrapped = [
+        DistributedDataParallel(config=shared, ddp_config=ddp_config, module=chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    shared.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
-        model.config.no_sync_func = wrapped.no_sync
+        pauses = [each.no_sync for each in wrapped]
+        shared.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # the plain schedules take no list
     return wrapped
 
 
-def build_optimizer(wrapped: DistributedDataParallel, config: Config):
+def build_optimizer(wrapped: list[DistributedDataParallel], config: Config):
     settings = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -44,8 +50,8 @@ def build_optimizer(wrapped: DistributedDataParallel, config: Config):
         overlap_param_gather=config.parallel.overlap_param_gather,
         **optimizer_precision(config.parallel),
     )
-    optimizer = get_megatron_optimizer(optimizer_config, [wrapped])
-    wrapped.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(optimizer_config, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

@@ -12,7 +12,9 @@ from tqdm import tqdm
 from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime.fp8 import reference_pass
 from megatron_dtrpo.training.reference import starting_model
 from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
 from megatron_dtrpo.training.scoring import gathered_scores
@@ -35,6 +37,7 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     builder = data.reference_batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)
+    multiple = token_multiple(config.parallel)
     model = starting_model(config, device)
     facts = run_facts(config, tokenizer) | {"data": data.store.content, "weights": weights_fingerprint(model)}
 
@@ -42,10 +45,11 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     writer = CacheWriter(output, facts, epochs, len(data.store)) if is_main else None
     try:
         show_bar = config.run.progress and is_main and sys.stderr.isatty()
-        for step in tqdm(range(steps), unit="step", disable=not show_bar):
-            scores = gathered_scores(model, builder.step(step * batch), device, backend)
-            if writer is not None:
-                writer.add(scores)
+        with reference_pass(model, config.parallel.fp8_reference):
+            for step in tqdm(range(steps), unit="step", disable=not show_bar):
+                scores = gathered_scores(model, builder.step(step * batch), device, backend, multiple)
+                if writer is not None:
+                    writer.add(scores)
         if writer is not None:
             writer.finish()
     finally:

@@ -16,30 +16,34 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
-from megatron_dtrpo.model.provider import build_model
+from megatron_dtrpo.model.provider import build_chunks
 from megatron_dtrpo.training import checkpoint
 
 
-def starting_model(config: Config, device: torch.device) -> BlockDiffusionGPTModel:
-    """This rank's stage of what a run starts from, ``load`` or the seed, which also is its reference; collective."""
-    model = build_model(config.model, config.parallel).to(device)
+def starting_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
+    """This rank's stages of what a run starts from, ``load`` or the seed, which also is its reference; collective."""
+    chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
     if config.run.load is None:
-        initialize_weights(model, config.optimizer.seed)
+        for chunk in chunks:
+            initialize_weights(chunk, config.optimizer.seed)
     else:
-        checkpoint.load(config.run.load, checkpoint.require_latest(config.run.load), model)
-    return model
+        checkpoint.load(config.run.load, checkpoint.require_latest(config.run.load), chunks)
+    return chunks
 
 
-def select_trainable(model: torch.nn.Module, patterns: Sequence[str] | None) -> set[str]:
+def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] | None) -> set[str]:
     """Freezes every parameter whose name contains none of ``patterns`` (shell wildcards allowed; ``None``: train all).
 
     Returns:
-        The patterns that matched something on this pipeline stage.
+        The patterns that matched something on this rank's stages.
     """
     if patterns is None:
         return set()
     matched = set()
-    for name, parameter in global_parameter_names(model).items():
+    named = [(chunk, item) for chunk in chunks for item in global_parameter_names(chunk).items()]
+    for chunk, (name, parameter) in named:
+        if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied matrix
         hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, f"*{pattern}*")}
         parameter.requires_grad_(bool(hits))
         matched |= hits
@@ -54,10 +58,11 @@ def check_patterns(patterns: Sequence[str] | None, matched: set[str]) -> None:
 
 
 class ReferencePolicy:
-    """Starting values of a model's trainable parameters."""
+    """Starting values of the trainable parameters of this rank's stages."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.frozen = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    def __init__(self, chunks: Sequence[torch.nn.Module]):
+        parameters = (p for chunk in chunks for p in chunk.parameters())
+        self.frozen = [(p, p.detach().clone()) for p in parameters if p.requires_grad]
 
     @contextmanager
     def in_place_of_policy(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import reference_format
 
 FORMAT_VERSION = 1
 SCORES, META = "scores.npy", "meta.json"
@@ -41,6 +42,7 @@ def run_facts(config: Config, tokenizer: Tokenizer) -> dict:
         **{name: getattr(objective, name) for name in options},
         "seed": config.optimizer.seed,
         "bf16": config.parallel.bf16,
+        "fp8": reference_format(config.parallel),
         **dataclasses.asdict(config.model),
     }
 

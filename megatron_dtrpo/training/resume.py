@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
-from megatron_dtrpo.arguments import read_yaml
+from megatron_dtrpo.arguments import FIELDS, read_yaml
 from megatron_dtrpo.config import Config, fill_objective_defaults
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
@@ -20,6 +20,7 @@ RUN_CONFIG = "run_config.yaml"
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.
 _PINNED = ("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16")
+_PINNED += ("fp8_format", "fp8_recipe", "fp8_reference")
 _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
 # What a checkpoint records of the data, and how a message says it.
@@ -54,8 +55,9 @@ def return_to_first_start(config: Config) -> None:
 def _check_pinned(config: Config, first: dict) -> None:
     now = _resolved(config)
     for key in (*_PINNED, *ESTIMATORS[now["estimator"]].options):
-        if now[key] != first.get(key):
-            raise UserError(f"{config.run.save}: this run has {key} {first.get(key)}, not {now[key]}")
+        theirs = first.get(key, FIELDS[key].default)  # a run may be older than the setting
+        if now[key] != theirs:
+            raise UserError(f"{config.run.save}: this run has {key} {theirs}, not {now[key]}")
 
 
 def _resolved(config: Config) -> dict:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron_dtrpo.data.batches import BatchBuilder, MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.training.step import DeviceBatch, score
 
 CHUNK = 256  # pairs whose micro-batches are alive at once
@@ -20,7 +21,8 @@ CHUNK = 256  # pairs whose micro-batches are alive at once
 def score_pairs(
     model, builder: BatchBuilder, indices: list[int], device: torch.device, backend: str
 ) -> dict[int, tuple[float, float]]:
-    """``L`` of chosen and rejected per example index, on every process. The noise is that of epoch 0."""
+    """``L`` of chosen and rejected per example index, on every process. The noise is that of epoch 0. ``model`` is this
+    rank's stage, or a list of its virtual ones."""
     scores: dict[int, tuple[float, float]] = {}
     for start in range(0, len(indices), CHUNK):
         batches = builder.batches([Sample(0, index) for index in indices[start : start + CHUNK]])
@@ -29,14 +31,15 @@ def score_pairs(
 
 
 def gathered_scores(
-    model, batches: list[MicroBatch], device: torch.device, backend: str
+    model, batches: list[MicroBatch], device: torch.device, backend: str, multiple: int = 1
 ) -> dict[Sample, tuple[float, float]]:
-    """``L`` of chosen and rejected of every sample in any process's ``batches``, on every process; collective."""
-    width = attention_width(model.config)
-    on_device = [DeviceBatch(batch, device, backend, width) for batch in batches]
+    """``L`` of chosen and rejected of every sample in any process's ``batches``, on every process; collective.
+    ``multiple``: of `DeviceBatch`."""
+    width = attention_width(chunks_of(model)[0].config)
+    on_device = [DeviceBatch(batch, device, backend, width, multiple) for batch in batches]
     results = score(model, on_device) if batches else []
     mine: dict[Sample, tuple[float, float]] = {}
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
+    if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:
         for batch, values in zip(batches, results, strict=False):  # no results but on the last stage
             mine.update(zip(batch.samples, map(tuple, values.view(-1, 2).tolist()), strict=True))
     gathered: list = [None] * dist.get_world_size()

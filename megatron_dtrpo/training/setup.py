@@ -11,6 +11,7 @@ import dataclasses
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_token
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime.precision import check_machine
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import check_logging
 from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
@@ -192,12 +194,15 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
     resolve_start(config, given)
     data_parallel = validate(config, initialize.world_size())
     validate_data(config)
+    check_machine(config.parallel)
     if training:
         validate_training(config, data_parallel)
         if Path(config.run.save).exists() and not Path(config.run.save).is_dir():
             raise UserError(f"save: {config.run.save} is a file; give a folder")
         if config.parallel.attention_backend == "flex" and initialize.device().type == "cpu":
             raise UserError("attention_backend flex has no backward pass on a CPU: leave it at auto")
+        if config.parallel.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+            raise UserError("gradient_accumulation_fusion needs Apex with its CUDA extension: leave it out")
         check_logging(config.run)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)

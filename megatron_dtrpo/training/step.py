@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,8 +14,13 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dtrpo.data.batches import MicroBatch
+from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
+from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
 from megatron_dtrpo.model.attention import PackedAttention, plan_attention
-from megatron_dtrpo.training.objectives import Objective, Outcome, log_likelihoods
+from megatron_dtrpo.model.chunks import chunks_of
+from megatron_dtrpo.model.context_parallel import add_up
+from megatron_dtrpo.objectives.preference import response_log_likelihoods
+from megatron_dtrpo.training.objectives import Objective, Outcome
 
 
 def choose_backend(name: str, device: torch.device) -> str:
@@ -22,36 +29,83 @@ def choose_backend(name: str, device: torch.device) -> str:
 
 
 class DeviceBatch:
-    """A micro-batch on the device, with its attention plan, shared by the reference's and the policy's pass. On the
-    last stage ``reference`` holds the reference's ``L`` per response, ``[responses]``."""
+    """A micro-batch on the device, with its attention plan, shared by the reference's and the policy's pass.
 
-    def __init__(self, batch: MicroBatch, device: torch.device, backend: str, width: int):
-        self.host_tokens = len(batch.sequence)
+    ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism. On the last
+    stage ``reference`` holds the reference's ``L`` per response, ``[responses]``.
+    """
+
+    def __init__(self, batch: MicroBatch, device: torch.device, backend: str, width: int, multiple: int = 1):
+        """``multiple``: the tokens of ``part`` are padded to a multiple of it (FP8 asks for one)."""
+        block_size = batch.sequence.block_size
+        group = parallel_state.get_context_parallel_group()
+        if group.size() == 1:
+            batch = replace(batch, sequence=_padded(batch.sequence, math.lcm(block_size, multiple)))
         self.batch = batch.to(device)
-        sequence = self.batch.sequence
-        self.attention: PackedAttention = plan_attention(sequence.coordinates(), sequence.block_size, backend, width)
+        self.part: PackedSequence = self.batch.sequence
         self.reference: Tensor | None = None
+        self._made_for = (device, backend, width, multiple)
+        if group.size() == 1:
+            self.attention: PackedAttention = plan_attention(self.part.coordinates(), block_size, backend, width)
+            return
+        part, keys = _share(batch.sequence, group.rank(), group.size(), multiple)
+        self.part = part.map_tensors(lambda t: t.to(device, non_blocking=True))
+        keys = Coordinates(*(field.to(device, non_blocking=True) for field in keys))
+        self.attention = plan_attention(self.part.coordinates(), block_size, backend, width, keys, group)
+
+    def of_padding(self) -> DeviceBatch:
+        """A micro-batch without a response, for the same device: it weighs nothing and costs next to nothing."""
+        block_size = self.batch.sequence.block_size
+        sequence = pad_to(empty_sequence(block_size), block_size, pad_id=0)
+        padding = DeviceBatch(MicroBatch(sequence, [], torch.zeros(0, dtype=torch.long)), *self._made_for)
+        padding.reference = torch.zeros(0, dtype=torch.float64, device=self._made_for[0])
+        return padding
+
+
+def _padded(sequence: PackedSequence, multiple: int) -> PackedSequence:
+    return pad_to(sequence, -(-len(sequence) // multiple) * multiple, pad_id=0)
+
+
+def _share(sequence: PackedSequence, rank: int, ranks: int, multiple: int) -> tuple[PackedSequence, Coordinates]:
+    """A context-parallel rank's rows of ``sequence`` (on the CPU), and the coordinates ``[S]`` of all ranks' rows in
+    the order in which their keys are gathered."""
+    block_size, length = sequence.block_size, len(sequence)
+    sequence = pad_to(sequence, padded_length(length, block_size, ranks, multiple), pad_id=0)
+    coordinates = sequence.coordinates()
+    rows = deal(coordinates, block_size, unit_length(length, block_size, ranks), ranks)
+    return take_rows(sequence, rows[rank]), coordinates.at(rows.flatten())
 
 
 def _forward(iterator, model) -> tuple[DeviceBatch, Tensor]:
     item: DeviceBatch = next(iterator)
-    sequence = item.batch.sequence
-    output = model(
-        sequence.tokens, sequence.position, item.attention, sequence.target_row, sequence.target_token
-    )  # fmt: skip
-    return item, output
+    part = item.part
+    return item, model(part.tokens, part.position, item.attention, part.target_row, part.target_token)
+
+
+def _log_likelihoods(log_probs: Tensor, item: DeviceBatch) -> Tensor:
+    """``L`` of each response of a micro-batch from the log-probabilities of this process's targets: ``[N] ->
+    fp64 [responses]``, the same on every context-parallel rank."""
+    part = item.part
+    likelihoods = response_log_likelihoods(log_probs, part.target_weight, part.target_response, part.responses)
+    return add_up(likelihoods, parallel_state.get_context_parallel_group()) if part.responses else likelihoods
 
 
 def _run(forward_step, model, batches: Sequence[DeviceBatch], **kwargs) -> list:
-    return get_forward_backward_func()(
+    """What ``forward_step`` leaves for each of ``batches`` on the last stage, ``[]`` on the others."""
+    chunks, stages = chunks_of(model), parallel_state.get_pipeline_model_parallel_world_size()
+    count = len(batches)
+    if len(chunks) > 1:  # the interleaved schedule goes through micro-batches in groups of as many as there are stages
+        batches = [*batches, *(batches[0].of_padding() for _ in range(-count % stages))]
+    results = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
         num_microbatches=len(batches),
-        seq_length=max(b.host_tokens for b in batches),  # stages exchange real shapes: variable_seq_lengths
+        seq_length=max(len(b.part) for b in batches),  # stages exchange real shapes: variable_seq_lengths
         micro_batch_size=1,
         **kwargs,
     )
+    return results[:count]
 
 
 def score(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
@@ -59,7 +113,7 @@ def score(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
     the others. No gradient."""
 
     def collect(item: DeviceBatch, log_probs: Tensor, non_loss_data: bool = True) -> Tensor:
-        return log_likelihoods(log_probs, item.batch)
+        return _log_likelihoods(log_probs, item)
 
     def forward_step(iterator, model):
         item, output = _forward(iterator, model)
@@ -75,14 +129,21 @@ def train_pass(
     """Accumulates gradients over the micro-batches; returns their outcomes on the last stage, ``[]`` on the others."""
 
     def loss_func(item: DeviceBatch, log_probs: Tensor):
-        outcome = objective.evaluate(log_probs, item.batch, item.reference)
-        return outcome.loss, outcome.count, outcome._replace(loss=outcome.loss.detach())
+        outcome = objective.evaluate(_log_likelihoods(log_probs, item), item.batch, item.reference)
+        # Every context-parallel rank has the whole loss, and the gradients of its own tokens. Gradients are summed over
+        # data- and context-parallel processes, and so is the divisor, which therefore one rank alone counts.
+        count = outcome.count if _speaks_for_context() else torch.zeros_like(outcome.count)
+        return outcome.loss, count, outcome._replace(loss=outcome.loss.detach())
 
     def forward_step(iterator, model):
         item, output = _forward(iterator, model)
         return output, partial(loss_func, item)
 
     return _run(forward_step, model, batches, forward_only=forward_only)
+
+
+def _speaks_for_context() -> bool:
+    return parallel_state.get_context_parallel_rank() == 0
 
 
 def reduce_metrics(
@@ -100,8 +161,9 @@ def reduce_metrics(
         In fp64: metric sums ``[width]``, the divisor's total, the packed tokens, the number of processes to stop.
     """
     total = torch.zeros(width + 3, dtype=torch.float64, device=device)
-    # Tensor-parallel ranks hold the same numbers: one of them speaks.
-    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+    # Tensor- and context-parallel ranks hold the same numbers: one of them speaks.
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0 and _speaks_for_context()
+    if parallel_state.is_pipeline_last_stage() and is_first:
         for outcome in outcomes:
             total[:width] += outcome.metrics
             total[width] += outcome.count

@@ -70,8 +70,9 @@ def test_when_and_what(alone):
     [
         (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+        (2, {"context_parallel_size": 2}),
     ],
-    ids=["TP2 x PP2, SP", "DP2, overlapped"],
+    ids=["TP2 x PP2, SP", "DP2, overlapped", "CP2"],
 )
 def test_layouts_agree(settings, alone, tmp_path, processes, layout):
     train({**settings, **layout, "save": tmp_path / "run"}, processes)

@@ -28,6 +28,7 @@ SETTINGS = {
 }
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 TIED = {"load": None, "untie_embeddings_and_output_weights": False}
 
 
@@ -95,14 +96,20 @@ def test_what_is_written(cache):
     assert not cache.with_name("scores.partial").exists()
 
 
-def test_bit_for_bit_under_tensor_parallelism(folder, train, cache):
-    sharded = precompute(folder, "scores_tp2", 2, **TP2)
-    assert train("cached_tp2", 2, **TP2, reference_cache=sharded) == train("live_tp2", 2, **TP2)
+@pytest.mark.parametrize("layout", [TP2, CP2], ids=["tp2", "cp2"])
+def test_bit_for_bit_under_a_layout_of_its_own(folder, train, cache, layout):
+    name = next(iter(layout))
+    sharded = precompute(folder, f"scores_{name}", 2, **layout)
+    assert train(f"cached_{name}", 2, **layout, reference_cache=sharded) == train(f"live_{name}", 2, **layout)
     one, two = (json.loads((path / "meta.json").read_text())["facts"] for path in (cache, sharded))
     assert one == two  # the fingerprint of the weights among them
 
 
-@pytest.mark.parametrize("layout", [{**TP2, **PP2}, {"use_distributed_optimizer": True}], ids=["TP2 x PP2", "DP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{**TP2, **PP2}, {"use_distributed_optimizer": True}, {**PP2, "num_virtual_stages_per_pipeline_rank": 2}],
+    ids=["TP2 x PP2", "DP2", "virtual stages x DP2"],
+)
 def test_one_cache_serves_every_layout(train, live, cache, layout):
     processes = 2 * len(layout)
     rows = train("as_" + "_".join(layout), processes, **layout, reference_cache=cache, micro_batch_size=8)

@@ -37,13 +37,16 @@ def score(folder, checkpoint: str, name: str, processes: int = 1, **settings) ->
 
 def test_layouts_agree_and_the_runs_beta_is_used(folder):
     output, rows = score(folder, "run", "alone")
-    _, sharded = score(folder, "run", "tp2", 2, tensor_model_parallel_size=2)
+    virtual = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    layouts = {"tp2": {"tensor_model_parallel_size": 2}, "cp2": {"context_parallel_size": 2}, "virtual": virtual}
+    sharded = [score(folder, "run", name, 2, **settings)[1] for name, settings in layouts.items()]
     base = {row["source"]: row for row in score(folder, "base", "base", beta=BETA)[1]}
     assert len(rows) == 16
-    for row, other in zip(rows, sharded, strict=True):
-        assert row.keys() == other.keys()
-        for key in row:
-            assert other[key] == (row[key] if key == "source" else pytest.approx(row[key], rel=1e-4, abs=1e-4))
+    for row, *others in zip(rows, *sharded, strict=True):
+        for other in others:
+            assert row.keys() == other.keys()
+            for key in row:
+                assert other[key] == (row[key] if key == "source" else pytest.approx(row[key], rel=1e-4, abs=1e-4))
     right = sum(row["rewards/margins"] > 0 for row in rows) / len(rows)
     assert float(re.search(r"reward accuracy +([\d.]+)", output)[1]) == pytest.approx(right, abs=1e-4)
     # The base is its own reference: every reward is a tie.

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, read_yaml
-from megatron_dtrpo.config import GROUPS, Config, validate, validate_data, validate_training
+from megatron_dtrpo.config import GROUPS, Config, validate, validate_data, validate_decoding, validate_training
 from megatron_dtrpo.errors import UserError
 
 COMPLETE = {
@@ -255,6 +255,36 @@ def test_what_is_missing_is_named(key):
         ),
         (3, dict(pipeline_model_parallel_size=3), ["num_layers 4", "pipeline_model_parallel_size 3"]),
         (
+            6,
+            dict(context_parallel_size=2, tensor_model_parallel_size=2),
+            ["world size 6", "tensor_model_parallel_size x", "context_parallel_size", "4"],
+        ),
+        (3, dict(context_parallel_size=3), ["seq_length 8192", "context_parallel_size x block_size = 96"]),
+        (2, dict(context_parallel_size=2, seq_length=1056), ["seq_length 1056", "context_parallel_size x block_size"]),
+        (1, dict(context_parallel_size=0), ["context_parallel_size is 0"]),
+        (1, dict(num_virtual_stages_per_pipeline_rank=2), ["num_virtual_stages_per_pipeline_rank 2", "pipeline_model"]),
+        (
+            2,
+            dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=3),
+            ["layers per stage 2", "num_virtual_stages_per_pipeline_rank 3"],
+        ),
+        (
+            2,
+            dict(
+                pipeline_model_parallel_size=2,
+                num_virtual_stages_per_pipeline_rank=2,
+                recompute_granularity="full",
+                recompute_num_layers=2,
+            ),
+            ["layers per virtual stage 1", "recompute_num_layers 2"],
+        ),
+        (1, dict(recompute_modules=["mlp"]), ["recompute_modules", "recompute_granularity selective"]),
+        (
+            1,
+            dict(recompute_granularity="selective", recompute_modules=["moe"]),
+            ["recompute_modules", "'moe'", "core_attn, mlp"],
+        ),
+        (
             2,
             dict(tensor_model_parallel_size=2, sequence_parallel=True, block_size=7),
             ["block_size 7", "sequence_parallel"],
@@ -286,6 +316,16 @@ def test_what_is_missing_is_named(key):
 def test_what_does_not_fit_is_named(world_size, changes, words):
     message = refused(world_size, **changes)
     assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_context_parallel_processes_share_their_examples():
+    assert validate(config_of(context_parallel_size=2, tensor_model_parallel_size=2), 12) == 3
+
+
+def test_virtual_stages_do_not_decode():
+    validate_decoding(config_of(pipeline_model_parallel_size=2))
+    with pytest.raises(UserError, match="rows with an answer.*num_virtual_stages_per_pipeline_rank"):
+        validate_decoding(config_of(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2))
 
 
 def test_the_vocabulary_is_padded_whatever_the_layout():

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+''':'
+# dTRPO of Fast-dLLM v2 (7B). Settings are in dtrpo_7b.yaml; flags given here win over it.
+#
+#   torchrun --nnodes N --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT examples/dtrpo_7b.sh [flags]
+#   bash examples/dtrpo_7b.sh [flags]      # starts torchrun itself; see launch.sh for NNODES and the like
+#   bash examples/dtrpo_7b.sh --dry-run    # what would run, and in how much memory; needs no GPU
+#
+# torchrun starts Python on this file, for which these lines are a string; bash runs them and comes no further.
+. "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+'''
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the processes that write a checkpoint import this file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from megatron_dtrpo.train import main
+
+    sys.exit(main(["--config", str(Path(__file__).with_suffix(".yaml")), *sys.argv[1:]]))

@@ -1,0 +1,33 @@
+# The bash half of an example that is both bash and Python; sourced by it. Starts torchrun on the example, or for a dry
+# run, which needs no processes, Python.
+#
+#   NNODES           nodes (default 1); start the same command on each
+#   NPROC_PER_NODE   processes on this node (default: its GPUs, or 8)
+#   RDZV_ENDPOINT    HOST:PORT of one of the nodes, the same on all; needed for more than one
+#   RDZV_ID          a name for this run, the same on all (default: megatron-dtrpo)
+#   PYTHON           default: the checkout's .venv, or python3
+set -euo pipefail
+example=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH_SOURCE[1]}")
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+python=${PYTHON:-$root/.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
+
+gpus=$( { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+nodes=${NNODES:-1}
+processes=${NPROC_PER_NODE:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 8)}
+
+for word in "$@"; do
+    if [ "$word" = --dry-run ]; then
+        exec "$python" "$example" --world-size $((nodes * processes)) "$@"
+    fi
+done
+
+if [ "$nodes" != 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
+    echo "error: NNODES is $nodes: set RDZV_ENDPOINT=HOST:PORT to one of the nodes, the same on all" >&2
+    exit 2
+fi
+# SIGUSR1 means: save and stop. It reaches every process of a Slurm job; the trainer handles it, torchrun is to survive it.
+trap '' USR1
+exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \
+    --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-megatron-dtrpo}" "$example" "$@"

@@ -1,0 +1,1 @@
+"""What this machine has (`facts`), what a configuration asks for (`needs`), and how the two agree (`checks`)."""

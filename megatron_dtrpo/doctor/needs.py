@@ -1,0 +1,159 @@
+"""What a configuration asks of a machine, as plain values.
+
+Settings are read with the trainer's own parser and checked with its own rules where those can be imported: they need
+torch and PyYAML. Where they cannot, the machine is examined all the same and the report says why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
+
+
+@dataclass
+class Needs:
+    """Without a configuration: a run of one process in fp32 that nobody has described yet."""
+
+    configured: bool = False
+    mistake: str | None = None  # what the trainer would refuse the configuration with
+    unread: str | None = None  # why the configuration could not be read here
+    processes: int = 1  # of the whole run
+    local: int = 1  # of those, on this machine
+    layout: tuple[int, int, int] = (1, 1, 1)  # tensor, pipeline, context
+    bf16: bool = False
+    fp8_recipe: str | None = None  # None: no FP8
+    transformer_impl: str | None = None
+    attention_backend: str = "auto"
+    fuses_gradients: bool = False
+    distributed_optimizer: bool = False
+    tokenizer: str | None = None  # HuggingFaceTokenizer, ...
+    paths: tuple[tuple[str, str, bool], ...] = ()  # (setting, path that must exist, whether it does)
+    data_format: str | None = None  # suffix of data_path
+    tensorboard: bool = False
+    wandb: bool = False
+    save: str | None = None
+    save_free: int | None = None  # bytes; None: no folder above it can be asked
+    save_writable: bool = True
+    checkpoint: int | None = None  # bytes of one checkpoint, estimated
+
+    @property
+    def least_processes(self) -> int:
+        tensor, pipeline, context = self.layout
+        return tensor * pipeline * context
+
+
+def read_needs(argv: list[str], nproc: int | None, gpus: int) -> Needs:
+    """The needs of the trainer called with ``argv`` on this machine, ``nproc`` processes of it.
+
+    Raises:
+        UserError: from the parser: an unknown flag or key, a file that cannot be read.
+    """
+    try:
+        from megatron_dtrpo.arguments import parse
+    except ImportError as error:
+        return _with_processes(Needs(configured=bool(argv), unread=str(error) if argv else None), nproc, gpus)
+    config, _ = parse(argv, prog="doctor.py", description="")
+    needs = _with_processes(_of(config, bool(argv)), nproc, gpus)
+    if argv:
+        needs.mistake = _mistake(config, needs.processes)
+        needs.checkpoint = _checkpoint_bytes(config.model)
+    return needs
+
+
+def _of(config, configured: bool) -> Needs:
+    parallel, data, run = config.parallel, config.data, config.run
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    needs = Needs(
+        configured=configured,
+        layout=sizes,
+        bf16=parallel.bf16,
+        fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
+        transformer_impl=parallel.transformer_impl,
+        attention_backend=parallel.attention_backend,
+        fuses_gradients=parallel.gradient_accumulation_fusion,
+        distributed_optimizer=parallel.use_distributed_optimizer,
+        tokenizer=data.tokenizer_type,
+        paths=_paths(config),
+        data_format=Path(data.data_path).suffix if data.data_path else None,
+        tensorboard=run.tensorboard and configured,
+        wandb=run.wandb_project is not None,
+        save=run.save,
+    )
+    if run.save:
+        needs.save_free, needs.save_writable = _room(Path(run.save))
+    return needs
+
+
+def _paths(config) -> tuple[tuple[str, str, bool], ...]:
+    """Every file and folder that must be there before the run."""
+    data, run = config.data, config.run
+    wanted = {
+        "data_path": data.data_path,
+        "eval_data_path": config.evaluation.eval_data_path,
+        "tokenizer_model": data.tokenizer_model,
+        "load": run.load,
+        "load (its model_config.yaml)": run.load and os.path.join(run.load, "model_config.yaml"),
+        "reference_cache": run.reference_cache,
+    }
+    return tuple((name, path, Path(path).exists()) for name, path in wanted.items() if path)
+
+
+def _room(folder: Path) -> tuple[int | None, bool]:
+    """Free bytes where ``folder`` is or will be made, and whether it can be written there."""
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free, os.access(folder, os.W_OK)
+    except OSError:
+        return None, False
+
+
+def _with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
+    """As torchrun's environment says, else --nproc, else one for each GPU, else the fewest that the layout takes."""
+    number = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    world, local = (int(text) if text.isdigit() else None for text in number.values())
+    needs.local = nproc or local or gpus or needs.least_processes
+    needs.processes = world or needs.local
+    needs.local = min(needs.local, needs.processes)
+    return needs
+
+
+def _mistake(config, processes: int) -> str | None:
+    """What the trainer's own rules say, in its own order; architecture and vocabulary may come from ``load``."""
+    from megatron_dtrpo.arguments import read_yaml
+    from megatron_dtrpo.config import validate, validate_data, validate_training
+    from megatron_dtrpo.errors import UserError
+
+    try:
+        saved = Path(config.run.load or "") / "model_config.yaml"
+        if config.run.load and saved.is_file():
+            for key, value in read_yaml(saved).items():
+                setattr(config.model, key, value)
+        elif config.run.load:
+            return None  # said by the line about paths
+        data_parallel = validate(config, processes)
+        validate_data(config)
+        validate_training(config, data_parallel)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _checkpoint_bytes(model) -> int | None:
+    """Weights, fp32 main weights and Adam's two moments: 16 bytes a parameter, rounded up from the layers' sizes."""
+    sizes = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)
+    if not all(sizes):
+        return None
+    layers, hidden, ffn, heads = sizes
+    groups = model.num_query_groups or heads
+    attention = hidden * hidden * (2 + 2 * groups / heads)
+    embeddings = (model.vocab_size or 0) * hidden * (2 if model.untie_embeddings_and_output_weights else 1)
+    return int(16 * (layers * (attention + 3 * hidden * ffn) + embeddings))

@@ -1,0 +1,172 @@
+"""How much memory a rank needs: every formula takes settings and gives bytes. docs/memory.md explains them.
+
+Legend: t packed tokens on one context-parallel rank; h, f, q, k, V, TP as in `parameters`; s is t, or t / TP under
+sequence parallelism; b bytes of an activation, 2 with bf16, else 4. "Saved" is what the backward pass keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dtrpo.config import Config, ModelSettings, ParallelSettings
+from megatron_dtrpo.model.limits import LOGIT_ROWS
+from megatron_dtrpo.planning import parameters
+
+GIB = 2**30
+# CUDA's context, NCCL's buffers, cuBLAS's workspace and what the allocator cannot use: an assumption, not a formula.
+OVERHEAD_BYTES = 5 * GIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one rank of one pipeline stage."""
+
+    weights: int
+    fp8_weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    logits: int
+    overhead: int = OVERHEAD_BYTES
+
+    @property
+    def states(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.fp8_weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations + self.logits + self.overhead
+
+
+def plan_stage(config: Config, data_parallel: int, stage: int) -> Plan:
+    """The plan of a rank of pipeline stage ``stage`` under a validated ``config``, at its budget of tokens
+    (``seq_length``) and with all parameters trained."""
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    count = parameters.stage_parameters(model, tp, pp, stage)
+    has_reference = config.objective.objective == "preference" and config.run.reference_cache is None
+    shards = data_parallel * parallel.context_parallel_size
+    matrices = parameters.stage_layers(model, pp) * parameters.matrix_parameters(model, tp)
+    weights = weight_bytes(count, matrices, parallel)
+    tokens = config.data.seq_length // parallel.context_parallel_size
+    micro_batches = max(1, config.data.global_batch_size // (data_parallel * config.data.micro_batch_size))
+    return Plan(
+        weights=weights,
+        fp8_weights=fp8_copy_bytes(matrices, parallel),
+        gradients=4 * count,
+        optimizer=optimizer_bytes(count, parallel, shards),
+        reference=weights if has_reference else 0,
+        activations=stage_activation_bytes(model, parallel, tokens, stage, micro_batches),
+        logits=logit_bytes(model, parallel, tokens) if stage == pp - 1 else 0,
+    )
+
+
+def weight_bytes(count: int, matrices: int, parallel: ParallelSettings) -> int:
+    """``count`` parameters, of which ``matrices`` are weights of matrix products inside layers: 2 bytes each with bf16,
+    else 4. With fp8_param_gather the matrices take 1."""
+    each = 2 if parallel.bf16 else 4
+    return each * count - (each - 1) * matrices * parallel.fp8_param_gather
+
+
+def fp8_copy_bytes(matrices: int, parallel: ParallelSettings) -> int:
+    """Transformer Engine keeps a matrix in FP8 twice, as it is and transposed, for the micro-batches of a step; with
+    fp8_param_gather the first of the two is the weight itself."""
+    if parallel.fp8_format is None:
+        return 0
+    return matrices * (1 if parallel.fp8_param_gather else 2)
+
+
+def optimizer_bytes(count: int, parallel: ParallelSettings, shards: int) -> int:
+    """Adam's two moments in fp32, with bf16 also fp32 main weights: 8 or 12 bytes a parameter, which the distributed
+    optimizer divides among ``shards``, the data- and context-parallel processes."""
+    each = 12 if parallel.bf16 else 8
+    return each * count // (shards if parallel.use_distributed_optimizer else 1)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Saved bytes of one layer and one micro-batch."""
+
+    inputs: int
+    """The residual stream before the layer: all that full recomputation keeps."""
+    norms: int
+    """Both norms' outputs and the residual stream between them."""
+    attention: int
+    """Rotated queries and keys, values, the attention's output and its log-sum-exp."""
+    rotary: int
+    """Cosines and sines, made anew for queries and for keys in every layer."""
+    mlp: int
+    """Gate and up as one tensor, the activated gate, up again (megatron-core adds an offset of 0), their product."""
+
+    @property
+    def total(self) -> int:
+        return self.inputs + self.norms + self.attention + self.rotary + self.mlp
+
+
+def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> LayerActivations:
+    """Without recomputation, with an attention that saves its operands (FlexAttention). FP8 saves what matrix products
+    read, and nothing else does, in one byte: the norms' outputs and the product in the MLP."""
+    tp = parallel.tensor_model_parallel_size
+    width = 2 if parallel.bf16 else 4
+    narrow = 1 if parallel.fp8_format else width
+    local = tokens // tp if parallel.sequence_parallel else tokens
+    h, f, (q, k) = model.hidden_size, model.ffn_hidden_size, parameters.widths(model)
+    heads = model.num_attention_heads
+    return LayerActivations(
+        inputs=width * local * h,
+        norms=2 * narrow * local * h + width * local * h,
+        attention=(width * tokens * (2 * q + 2 * k) + 4 * tokens * heads) // tp,
+        rotary=4 * width * tokens * model.kv_channels,
+        mlp=(width * tokens * 4 * f + narrow * tokens * f) // tp,
+    )
+
+
+def kept_bytes(layer: LayerActivations, parallel: ParallelSettings) -> int:
+    """What one layer keeps until its backward pass, under the recomputation that is set. Recomputing the attention
+    itself keeps its operands and its output, which the next matrix product reads: next to nothing is saved. What full
+    recomputation keeps is `stage_activation_bytes`'s to count."""
+    if parallel.recompute_granularity == "selective" and "mlp" in (parallel.recompute_modules or ()):
+        return layer.total - layer.mlp
+    return layer.total
+
+
+def stage_activation_bytes(
+    model: ModelSettings, parallel: ParallelSettings, tokens: int, stage: int, micro_batches: int
+) -> int:
+    """Peak over a step: what all micro-batches in flight keep, and one layer (or recomputed chunk) in its backward pass
+    with as much again for the gradients of its widest part."""
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    per_chunk = parameters.stage_layers(model, pp) // virtual
+    layer = layer_activations(model, parallel, tokens)
+    in_flight = chunks_in_flight(pp, virtual, stage, micro_batches)
+    working = layer.mlp
+    if parallel.recompute_granularity != "full":
+        if kept_bytes(layer, parallel) < layer.total:
+            working += layer.mlp  # the recomputed one
+        return in_flight * per_chunk * kept_bytes(layer, parallel) + working
+    span = parallel.recompute_num_layers
+    if parallel.recompute_method == "uniform":
+        return in_flight * (per_chunk // span) * layer.inputs + span * layer.total + working
+    # block: the first `span` layers of every chunk are recomputed one by one, the others keep everything
+    kept = span * layer.inputs + (per_chunk - span) * layer.total
+    return in_flight * kept + layer.total + working
+
+
+def chunks_in_flight(pp: int, virtual: int, stage: int, micro_batches: int) -> int:
+    """Forward passes of a (virtual) stage that wait for their backward pass at most: pp - stage in the plain schedule;
+    in the interleaved one 2 (pp - stage - 1) + (virtual - 1) pp + 1."""
+    if pp == 1:
+        return 1
+    if virtual == 1:
+        return min(pp - stage, micro_batches)
+    return min(2 * (pp - stage - 1) + (virtual - 1) * pp + 1, virtual * micro_batches)
+
+
+def logit_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> int:
+    """Peak of the head on min(t, LOGIT_ROWS) target rows (more are cut into chunks and recomputed): logits, their
+    fp32 copy and the fp32 probabilities."""
+    rows = min(tokens, LOGIT_ROWS)
+    width = 2 + 4 + 4 if parallel.bf16 else 4 + 4
+    return rows * model.padded_vocab_size // parallel.tensor_model_parallel_size * width

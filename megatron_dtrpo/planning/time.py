@@ -1,0 +1,101 @@
+"""A rough time per step, to compare layouts with. Arithmetic and messages are counted, rates and shares are assumed:
+the order of two layouts means something where they differ much, the seconds mean little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dtrpo.config import Config, ModelSettings, ParallelSettings
+from megatron_dtrpo.planning import parameters
+
+GPUS_PER_NODE = 8
+PEAK_FLOPS = 989e12  # H100, bf16, dense
+REACHED = 0.4  # of the peak, in matrix products and all that goes with them
+FP8_GAIN = 1.5  # matrix products in FP8, casts included, over bf16
+NODE_BYTES = 350e9  # a second and GPU within a node, reached
+NETWORK_BYTES = 40e9  # a second and GPU between nodes, reached
+LATENCY = 20e-6  # seconds before a message starts
+FULL_TOKENS = 512  # a matrix product of so many tokens reaches half of what a long one does
+# The packed layout's mask: a token sees a quarter of its sequence, and every fourth token is read for a prediction.
+SEEN_SHARE = 0.25
+TARGET_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step."""
+
+    compute: float
+    bubble: float
+    tensor: float
+    context: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.bubble + self.tensor + self.context + self.data
+
+
+def step_time(config: Config, data_parallel: int) -> StepTime:
+    """Of a validated ``config``. Every packed sequence is taken to be full, and to hold ``micro_batch_size`` examples
+    then."""
+    model, parallel, data = config.model, config.parallel, config.data
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    sequences = -(-data.global_batch_size // data.micro_batch_size)
+    micro_batches = -(-sequences // data_parallel)  # of the process that has most
+    has_reference = config.objective.objective == "preference" and config.run.reference_cache is None
+    passes = 3 + has_reference + recomputed_share(model, parallel)
+    tokens = data.seq_length // cp
+    rate = PEAK_FLOPS * REACHED * (FP8_GAIN if parallel.fp8_format else 1) * tokens / (tokens + FULL_TOKENS)
+    compute = micro_batches * passes * forward_flops(model, data.seq_length) / (tp * pp * cp) / rate
+    bubble = compute * (pp - 1) / (micro_batches * parallel.num_virtual_stages_per_pipeline_rank)
+
+    layers = parameters.stage_layers(model, pp)
+    residual = 2 * tokens * model.hidden_size
+    # Twice a gather and a reduce-scatter in every pass; a backward pass, which counts twice, gathers its inputs again.
+    messages = micro_batches * layers * (passes - 0.5) * 4
+    tensor = messages * (residual * (tp - 1) / tp / _rate(tp) + LATENCY) if tp > 1 else 0.0
+    _, k = parameters.widths(model)
+    keys = 2 * 2 * data.seq_length * k // tp
+    messages = micro_batches * layers * (passes - 1)
+    context = messages * (keys * (cp - 1) / cp / _rate(tp * cp) + LATENCY) if cp > 1 else 0.0
+    # fp32 gradients are added up, and bf16 weights gathered.
+    count = max(parameters.stage_parameters(model, tp, pp, stage) for stage in (0, pp - 1))
+    ranks = data_parallel * cp
+    exchange = 6 * count * (ranks - 1) / ranks
+    return StepTime(
+        compute=compute,
+        bubble=bubble,
+        tensor=tensor,
+        context=context,
+        data=exchange / _rate(tp * cp * data_parallel),
+    )
+
+
+def _rate(span: int) -> float:
+    """Bytes a second between ranks that are at most ``span`` apart."""
+    return NODE_BYTES if span <= GPUS_PER_NODE else NETWORK_BYTES
+
+
+def forward_flops(model: ModelSettings, tokens: int) -> float:
+    """Of one forward pass over a packed sequence, through all layers and the head."""
+    q, _ = parameters.widths(model)
+    layer = 2 * parameters.matrix_parameters(model, tp=1) + 4 * q * SEEN_SHARE * tokens
+    head = 2 * parameters.vocabulary_parameters(model, tp=1) * TARGET_SHARE
+    return tokens * (model.num_layers * layer + head)
+
+
+def recomputed_share(model: ModelSettings, parallel: ParallelSettings) -> float:
+    """Forward passes that recomputation adds."""
+    if parallel.recompute_granularity == "full":
+        layers = parameters.stage_layers(model, parallel.pipeline_model_parallel_size)
+        layers //= parallel.num_virtual_stages_per_pipeline_rank
+        return 1.0 if parallel.recompute_method == "uniform" else parallel.recompute_num_layers / layers
+    if "mlp" in (parallel.recompute_modules or ()):
+        return 3 * model.hidden_size * model.ffn_hidden_size / parameters.matrix_parameters(model, tp=1)
+    return 0.0

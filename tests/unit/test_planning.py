@@ -1,0 +1,259 @@
+"""The planner's formulae against what is there: parameters of the model itself, bytes of its tensors, bytes that
+autograd saves. And its choices: the layout of examples/dtrpo_7b.yaml is the one that it puts first."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_dtrpo.arguments import read_yaml
+from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings, validate
+from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.planning import memory, parameters
+from megatron_dtrpo.planning.layouts import layouts
+from megatron_dtrpo.runtime import initialize
+from tests.conftest import REPOSITORY
+
+GIB = memory.GIB
+SMALL = ModelSettings(
+    num_layers=4, hidden_size=64, ffn_hidden_size=192, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+    vocab_size=250, block_size=8,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine():
+    initialize.enable_device()
+
+
+def layout(tp=1, pp=1, **settings) -> ParallelSettings:
+    return ParallelSettings(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **settings)
+
+
+@pytest.mark.parametrize(
+    "model, parallel",
+    [
+        (SMALL, layout()),
+        (SMALL, layout(tp=2, pp=2)),
+        (replace(SMALL, add_qkv_bias=False, untie_embeddings_and_output_weights=False), layout(pp=4)),
+        (replace(SMALL, untie_embeddings_and_output_weights=False), layout(tp=2)),
+        (SMALL, layout(pp=2, num_virtual_stages_per_pipeline_rank=2)),
+    ],
+)
+def test_parameters_are_the_models_own(model, parallel):
+    from megatron_dtrpo.model.provider import build_chunks
+    from megatron_dtrpo.runtime import pretend
+
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for stage in range(pp):
+        with pretend.rank_of(parallel, stage * tp, tp * pp), pretend.without_memory():
+            chunks = build_chunks(model, parallel)
+            count = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            assert all(p.is_meta for chunk in chunks for p in chunk.parameters())
+        assert parameters.stage_parameters(model, tp, pp, stage) == count
+
+
+@pytest.mark.parametrize(
+    "parallel, processes",
+    [
+        (layout(), 1),
+        (layout(bf16=True), 1),
+        (layout(bf16=True, use_distributed_optimizer=True), 2),
+        (layout(bf16=True, use_distributed_optimizer=True, tp=2), 8),
+    ],
+)
+def test_states_are_as_large_as_their_tensors(parallel, processes):
+    """Weights, gradients, optimizer and reference of one rank after a step. The distributed optimizer pads its buffers,
+    so that a small model's shards are somewhat larger than their formula."""
+    from megatron_dtrpo.model.initialization import initialize_weights
+    from megatron_dtrpo.model.provider import build_chunks
+    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
+    from megatron_dtrpo.training.reference import ReferencePolicy
+
+    config = Config(model=copy.copy(SMALL), parallel=parallel, data=DataSettings(seq_length=64))
+    config.optimizer = OptimizerSettings(lr=1e-3)
+    with pretend.rank_of(parallel, 0, processes):
+        data_parallel = validate(config, processes)
+        chunks = build_chunks(config.model, parallel)
+        for chunk in chunks:
+            initialize_weights(chunk, 1)
+        reference = ReferencePolicy(chunks)
+        wrapped = wrap_data_parallel(chunks, config)
+        optimizer = build_optimizer(wrapped, config)
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.step()
+        plan = memory.plan_stage(config, data_parallel, 0)
+
+        assert plan.weights == sum(p.nbytes for chunk in chunks for p in chunk.parameters())
+        assert plan.reference == sum(value.nbytes for _, value in reference.frozen)
+        buffers = [buffer for chunk in wrapped for buffer in chunk.buffers]
+        assert plan.gradients == pytest.approx(sum(buffer.grad_data.nbytes for buffer in buffers), rel=0.01)
+        inner = optimizer.chained_optimizers[0]
+        tensors = [t for state in inner.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        if parallel.bf16:  # the fp32 main weights are the ones that Adam updates
+            tensors += [p for group in inner.optimizer.param_groups for p in group["params"]]
+        assert plan.optimizer == pytest.approx(sum(t.nbytes for t in tensors), rel=0.01)
+
+
+def packed(tokens: int):
+    """A packed sequence of two documents, about ``tokens`` long."""
+    noise = torch.Generator().manual_seed(0)
+
+    def document(prompt: int, response: int):
+        blocks = Blocks(prompt, response, SMALL.block_size)
+        masked = [torch.rand(1, blocks.count, SMALL.block_size, generator=noise) < 0.5] * 2
+        masked = [m & blocks.maskable("clean") for m in masked]
+        words = [torch.randint(0, 250, (length,), generator=noise) for length in (prompt, response, response)]
+        return lay_out(
+            words[0], words[1:], masked, [m.double() for m in masked],
+            block_size=SMALL.block_size, mask_id=249, block_start="clean",
+        )  # fmt: skip
+
+    return concatenate([document(tokens // 12, tokens // 8), document(tokens // 16, tokens // 8)])
+
+
+def saved_bytes(model, sequence) -> tuple[int, list]:
+    """What autograd saves in a forward pass, parameters excluded; and the attention's plan."""
+    from megatron_dtrpo.model.attention import attention_width, plan_attention
+
+    attention = plan_attention(sequence.coordinates(), SMALL.block_size, "sdpa", attention_width(model.config))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or its address would be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(sequence.tokens, sequence.position, attention)
+    return sum(size for size, _ in storages.values()), attention.plan
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {},
+        {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ],
+    ids=["none", "mlp", "full"],
+)
+def test_activations_are_what_autograd_saves(recompute):
+    """Within 1%, once what is the CPU's own is added: its RMS norm also saves the normalised input, and its attention,
+    a call for each chunk of queries, saves the keys that a chunk gathers and a second copy of the output."""
+    from megatron_dtrpo.model.initialization import initialize_weights
+    from megatron_dtrpo.model.provider import build_model
+
+    parallel = ParallelSettings(**recompute)
+    initialize.start(parallel, 1)
+    try:
+        model = build_model(SMALL, parallel)
+        initialize_weights(model, 1)
+        sequence = packed(1000)
+        measured, plan = saved_bytes(model, sequence)
+    finally:
+        initialize.stop()
+    tokens, (q, k) = len(sequence), parameters.widths(SMALL)
+    layer = memory.layer_activations(SMALL, parallel, tokens)
+    gathered = sum(chunk.keys.numel() for chunk in plan)
+    norm = 4 * tokens * (SMALL.hidden_size + 1)
+    own = 2 * norm + 4 * (q * tokens + 2 * k * (gathered - tokens))
+    final = 4 * tokens * SMALL.hidden_size + norm
+    masks = sum(chunk.mask.nbytes for chunk in plan if chunk.mask is not None)
+    if recompute.get("recompute_granularity") == "full":
+        rotary_input = 4 * tokens * SMALL.kv_channels
+        expected = SMALL.num_layers * layer.inputs + rotary_input + final
+    else:
+        expected = SMALL.num_layers * (memory.kept_bytes(layer, parallel) + own) + final + masks
+    assert expected == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("pp, virtual", [(2, 1), (4, 1), (2, 2), (4, 3)])
+def test_chunks_in_flight_are_those_of_the_schedule(pp, virtual):
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    from megatron_dtrpo.runtime import pretend
+
+    parallel = layout(pp=pp, num_virtual_stages_per_pipeline_rank=virtual)
+    for stage in range(pp):
+        with pretend.rank_of(parallel, stage, pp):
+            _, _, warm_up, _ = get_pp_rank_microbatches(64, virtual, pp, forward_only=False)
+        assert memory.chunks_in_flight(pp, virtual, stage, 64) == warm_up + 1
+
+
+def seven_billion(name: str = "dtrpo_7b") -> Config:
+    return Config.from_flat(read_yaml(REPOSITORY / "examples" / f"{name}.yaml"))
+
+
+def test_seven_billion_parameters():
+    assert parameters.model_parameters(seven_billion().model) == 7_615_616_512
+
+
+@pytest.mark.parametrize("name", ["dtrpo_7b", "sft_7b"])
+def test_the_example_has_the_layout_that_the_planner_prefers(name):
+    config = seven_billion(name)
+    best = layouts(config, 8, 80 * GIB)[0]
+    parallel = config.parallel
+    assert best.fits and best.recomputation == "none" and parallel.recompute_granularity is None
+    assert best.sizes == (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        4,
+    )
+    assert parallel.sequence_parallel
+
+
+def test_layouts_come_best_first():
+    found = layouts(seven_billion(), 64, 80 * GIB)
+    fitting = [each for each in found if each.fits]
+    assert found[: len(fitting)] == fitting
+    assert [each.seconds.total for each in fitting] == sorted(each.seconds.total for each in fitting)
+    assert len({each.sizes for each in found}) == len(found)
+    for each in found:
+        tp, pp, cp, dp = each.sizes
+        assert tp * pp * cp * dp == 64
+
+
+def test_less_memory_means_more_recomputation():
+    kinds = {"none": 0, "mlp": 1, "full": 2}
+    before = None
+    for capacity in (80, 64, 56, 48):
+        at = {each.sizes: each for each in layouts(seven_billion(), 8, capacity * GIB)}[2, 1, 1, 4]
+        assert before is None or kinds[at.recomputation] >= before
+        before = kinds[at.recomputation]
+    assert before == 2
+
+
+def test_a_reference_cache_saves_the_copy():
+    config = seven_billion()
+    validate(config, 8)
+    live = memory.plan_stage(config, 4, 0)
+    config.run.reference_cache = "scores"
+    assert live.reference == live.weights
+    assert memory.plan_stage(config, 4, 0).reference == 0
+
+
+def test_no_layout_is_one_line():
+    with pytest.raises(UserError, match="not divisible"):
+        layouts(seven_billion(), 11, 80 * GIB)
+
+
+def test_plan_prints_a_table(capsys):
+    plan = runpy.run_path(str(REPOSITORY / "tools" / "plan.py"))
+    words = ["--config", str(REPOSITORY / "examples" / "dtrpo_7b.yaml"), "--gpus", "8"]
+    assert plan["run_command"](plan["_plan"], [*words, "--gpu-memory", "80", "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layouts fit" in lines[0] and len(lines) == 2 + 3
+    assert lines[2].split()[:6] == ["fits", "2", "1", "1", "4", "none"]
+    assert plan["run_command"](plan["_plan"], [*words, "--gpus", "0"]) == 2
+    assert capsys.readouterr().err == "error: --gpus is 0: it must be positive\n"

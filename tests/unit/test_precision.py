@@ -1,0 +1,412 @@
+"""Transformer Engine and FP8, as far as a CPU goes: what the settings become, what is refused, how micro-batches are
+padded, and a model of fused layers that stand in for Transformer Engine's (tests/fused_layers.py)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_dtrpo import fp8
+from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings, validate, validate_training
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import fp8 as fp8_passes
+from megatron_dtrpo.runtime import initialize, precision
+
+MODEL = ModelSettings(
+    num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64,
+    vocab_size=128, block_size=8,
+)  # fmt: skip
+FP8 = ParallelSettings(bf16=True, fp8_format="hybrid")
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine():
+    initialize.enable_device()
+
+
+def refused(model=MODEL, processes=1, seq_length=4096, **settings) -> str:
+    config = Config(
+        model=replace(model), parallel=ParallelSettings(**settings), data=DataSettings(seq_length=seq_length)
+    )
+    with pytest.raises(UserError) as error:
+        validate(config, processes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_settings_become_megatron_cores():
+    from megatron_dtrpo.model.provider import transformer_config
+
+    parallel = replace(
+        FP8, fp8_recipe="blockwise", fp8_param_gather=True, use_distributed_optimizer=True, first_last_layers_bf16=True,
+        num_layers_at_start_in_bf16=2, transformer_impl="transformer_engine",
+    )  # fmt: skip
+    config = transformer_config(MODEL, parallel)
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", "blockwise", True)
+    assert config.first_last_layers_bf16
+    assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (2, 1)
+    assert config.transformer_impl == "transformer_engine"
+    assert config.tp_only_amax_red
+    assert precision.optimizer_precision(parallel)["fp8_recipe"] == "blockwise"
+    assert precision.data_parallel_precision(parallel)["fp8_param_gather"]
+
+    delayed = replace(
+        FP8, fp8_recipe="delayed", fp8_margin=1, fp8_amax_history_len=16, fp8_amax_compute_algo="max"
+    )  # fmt: skip
+    config = transformer_config(MODEL, delayed)
+    assert (config.fp8_recipe, config.fp8_margin, config.fp8_amax_history_len) == ("delayed", 1, 16)
+    assert config.fp8_amax_compute_algo == "max"
+
+
+def test_without_fp8_nothing_of_it_is_set():
+    from megatron_dtrpo.model.provider import transformer_config
+
+    config = transformer_config(MODEL, ParallelSettings(bf16=True))
+    assert config.fp8 is None and not config.fp8_param and config.transformer_impl == "local"
+    assert "fp8_recipe" not in precision.optimizer_precision(ParallelSettings(bf16=True))
+
+
+def test_transformer_engine_is_the_default_where_it_is(monkeypatch):
+    assert precision.transformer_impl(ParallelSettings()) == "local"
+    monkeypatch.setattr(precision, "transformer_engine_is_usable", lambda: True)
+    assert precision.transformer_impl(ParallelSettings()) == "transformer_engine"
+    assert precision.transformer_impl(ParallelSettings(transformer_impl="local")) == "local"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"fp8_format": "hybrid"}, "fp8_format needs bf16"),
+        ({"fp8_format": "e4m3", "bf16": True, "transformer_impl": "local"}, "needs Transformer Engine"),
+        ({"fp8_param_gather": True}, "fp8_param_gather goes with FP8"),
+        ({"first_last_layers_bf16": True}, "first_last_layers_bf16 goes with FP8"),
+        ({"fp8_format": "hybrid", "bf16": True, "fp8_param_gather": True}, "needs use_distributed_optimizer"),
+        ({"fp8_format": "hybrid", "bf16": True, "num_layers_at_end_in_bf16": 2}, "go with first_last_layers_bf16"),
+        ({"fp8_format": "hybrid", "bf16": True, "fp8_margin": 1}, "fp8_margin belongs to fp8_recipe delayed"),
+        (
+            {"fp8_format": "hybrid", "bf16": True, "fp8_recipe": "delayed", "first_last_layers_bf16": True},
+            "cannot be had with fp8_recipe delayed",
+        ),
+        (
+            {"fp8_format": "hybrid", "bf16": True, "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 5},
+            "a pipeline stage has 4 layers",
+        ),
+        (
+            {"fp8_format": "hybrid", "bf16": True, "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3},
+            "leave none of 4",
+        ),
+        (
+            {"fp8_format": "hybrid", "bf16": True, "fp8_recipe": "mxfp8", "fp8_param_gather": True,
+             "use_distributed_optimizer": True},
+            "cannot be had with fp8_recipe mxfp8",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_one_line(settings, message):
+    assert message in refused(**settings)
+
+
+def test_widths_are_checked_on_each_rank():
+    settings = {"fp8_format": "hybrid", "bf16": True}
+    narrow = replace(MODEL, ffn_hidden_size=504)
+    assert "ffn_hidden_size / tensor_model_parallel_size is 504" in refused(narrow, **settings)
+    assert "needs a multiple of 128" in refused(
+        replace(MODEL, hidden_size=192, kv_channels=64), fp8_recipe="blockwise", **settings
+    )
+    halved = replace(MODEL, ffn_hidden_size=48)
+    message = refused(halved, processes=2, tensor_model_parallel_size=2, **settings)
+    assert "is 24: fp8_recipe tensorwise needs a multiple of 16" in message
+
+
+def test_the_token_budget_holds_what_is_padded():
+    assert "not divisible by 16" in refused(fp8_format="hybrid", bf16=True, seq_length=1000)
+
+
+def test_the_seven_billion_model_takes_every_recipe():
+    from megatron_dtrpo.arguments import read_yaml
+    from tests.conftest import REPOSITORY
+
+    for recipe in fp8.RECIPES:
+        for tp in (1, 2, 4):
+            config = Config.from_flat(read_yaml(REPOSITORY / "examples" / "dtrpo_7b.yaml"))
+            config.parallel = replace(
+                config.parallel, fp8_format="hybrid", fp8_recipe=recipe, tensor_model_parallel_size=tp
+            )
+            assert validate(config, 8) == 8 // tp
+
+
+@pytest.mark.parametrize(
+    "recipe, capability, cuda, problem",
+    [
+        ("delayed", (8, 9), "12.4", None),
+        ("tensorwise", (9, 0), "12.4", None),
+        ("tensorwise", (8, 0), "12.8", "needs a GPU of sm89 or newer, this one is sm80: leave FP8 out"),
+        ("blockwise", (9, 0), "12.9", None),
+        ("blockwise", (9, 0), "12.8", "needs CUDA 12.9, torch was built for 12.8"),
+        ("blockwise", (8, 9), "12.9", "needs a GPU of sm90 or newer, this one is sm89: choose delayed or tensorwise"),
+        ("mxfp8", (10, 0), "12.8", None),
+        ("mxfp8", (9, 0), "12.8", "sm100 or newer, before sm120, this one is sm90: choose delayed or tensorwise or"),
+        ("mxfp8", (12, 0), "12.8", "this one is sm120"),
+    ],
+)
+def test_recipes_need_hardware(recipe, capability, cuda, problem):
+    if problem is None:
+        precision._check_recipe(recipe, capability, cuda)
+        return
+    with pytest.raises(UserError, match="fp8_recipe") as error:
+        precision._check_recipe(recipe, capability, cuda)
+    assert problem in str(error.value)
+
+
+def test_this_machine_has_no_transformer_engine():
+    with pytest.raises(UserError, match="transformer_impl transformer_engine needs a GPU"):
+        precision.check_machine(ParallelSettings(transformer_impl="transformer_engine"))
+    with pytest.raises(UserError, match="fp8_format needs Transformer Engine"):
+        precision.check_machine(FP8)
+    precision.check_machine(ParallelSettings())
+
+
+def test_cached_reference_scores_have_no_history():
+    config = Config(model=replace(MODEL), parallel=replace(FP8, fp8_recipe="delayed"))
+    config.run.save, config.run.reference_cache, config.optimizer.train_iters = "run", "scores", 1
+    with pytest.raises(UserError, match="delayed takes its scales from the policy's history"):
+        validate_training(config, validate(config, 1))
+    config.parallel.fp8_reference = False
+    validate_training(config, 1)
+
+
+def test_a_reference_cache_is_for_one_format():
+    assert fp8.reference_format(ParallelSettings(bf16=True)) is None
+    assert fp8.reference_format(FP8) == "hybrid/tensorwise"
+    assert fp8.reference_format(replace(FP8, fp8_reference=False)) is None
+    assert "1+2 layers" in fp8.reference_format(
+        replace(FP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
+    )  # fmt: skip
+
+
+def test_tools_that_only_look_refuse_it():
+    with pytest.raises(UserError, match="fp8_format is for training: scoring runs without it"):
+        fp8.refuse_fp8(FP8, "scoring")
+    fp8.refuse_fp8(ParallelSettings(), "scoring")
+
+
+# Padding
+
+
+@pytest.mark.parametrize(
+    "settings, multiple",
+    [
+        ({}, 16),
+        ({"fp8_recipe": "delayed"}, 16),
+        ({"fp8_recipe": "mxfp8"}, 32),
+        ({"fp8_recipe": "blockwise"}, 128),
+        ({"tensor_model_parallel_size": 4}, 16),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 64),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp8_recipe": "mxfp8"}, 64),
+        ({"fp8_format": None}, 1),
+    ],
+)
+def test_token_multiple(settings, multiple):
+    assert fp8.token_multiple(replace(FP8, **settings)) == multiple
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("multiple", [1, 16, 48, 128])
+def test_micro_batches_are_padded(ranks, multiple):
+    from megatron_dtrpo.data.batches import MicroBatch
+    from megatron_dtrpo.diffusion.layout import PADDING_DOCUMENT, lay_out
+    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.training.step import DeviceBatch
+
+    masked = torch.ones(1, 3, 8, dtype=torch.bool)
+    sequence = lay_out(
+        torch.arange(9), [torch.arange(20)], [masked], [masked.double()], block_size=8, mask_id=99, block_start="clean"
+    )
+    length, targets = len(sequence), sequence.target_row.numel()
+    seen = 0
+    for rank in range(ranks):
+        with pretend.rank_of(ParallelSettings(context_parallel_size=ranks), rank, ranks):
+            batch = DeviceBatch(MicroBatch(sequence, [], torch.tensor([20])), torch.device("cpu"), "sdpa", 32, multiple)
+            part = batch.part
+            assert len(part) % multiple == 0 and len(part) % 8 == 0
+            if ranks == 1 and multiple == 1:
+                assert len(part) == length
+            padding = len(batch.of_padding().part)
+            assert padding % multiple == 0 and padding > 0
+            assert len(batch.part) - int((part.document != PADDING_DOCUMENT).sum()) < 8 * multiple * ranks
+            seen += part.target_row.numel()
+    assert seen == targets
+
+
+# Passes
+
+
+class Delayed(torch.nn.Module):
+    """A module with the state that delayed scaling keeps in Transformer Engine's."""
+
+    def __init__(self):
+        super().__init__()
+        self.fp8_meta = {"fp8_checkpoint": True, "scaling_fwd": SimpleNamespace(amax_history=torch.ones(2, 3))}
+
+
+def chunk() -> torch.nn.Module:
+    stage = torch.nn.Sequential(Delayed(), Delayed(), torch.nn.Linear(2, 2))
+    stage.config = SimpleNamespace(fp8="hybrid")
+    return stage
+
+
+def test_the_references_maxima_are_taken_back():
+    stage = chunk()
+    first, second = stage[0].fp8_meta, stage[1].fp8_meta
+    del second["scaling_fwd"]  # no pass yet
+    history = first["scaling_fwd"].amax_history
+    with fp8_passes.reference_pass([stage], in_fp8=True):
+        assert stage.config.fp8 == "hybrid" and not stage.training and not stage[0].training
+        history[0] = 7.0
+        second["scaling_fwd"] = SimpleNamespace(amax_history=torch.full((2, 3), 7.0))
+    assert stage.training and stage[2].training
+    assert first["scaling_fwd"].amax_history is history and torch.equal(history, torch.ones(2, 3))
+    assert not second["scaling_fwd"].amax_history.any()
+
+
+def test_a_pass_in_bf16_leaves_no_trace():
+    stage = chunk()
+    with pytest.raises(KeyboardInterrupt), fp8_passes.reference_pass([stage], in_fp8=False):
+        assert stage.config.fp8 is None
+        stage[0].fp8_meta["fp8_checkpoint"] = False
+        raise KeyboardInterrupt
+    assert stage.config.fp8 == "hybrid" and stage[0].fp8_meta["fp8_checkpoint"] and stage.training
+
+
+def test_main_weights_start_from_exact_values():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    fp8_passes.keep_exact_value(parameter, torch.ones(2))
+    assert not hasattr(parameter, "_high_precision_init_val")
+    parameter.get_high_precision_init_val = lambda: parameter._high_precision_init_val
+    fp8_passes.keep_exact_value(parameter, torch.ones(2))
+    assert torch.equal(parameter.get_high_precision_init_val(), torch.ones(2))
+
+
+# Fused layers
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Makes ``transformer_engine`` the stand-ins' spec."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from tests import fused_layers
+
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", fused_layers.FusedSpecProvider, raising=False)
+    monkeypatch.setattr(transformer_engine, "TENorm", fused_layers.FusedNorm)
+    return fused_layers
+
+
+@pytest.fixture
+def alone():
+    initialize.start(ParallelSettings(), 1)
+    yield
+    initialize.stop()
+
+
+def build(transformer_impl: str, seed: int = 1):
+    from megatron_dtrpo.model.initialization import initialize_weights
+    from megatron_dtrpo.model.provider import build_model
+
+    model = build_model(MODEL, ParallelSettings(transformer_impl=transformer_impl))
+    initialize_weights(model, seed)
+    return model
+
+
+def log_probs(model) -> torch.Tensor:
+    from megatron_dtrpo.diffusion.layout import lay_out
+    from megatron_dtrpo.model.attention import attention_width, plan_attention
+
+    masked = torch.ones(1, 3, 8, dtype=torch.bool)
+    sequence = lay_out(
+        torch.arange(9), [torch.arange(20)], [masked], [masked.double()], block_size=8, mask_id=99, block_start="clean"
+    )
+    attention = plan_attention(sequence.coordinates(), 8, "sdpa", attention_width(model.config))
+    with torch.no_grad():
+        return model(sequence.tokens, sequence.position, attention, sequence.target_row, sequence.target_token)
+
+
+def write(model, folder):
+    from megatron.core import dist_checkpointing
+
+    from megatron_dtrpo.training import checkpoint
+
+    target = checkpoint.iteration_folder(folder, 1)
+    target.mkdir(parents=True)
+    state = checkpoint._sharded_state(model, None, checkpoint._SHARDING, is_loading=False)
+    dist_checkpointing.save(state, str(target), content_metadata=checkpoint._SHARDING)
+
+
+def test_fused_spec_has_our_attention(fused):
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from megatron_dtrpo.model.attention import BlockDiffusionAttention
+    from megatron_dtrpo.model.layer_spec import block_diffusion_layer_spec
+
+    layer = block_diffusion_layer_spec("transformer_engine").submodules
+    attention = layer.self_attention.submodules
+    assert attention.core_attention is BlockDiffusionAttention
+    assert attention.linear_qkv is fused.FusedNormLinear
+    assert layer.self_attention.params["attn_mask_type"] == AttnMaskType.arbitrary
+    assert layer.input_layernorm is layer.pre_mlp_layernorm is IdentityOp
+    assert block_diffusion_layer_spec().submodules.input_layernorm is not IdentityOp  # no GPU: local
+
+
+def test_both_backends_are_one_model(fused, alone):
+    """The same initial weights under the same names, the same fingerprint, the same numbers."""
+    from megatron_dtrpo.model.initialization import global_parameter_names
+    from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
+
+    local, other = build("local"), build("transformer_engine")
+    assert isinstance(other.decoder.final_layernorm, fused.FusedNorm)
+    mine, theirs = global_parameter_names(local), global_parameter_names(other)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert weights_fingerprint(local) == weights_fingerprint(other)
+    assert torch.equal(log_probs(local), log_probs(other))
+
+
+@pytest.mark.parametrize("writer, reader", [("local", "transformer_engine"), ("transformer_engine", "local")])
+def test_either_backend_reads_the_others_checkpoint(fused, alone, tmp_path, writer, reader):
+    """The final norm's extra state is in Transformer Engine's checkpoints alone."""
+    from megatron_dtrpo.training import checkpoint
+
+    written = build(writer, seed=5)
+    with torch.no_grad():
+        for parameter in written.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    write(written, tmp_path)
+    read = build(reader)
+    checkpoint.load(tmp_path, 1, read)
+    assert torch.equal(log_probs(read), log_probs(written))
+    keys = (tmp_path / "iter_0000001" / ".metadata").read_bytes()
+    assert (b"final_layernorm._extra_state" in keys) == (writer == "transformer_engine")
+
+
+def test_nothing_but_extra_state_may_be_missing(alone, tmp_path):
+    from megatron_dtrpo.training import checkpoint
+
+    model = build("local")
+    write(model, tmp_path)
+    model.decoder.final_layernorm.register_parameter("shift", torch.nn.Parameter(torch.zeros(MODEL.hidden_size)))
+    with pytest.raises(UserError, match="does not load into this model: decoder.final_layernorm.shift"):
+        checkpoint.load(tmp_path, 1, model)
+
+
+def test_a_stage_takes_no_other_mismatch(alone):
+    from megatron_dtrpo.training import checkpoint
+
+    model = build("local")
+    state = model.state_dict()
+    checkpoint._load_stage(model, state | {"decoder.final_layernorm._extra_state": torch.empty(0)})
+    with pytest.raises(RuntimeError, match="stranger"):
+        checkpoint._load_stage(model, state | {"stranger": torch.empty(0)})

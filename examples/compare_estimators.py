@@ -36,7 +36,6 @@ ESTIMATORS = {
     "elbo": ["--estimator", "elbo"],
     "mean_field": ["--estimator", "mean_field", "--num-views", "1"],
 }
-DRAWS = 8  # of noise, for the deviation
 COLUMNS = ("exact match", "reward accuracy", "seconds per step", "forward tokens per pair", "deviation at equal cost")
 
 
@@ -50,6 +49,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="training settings shared by all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    parser.add_argument("--draws", type=int, default=8, help="of noise, for the deviation (default: 8)")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes (default: 1)")
     return parser.parse_known_args(arguments)  # what is left goes to the trainer
 
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace, extra: list[str], name: str) -> dict[st
 
 def deviation(options: argparse.Namespace, judge: Path, name: str) -> float:
     """Of one pair's margin between draws of noise, mean over the pairs, all under the policy in ``judge``."""
-    draws = [margins(options, judge, f"{name}-draw{draw}", 1000 + draw, name) for draw in range(DRAWS)]
+    draws = [margins(options, judge, f"{name}-draw{draw}", 1000 + draw, name) for draw in range(options.draws)]
     return statistics.mean(statistics.stdev(values) for values in zip(*draws, strict=True))
 
 

@@ -53,9 +53,26 @@ BACKENDS = {
 }
 
 
-def block_diffusion_layer_spec(transformer_impl: str | None = None) -> ModuleSpec:
-    """The spec of one layer; default: Transformer Engine's where it is installed and there is a GPU."""
-    return BACKENDS[transformer_impl or default_transformer_impl()][0]()
+class LayerSpec(ModuleSpec):
+    """The spec of one layer, which may also be called.
+
+    Megatron-LM hands what ``--spec`` imports to ``GPTModel`` as it is and never calls it: a function would fail there.
+    Frameworks built on it call it with ``(args, config, vp_stage)`` if it can be called.
+    """
+
+    def __call__(self, args=None, config=None, vp_stage=None) -> ModuleSpec:
+        """A spec with the backend that ``args`` names (itself, or as ``args.transformer_impl``); default: Transformer
+        Engine's where it is installed and there is a GPU."""
+        named = args if isinstance(args, str) else getattr(args, "transformer_impl", None)
+        return BACKENDS[named or default_transformer_impl()][0]()
+
+
+def _default_layer_spec() -> LayerSpec:
+    spec = BACKENDS[default_transformer_impl()][0]()
+    return LayerSpec(module=spec.module, params=spec.params, submodules=spec.submodules)
+
+
+block_diffusion_layer_spec = _default_layer_spec()
 
 
 def block_diffusion_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -35,6 +35,9 @@ def device() -> torch.device:
 
 def enable_device() -> None:
     """Makes megatron-core importable and usable on what this machine has; before anything imports it."""
+    # On GPUs before Blackwell messages of tensor parallelism overlap the matrix products that they were issued before
+    # only if all go through one queue, which megatron-core and Transformer Engine count on. Read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.enable()
 
 

@@ -23,7 +23,7 @@ def core_attention(spec: ModuleSpec) -> type:
 
 def imported() -> object:
     """What Megatron-LM's ``args.spec`` leads to."""
-    return import_module(["megatron_dtrpo.megatron_lm", "block_diffusion_layer_spec"])
+    return import_module(["megatron_dtrpo.model.layer_spec", "block_diffusion_layer_spec"])
 
 
 def test_megatron_lm_takes_the_layer_as_it_is():
@@ -52,7 +52,7 @@ from megatron.core.transformer.spec_utils import import_module
 
 from megatron_dtrpo.model.provider import transformer_config
 
-spec = import_module(["megatron_dtrpo.megatron_lm", "block_diffusion_layer_spec"])
+spec = import_module(["megatron_dtrpo.model.layer_spec", "block_diffusion_layer_spec"])
 model = ModelSettings(
     num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=8
 )

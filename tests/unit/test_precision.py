@@ -187,6 +187,21 @@ def test_a_reference_cache_is_for_one_format():
     )  # fmt: skip
 
 
+def test_a_run_keeps_its_format():
+    """Also one that was started before there was the setting: without FP8 then."""
+    from megatron_dtrpo.training import resume
+
+    now, first = Config(), resume._resolved(Config())
+    for key in ("fp8_format", "fp8_recipe", "fp8_reference"):
+        del first[key]
+    resume._check_pinned(now, first)
+    now.parallel.fp8_format = "hybrid"
+    with pytest.raises(UserError, match="this run has fp8_format None, not hybrid"):
+        resume._check_pinned(now, first)
+    with pytest.raises(UserError, match="this run has fp8_reference False, not True"):
+        resume._check_pinned(now, first | {"fp8_format": "hybrid", "fp8_reference": False})
+
+
 def test_tools_that_only_look_refuse_it():
     with pytest.raises(UserError, match="fp8_format is for training: scoring runs without it"):
         fp8.refuse_fp8(FP8, "scoring")

@@ -6,8 +6,10 @@
 #   bash examples/sft_7b.sh [flags]      # starts torchrun itself; see launch.sh for NNODES and the like
 #   bash examples/sft_7b.sh --dry-run    # what would run, and in how much memory; needs no GPU
 #
-# torchrun starts Python on this file, for which these lines are a string; bash runs them and comes no further.
+# torchrun starts Python on this file, for which these lines are a string. Bash runs them and comes no further; what
+# follows is a here-document to it.
 . "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+: <<'pass'
 '''
 
 import sys
@@ -18,3 +20,4 @@ if __name__ == "__main__":  # the processes that write a checkpoint import this 
     from megatron_dtrpo.train import main
 
     sys.exit(main(["--config", str(Path(__file__).with_suffix(".yaml")), *sys.argv[1:]]))
+pass

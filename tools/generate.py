@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
     parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
     parser.add_argument("--stop-token", action="append", default=[], metavar="TOKEN", help="A token that ends a "
-                        "response, beside the tokenizer's end token; may be repeated.")  # fmt: skip
+                        "response and stays in it, beside the tokenizer's end token; may be repeated.")  # fmt: skip
     parser.add_argument("--verifier", metavar="NAME", help="Judge the responses: numeric (the last number against the "
                         "row's answer) or module:function. Prints the share that is right.")  # fmt: skip
     parser.add_argument("--record-trajectory", action="store_true", help="Write each token's decoding step.")
@@ -90,13 +90,13 @@ def _generate(argv: list[str]) -> None:
             seconds = time.perf_counter() - started
             if session.is_main:
                 completions = [samples[0] for samples in decoded]
-                verdicts = _judge(session.tokenizer, prompts, completions, judge)
+                verdicts = _judge(session.tokenizer, prompts, completions, judge, arguments.verifier)
                 _write(session.tokenizer, prompts, completions, verdicts, arguments)
                 unfinished = sum(not completion.ended for completion in completions)
                 print(f"{speed(completions, seconds)}; {unfinished} without an end token", file=sys.stderr)
 
 
-def _judge(tokenizer, prompts, completions, judge) -> list[bool | None]:
+def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | None]:
     """Whether each response is right; None where nobody can say. Prints the share of those that are."""
     if judge is None:
         return [None] * len(prompts)
@@ -108,8 +108,9 @@ def _judge(tokenizer, prompts, completions, judge) -> list[bool | None]:
     ]
     judge.report()
     judged = [verdict for verdict in verdicts if verdict is not None]
-    if judged:
-        print(f"exact match          {accuracy([1.0 if verdict else -1.0 for verdict in judged])}")
+    if not judged:
+        raise UserError(f"--verifier {name}: no response could be judged; {judge.failures[0]}")
+    print(f"exact match          {accuracy([1.0 if verdict else -1.0 for verdict in judged])}")
     return verdicts
 
 

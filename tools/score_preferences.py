@@ -5,7 +5,8 @@
 
 Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likelihood`` rows compare the two responses
 under the checkpoint alone. What a preference run was trained with (estimator, steps_per_block, beta, seq_length ...) is
-read from its folder; every such setting is a flag here too (--num-views 8 for less noise). Runs under torchrun as well.
+read from its folder; every such setting is a flag here too (--num-views 8 for less noise), as `python -m
+megatron_dtrpo.train --help` lists them. Runs under torchrun as well.
 """
 
 from __future__ import annotations

@@ -81,10 +81,17 @@ class Judge:
     def __call__(self, row: dict[str, Any], location: str, completion: str) -> bool | None:
         """Whether ``completion`` is right; None, noted in ``failures``, where the verifier raises."""
         try:
-            return bool(self.verifier(row, completion))
+            verdict = self.verifier(row, completion)
+        except UserError as error:
+            self.failures.append(f"{location}: {error}")
+            return None
         except Exception as error:  # a verifier is the user's code: one bad row must not end the run
             self.failures.append(f"{location}: the verifier raised {_short(error)}")
             return None
+        if type(verdict).__name__ not in ("bool", "bool_") and verdict not in (0, 1):
+            self.failures.append(f"{location}: the verifier returned a {type(verdict).__name__}, not True or False")
+            return None
+        return bool(verdict)
 
     def report(self) -> None:
         """Says on standard error what could not be judged: the first failures by name, and how many there are."""

@@ -65,6 +65,8 @@ def latest_iteration(directory: str | Path) -> int | None:
 def require_latest(directory: str | Path) -> int:
     """The last complete iteration; raises UserError if there is none."""
     iteration = latest_iteration(directory)
+    if not Path(directory).is_dir():
+        raise UserError(f"{directory}: no such folder, so no checkpoint to load")
     if iteration is None:
         raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing")
     return iteration

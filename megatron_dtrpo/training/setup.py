@@ -62,6 +62,8 @@ def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
         for key in keys:
             if key not in given and first.get(key) is not None:
                 setattr(group, key, first[key])
+    if "num_views" not in given and config.objective.estimator and not ESTIMATORS[config.objective.estimator].is_random:
+        config.objective.num_views = 1
 
 
 def open_tokenizer(config: Config) -> Tokenizer:

@@ -220,14 +220,14 @@ def test_load_of_a_folder_without_checkpoint(settings, error_of, tmp_path):
 def test_nan_names_the_pairs_that_have_it(settings, error_of, tmp_path, monkeypatch):
     """One token's embedding is NaN, and only the sixth pair, in the second step, has that token. Each pair is a
     sequence of its own here: masked attention multiplies NaN by zero, so that pairs packed together share it."""
-    from megatron_dtrpo.training import loop
+    from megatron_dtrpo.training import reference
 
-    def poisoned(model, seed, initialize=loop.initialize_weights):
+    def poisoned(model, seed, initialize=reference.initialize_weights):
         initialize(model, seed)
         with torch.no_grad():
             model.embedding.word_embeddings.weight[ord("~")] = float("nan")
 
-    monkeypatch.setattr(loop, "initialize_weights", poisoned)
+    monkeypatch.setattr(reference, "initialize_weights", poisoned)
     rows = [{**GOOD, "prompt": f"{'~' if number == 6 else number}+1="} for number in range(1, 9)]
     data = write_lines(tmp_path / "pairs.jsonl", rows)
     settings |= {"data_path": data, "shuffle": False, "micro_batch_size": 1, "save_interval": 1, "train_iters": 4}
@@ -241,9 +241,9 @@ def test_nan_gradient_without_clipping(settings, error_of, monkeypatch):
     """The loss is finite, its gradient is not: caught in that step, even where gradients are not clipped."""
     from megatron_dtrpo.training import loop
 
-    def poisoned(model, batches, objective, run_pass=loop.train_pass):
-        outcomes = run_pass(model, batches, objective)
-        next(iter(model.module.parameters())).main_grad[0, 0] = float("nan")
+    def poisoned(chunks, batches, objective, run_pass=loop.train_pass):
+        outcomes = run_pass(chunks, batches, objective)
+        next(iter(chunks[0].module.parameters())).main_grad[0, 0] = float("nan")
         return outcomes
 
     monkeypatch.setattr(loop, "train_pass", poisoned)

@@ -199,6 +199,25 @@ class ForkServer:
         _kill_tree(self.process)
 
 
+def layout_metrics(train: Callable, folder: Path, layouts: dict, **shared) -> Callable[[str], list[dict]]:
+    """Name of a layout -> the metrics of its steps; every layout runs once.
+
+    Args:
+        train: (settings, processes) -> metrics, as `ForkServer.train`.
+        folder: where ``pairs.jsonl`` is and the runs go.
+        layouts: name -> something with ``processes`` and ``settings``; ``shared`` settings hold for all.
+    """
+    done: dict[str, list[dict]] = {}
+
+    def metrics(name: str) -> list[dict]:
+        if name not in done:
+            files = {"data_path": folder / "pairs.jsonl", "save": folder / name.replace(" ", "_").replace(",", "")}
+            done[name] = train({**shared, **layouts[name].settings, **files}, layouts[name].processes)
+        return done[name]
+
+    return metrics
+
+
 def disagreements(rows: list[dict], expected: list[dict], tolerance: float = 1e-4) -> list[str]:
     """Where two runs' metrics differ by more than ``tolerance``, relatively; rates are not compared.
 

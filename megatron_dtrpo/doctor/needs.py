@@ -129,8 +129,8 @@ def _with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
 def _mistake(config, processes: int) -> str | None:
     """What the trainer's own rules say, in its own order; architecture and vocabulary may come from ``load``."""
     from megatron_dtrpo.arguments import read_yaml
-    from megatron_dtrpo.config import validate, validate_data, validate_training
     from megatron_dtrpo.errors import UserError
+    from megatron_dtrpo.validation import validate, validate_data, validate_training
 
     try:
         saved = Path(config.run.load or "") / "model_config.yaml"

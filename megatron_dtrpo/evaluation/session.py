@@ -19,12 +19,13 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from megatron_dtrpo.config import Config, validate
+from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import refuse_fp8
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.precision import check_machine
+from megatron_dtrpo.validation import validate
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,10 @@ class Session:
         return make_decoder(self.model, self.config.model, self.tokenizer, end_ids)
 
     def gather(self, results: dict) -> dict:
-        """Joins what the processes found, on every process; collective. Keys that several of them found have the same
-        value; those of one pipeline stage only, as scores of the last, are joined too."""
-        from megatron.core import parallel_state
+        """Joins what the processes found, on every process; collective."""
+        from megatron_dtrpo.training.scoring import joined
 
-        # Tensor-parallel processes hold the same: one of them speaks.
-        speaks = parallel_state.get_tensor_model_parallel_rank() == 0
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, results if speaks else {})
-        return {key: value for part in gathered for key, value in part.items()}
+        return joined(results)
 
 
 @dataclass(frozen=True)

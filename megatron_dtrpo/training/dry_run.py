@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_dtrpo.config import Config, validate, validate_training
+from megatron_dtrpo.config import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.provider import build_chunks, transformer_config
@@ -15,6 +15,7 @@ from megatron_dtrpo.planning.report import gib, memory_table
 from megatron_dtrpo.runtime import initialize, pretend
 from megatron_dtrpo.training.checkpoint import MODEL_CONFIG
 from megatron_dtrpo.training.setup import resolve_start
+from megatron_dtrpo.validation import validate, validate_training
 
 # What a run must be given and a look at one need not: any name does.
 _PLACEHOLDER = "dry-run"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dtrpo.config import Config, validate_decoding
+from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
 from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, score, train_pass
 from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
+from megatron_dtrpo.validation import validate_decoding
 
 # What asks a run to save and stop: SIGTERM, on which torchrun gives its processes half a minute, and SIGUSR1, on which
 # nobody hurries them.

@@ -39,12 +39,18 @@ def gathered_scores(
     on_device = [DeviceBatch(batch, device, backend, width, multiple) for batch in batches]
     results = score(model, on_device) if batches else []
     mine: dict[Sample, tuple[float, float]] = {}
-    if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:
-        for batch, values in zip(batches, results, strict=False):  # no results but on the last stage
-            mine.update(zip(batch.samples, map(tuple, values.view(-1, 2).tolist()), strict=True))
+    for batch, values in zip(batches, results, strict=False):  # no results but on the last stage
+        mine.update(zip(batch.samples, map(tuple, values.view(-1, 2).tolist()), strict=True))
+    return joined(mine)
+
+
+def joined(found: dict) -> dict:
+    """What any process ``found``, on every process; collective. Those that found the same key have the same value."""
+    # Tensor- and context-parallel processes hold the same: one of them speaks.
+    speaks = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return {sample: pair for part in gathered for sample, pair in part.items()}
+    dist.all_gather_object(gathered, found if speaks else {})
+    return {key: value for part in gathered for key, value in part.items()}
 
 
 @dataclass(frozen=True)

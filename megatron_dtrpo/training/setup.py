@@ -19,7 +19,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import Config, validate, validate_data, validate_training
+from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
@@ -32,6 +32,7 @@ from megatron_dtrpo.runtime.precision import check_machine
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import check_logging
 from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
+from megatron_dtrpo.validation import validate, validate_data, validate_training
 
 
 def resolve_start(config: Config, given: set[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tests import launch, oracles
 from tests.distributed.test_invariance import ELBO, PP2, PREFERENCE, RECOMPUTE, SFT, SHARDED, TP2, Layout
-from tests.launch import ForkServer, disagreements, uneven_pairs
+from tests.launch import disagreements, layout_metrics, uneven_pairs
 from tests.unit.test_attention import oracle_mask, random_qkv, random_sequence
 from tests.unit.test_sharding import dealt
 
@@ -46,25 +46,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    server = ForkServer(folder / "server.log")
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def metrics_of(folder, server):
-    """Name of a layout -> the metrics of its five steps; every layout runs once."""
-    done: dict[str, list[dict]] = {}
-
-    def metrics(name: str) -> list[dict]:
-        if name not in done:
-            files = {"data_path": folder / "pairs.jsonl", "save": folder / name.replace(" ", "_").replace(",", "")}
-            settings = {**PREFERENCE, **LAYOUTS[name].settings, **files, "overlong": "error"}
-            done[name] = server.train(settings, LAYOUTS[name].processes)
-        return done[name]
-
-    return metrics
+    return layout_metrics(server.train, folder, LAYOUTS, **PREFERENCE, overlong="error")
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.same_as])

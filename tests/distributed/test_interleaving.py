@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.test_context_parallel import CP2, OVERLAPPED
 from tests.distributed.test_invariance import PP2, PREFERENCE, RECOMPUTE, SHARDED, TIED, TP2, Layout
-from tests.launch import ForkServer, disagreements, uneven_pairs
+from tests.launch import disagreements, layout_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -35,13 +35,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    server = ForkServer(folder / "server.log")
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def train(folder, server):
     """(name of the run folder, processes, settings) -> metrics."""
 
@@ -53,16 +46,8 @@ def train(folder, server):
 
 
 @pytest.fixture(scope="module")
-def metrics_of(train):
-    """Name of a layout -> the metrics of its five steps; every layout runs once."""
-    done: dict[str, list[dict]] = {}
-
-    def metrics(name: str) -> list[dict]:
-        if name not in done:
-            done[name] = train(name, LAYOUTS[name].processes, **LAYOUTS[name].settings)
-        return done[name]
-
-    return metrics
+def metrics_of(folder, server):
+    return layout_metrics(server.train, folder, LAYOUTS, **PREFERENCE)
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.same_as])

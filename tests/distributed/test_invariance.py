@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import TINY_MODEL, ForkServer, disagreements, uneven_pairs
+from tests.launch import TINY_MODEL, disagreements, layout_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,27 +75,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    server = ForkServer(folder / "server.log")
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def metrics_of(folder, server) -> Callable[[str], list[dict]]:
-    """Name of a layout -> the metrics of its five steps; every layout runs once."""
-    data = uneven_pairs(folder / "pairs.jsonl", 20)
-    done: dict[str, list[dict]] = {}
-
-    def metrics(name: str) -> list[dict]:
-        if name not in done:
-            layout = LAYOUTS[name]
-            save = folder / name.replace(" ", "_").replace(",", "")
-            settings = {**PREFERENCE, **layout.settings, "data_path": data, "save": save, "overlong": "error"}
-            done[name] = server.train(settings, layout.processes)
-        return done[name]
-
-    return metrics
+    uneven_pairs(folder / "pairs.jsonl", 20)
+    return layout_metrics(server.train, folder, LAYOUTS, **PREFERENCE, overlong="error")
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "elbo" not in name])

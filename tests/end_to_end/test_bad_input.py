@@ -21,13 +21,6 @@ pytestmark = pytest.mark.end_to_end
 SETTINGS = {**TINY_MODEL, "seq_length": 2048, "global_batch_size": 4, "train_iters": 2, "save_interval": 2, "lr": 1e-3}
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """The runs in this process are of one process, whatever the environment says."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
     return uneven_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 12)

@@ -32,15 +32,6 @@ DECODING = {"threshold": 0.5, "small_block_size": 4}
 SCORING = {"estimator": "dtrpo", "num_views": 2, "seed": 5}
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """The runs in this process are of one process, whatever the environment says, and nothing is fetched."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A checkpoint of random weights, what it answers to the questions, and three tasks about it."""

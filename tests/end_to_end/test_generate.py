@@ -23,13 +23,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """The runs in this process are of one process, whatever the environment says."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A checkpoint of random weights, sure enough of some tokens to write several at once, and a file of prompts."""

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, read_yaml
-from megatron_dtrpo.config import GROUPS, Config, validate, validate_data, validate_decoding, validate_training
+from megatron_dtrpo.config import GROUPS, Config
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.validation import validate, validate_data, validate_decoding, validate_training
 
 COMPLETE = {
     "num_layers": 4,

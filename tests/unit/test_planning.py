@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings, validate
+from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.planning import memory, parameters
 from megatron_dtrpo.planning.layouts import layouts
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.validation import validate
 from tests.conftest import REPOSITORY
 
 GIB = memory.GIB

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megatron_dtrpo import fp8
-from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings, validate, validate_training
+from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import fp8 as fp8_passes
 from megatron_dtrpo.runtime import initialize, precision
+from megatron_dtrpo.validation import validate, validate_training
 
 MODEL = ModelSettings(
     num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64,

@@ -1,0 +1,192 @@
+"""What settings must be to one another, checked once, at the door: before anything is allocated or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from megatron_dtrpo.config import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.fp8 import check_cached_reference, check_fp8
+
+
+def _demand(condition, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    _demand(
+        value % divisor == 0,
+        f"{name} {value} is not divisible by {divisor_name} {divisor}: change one of the two",
+    )
+
+
+def fill_objective_defaults(objective: ObjectiveSettings) -> None:
+    objective.estimator = objective.estimator or {"preference": "dtrpo", "sft": "sft"}[objective.objective]
+    objective.block_start = objective.block_start or {"preference": "clean", "sft": "noisy"}[objective.objective]
+
+
+def _fill_defaults(config: Config) -> None:
+    """Resolves the defaults that depend on another setting."""
+    model = config.model
+    fill_objective_defaults(config.objective)
+    if model.num_query_groups is None:
+        model.num_query_groups = model.num_attention_heads
+    if model.kv_channels is None:
+        _multiple("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads)
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+    if config.parallel.tensor_model_parallel_size == 1:
+        config.parallel.sequence_parallel = False  # as Megatron-LM does
+    if config.parallel.recompute_granularity == "full":
+        config.parallel.recompute_method = config.parallel.recompute_method or "uniform"
+        config.parallel.recompute_num_layers = config.parallel.recompute_num_layers or 1
+
+
+def validate(config: Config, world_size: int) -> int:
+    """Checks every setting, fills in dependent defaults and returns the data-parallel size.
+
+    Raises:
+        UserError: naming the key and what to do.
+    """
+    model, parallel, data, objective = config.model, config.parallel, config.data, config.objective
+    for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+        _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
+    for group in (model, parallel, data, objective, config.optimizer, config.evaluation, config.run):
+        _check_ranges(group)
+    _demand(objective.beta > 0, "beta is 0: without it the loss does not prefer anything")
+    _fill_defaults(config)
+
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, virtual = parallel.context_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    sizes = "tensor_model_parallel_size x pipeline_model_parallel_size" + " x context_parallel_size" * (cp > 1)
+    _multiple("world size", world_size, f"{sizes} =", tp * pp * cp)
+    data_parallel = world_size // (tp * pp * cp)
+    _multiple("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
+    _multiple("num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
+    _multiple("num_query_groups", model.num_query_groups, "tensor_model_parallel_size", tp)
+    _multiple("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    _multiple("make_vocab_size_divisible_by", model.make_vocab_size_divisible_by, "tensor_model_parallel_size", tp)
+    _multiple("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    _check_virtual_stages(model.num_layers // pp, pp, virtual)
+    if cp > 1:
+        _multiple("seq_length", data.seq_length, "context_parallel_size x block_size =", cp * model.block_size)
+    _demand(model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} is odd: rotary angles need an even width")
+    _demand(
+        model.block_size > 1 or objective.block_start == "noisy",
+        "block_size 1 with block_start clean leaves nothing to unmask: choose a larger block_size",
+    )
+    if parallel.sequence_parallel:
+        _multiple("block_size", model.block_size, "tensor_model_parallel_size (sequence_parallel)", tp)
+    _demand(
+        not (parallel.overlap_param_gather and not parallel.use_distributed_optimizer),
+        "overlap_param_gather needs use_distributed_optimizer",
+    )
+    _check_recompute(parallel, model.num_layers // pp // virtual, "virtual stage" if virtual > 1 else "stage")
+
+    check_fp8(model, parallel, data.seq_length)
+
+    estimator = ESTIMATORS[objective.estimator]
+    _demand(
+        estimator.objective == objective.objective,
+        f"estimator {objective.estimator} does not fit objective {objective.objective}: leave it out or choose another",
+    )
+    _demand(
+        estimator.is_random or objective.num_views == 1,
+        f"num_views is {objective.num_views}: estimator {objective.estimator} has no noise to average over views: "
+        "leave num_views at 1",
+    )
+    _demand(
+        objective.loss_type == "sigmoid" or objective.label_smoothing == 0,
+        f"label_smoothing is defined for loss_type sigmoid only: set it to 0 for {objective.loss_type}",
+    )
+    return data_parallel
+
+
+def validate_data(config: Config) -> None:
+    """Checks that there is something to train on or to score. Raises UserError."""
+    _demand(config.data.data_path, "data_path is missing: give --data-path FILE")
+
+
+def validate_training(config: Config, data_parallel: int) -> None:
+    """Checks what only training needs; after `validate`. Raises UserError."""
+    optimizer = config.optimizer
+    _demand(config.run.save, "save is missing: give --save DIR, the run folder")
+    _demand(
+        config.run.reference_cache is None or config.objective.objective == "preference",
+        f"reference_cache: objective {config.objective.objective} has no reference: leave it out",
+    )
+    if config.run.reference_cache is not None:
+        check_cached_reference(config.parallel)
+    _check_length(config, data_parallel)
+    _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
+    interval, path = config.evaluation.eval_interval, config.evaluation.eval_data_path
+    _demand(interval is None or path, "eval_interval needs data: give --eval-data-path FILE")
+    _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")
+
+
+def validate_decoding(config: Config) -> None:
+    """Checks that held-out rows with an answer can be decoded by the model that trains. Raises UserError."""
+    _demand(
+        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
+        "eval_data_path has rows with an answer, which cannot be decoded with num_virtual_stages_per_pipeline_rank: "
+        "leave that out",
+    )
+
+
+def validate_precomputing(config: Config, data_parallel: int) -> None:
+    """Checks what only the reference's scores of a coming run need; after `validate`. Raises UserError."""
+    objective = config.objective.objective
+    _demand(objective == "preference", f"objective {objective} has no reference: there is nothing to precompute")
+    check_cached_reference(config.parallel)
+    _check_length(config, data_parallel)
+
+
+def _check_length(config: Config, data_parallel: int) -> None:
+    """How many steps there are and how they divide."""
+    optimizer = config.optimizer
+    _multiple("global_batch_size", config.data.global_batch_size, "the data-parallel size", data_parallel)
+    _demand(
+        (optimizer.train_iters is None) != (optimizer.num_epochs is None),
+        "give exactly one of train_iters and num_epochs",
+    )
+
+
+def _check_virtual_stages(layers_per_stage: int, stages: int, virtual: int) -> None:
+    name = "num_virtual_stages_per_pipeline_rank"
+    _demand(virtual == 1 or stages > 1, f"{name} {virtual} needs pipeline_model_parallel_size above 1")
+    _multiple("layers per stage", layers_per_stage, name, virtual)
+
+
+def _check_recompute(parallel: ParallelSettings, layers: int, stage: str) -> None:
+    """``layers``: in a ``stage``, which is what megatron-core recomputes in chunks."""
+    method, count = parallel.recompute_method, parallel.recompute_num_layers
+    _demand(
+        parallel.recompute_modules is None or parallel.recompute_granularity == "selective",
+        "recompute_modules goes with recompute_granularity selective: set that or leave it out",
+    )
+    for name in parallel.recompute_modules or ():
+        _demand(name in RECOMPUTABLE, f"recompute_modules: {name!r} is none of {', '.join(RECOMPUTABLE)}")
+    if parallel.recompute_granularity != "full":
+        _demand(
+            method is None and count is None,
+            "recompute_method and recompute_num_layers go with recompute_granularity full: set that or leave them out",
+        )
+    elif method == "uniform":
+        _multiple(f"layers per {stage}", layers, "recompute_num_layers", count)
+    else:
+        _demand(
+            count <= layers,
+            f"recompute_num_layers {count} is more than the {layers} layers of a {stage}",
+        )
+
+
+def _check_ranges(group) -> None:
+    for f in dataclasses.fields(group):
+        value, low, high = getattr(group, f.name), f.metadata["at_least"], f.metadata["at_most"]
+        if value is None:
+            continue
+        _demand(not isinstance(value, float) or math.isfinite(value), f"{f.name} is {value}: it must be finite")
+        _demand(low is None or value >= low, f"{f.name} is {value}: it must be at least {low}")
+        _demand(high is None or value <= high, f"{f.name} is {value}: it must be at most {high}")

@@ -22,6 +22,7 @@ from megatron_dtrpo.diffusion.estimators import (
     POLICY,
     REFERENCE,
     EstimatorOptions,
+    Noise,
     NoiseRequest,
     noise_generator,
     total_views,
@@ -86,6 +87,16 @@ class Noising:
         views = total_views(self.estimator, self.num_views, self.options)
         return packed_length(prompt_length, response_lengths, self.block_size, views)
 
+    def noise(self, sample: Sample, branch: int, blocks: Blocks, steps: Tensor | None = None) -> Noise:
+        """The noise of one response, ``branch`` 1 or 2 of its example; ``steps``: its recorded decoding, ``[R]``."""
+        generators = [
+            noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
+            for view in range(1, self.num_views + 1)
+        ]
+        recorded = None if steps is None else blocks.place(steps)
+        request = NoiseRequest(blocks.maskable(self.block_start), generators, self.options, recorded)
+        return ESTIMATORS[self.estimator].draw(request)
+
     def document(
         self,
         sample: Sample,
@@ -95,16 +106,9 @@ class Noising:
     ) -> PackedSequence:
         """Noises and lays out one example: int64 ``[P]``, ``[R]`` each and, where recorded, the decoding steps ``[R]``
         each."""
-        noise = []
-        for branch, response in enumerate(responses, start=1):
-            blocks = Blocks(prompt.numel(), response.numel(), self.block_size)
-            generators = [
-                noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
-                for view in range(1, self.num_views + 1)
-            ]
-            recorded = None if steps is None else blocks.place(steps[branch - 1])
-            request = NoiseRequest(blocks.maskable(self.block_start), generators, self.options, recorded)
-            noise.append(ESTIMATORS[self.estimator].draw(request))
+        recorded = [None] * len(responses) if steps is None else steps
+        blocks = [Blocks(prompt.numel(), response.numel(), self.block_size) for response in responses]
+        noise = [self.noise(sample, r + 1, blocks[r], recorded[r]) for r in range(len(responses))]
         return lay_out(
             prompt,
             responses,

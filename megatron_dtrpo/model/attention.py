@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +23,7 @@ from megatron_dtrpo.diffusion.layout import Coordinates, visible
 from megatron_dtrpo.diffusion.sharding import GRAIN
 from megatron_dtrpo.model.context_parallel import gather_keys_and_values
 from megatron_dtrpo.model.segmented_sdpa import plan_chunks, segmented_sdpa
+from megatron_dtrpo.runtime.compiler import compiled
 
 
 @dataclass
@@ -40,11 +41,7 @@ class PackedAttention(PackedSeqParams):
         key/value cache (`inference.cache`) keeps something for each."""
         if self.group is not None:
             key, value = gather_keys_and_values(key, value, self.group)
-        return BACKENDS[self.backend][1](query, key, value, self.plan, scale)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
-    return segmented_sdpa(query, key, value, plan, scale)
+        return BACKENDS[self.backend].attend(query, key, value, self.plan, scale)
 
 
 def _flex_plan(coordinates: Coordinates, keys: Coordinates, block_size: int, width: int, grain: int = GRAIN):
@@ -59,21 +56,48 @@ def _flex_plan(coordinates: Coordinates, keys: Coordinates, block_size: int, wid
     return create_block_mask(mask_mod, None, None, *lengths, device=device, BLOCK_SIZE=grain, _compile=on_gpu)
 
 
+def few_lengths(length: int) -> int:
+    """``length`` tokens, rounded up to one of eight lengths per doubling, multiples of 128: kernels are compiled for a
+    length, and packed sequences of one token budget then have one or two. At most an eighth is padding."""
+    return round_up(length, max(GRAIN, 2 ** (max(length, 1).bit_length() - 4)))
+
+
+def _any_length(length: int) -> int:
+    return length
+
+
+def round_up(length: int, step: int) -> int:
+    """The least multiple of ``step`` that is not below ``length``."""
+    return -(-length // step) * step
+
+
 @functools.cache
-def _flex_kernel(compiled: bool):
+def flex_kernel(compile_it: bool):
+    """FlexAttention; compiled it never builds the scores, eagerly it is a dense oracle."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return compiled(flex_attention) if compile_it else flex_attention
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    out = _flex_kernel(query.is_cuda)(q, k, v, block_mask=plan, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = flex_kernel(query.is_cuda)(q, k, v, block_mask=plan, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)
 
 
-# backend -> (plan from both coordinates, block size and width, attention of [s, heads, d] tensors under the plan)
-BACKENDS = {"sdpa": (plan_chunks, _sdpa), "flex": (_flex_plan, _flex)}
+class Backend(NamedTuple):
+    """``plan``: from the coordinates of queries and keys, block size and width. ``attend``: of ``[s, heads, d]``
+    tensors under the plan. ``padded``: the length a packed sequence is padded to."""
+
+    plan: Callable[[Coordinates, Coordinates, int, int], Any]
+    attend: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
+    padded: Callable[[int], int]
+
+
+BACKENDS = {
+    "sdpa": Backend(plan_chunks, segmented_sdpa, _any_length),
+    "flex": Backend(_flex_plan, _flex, few_lengths),
+}
 
 
 def attention_width(config: TransformerConfig) -> int:
@@ -92,7 +116,7 @@ def plan_attention(
         keys, group: under context parallelism the coordinates ``[S]`` of all ranks' tokens, rank by rank, and the
             process group that has them.
     """
-    plan = BACKENDS[backend][0](coordinates, coordinates if keys is None else keys, block_size, width)
+    plan = BACKENDS[backend].plan(coordinates, coordinates if keys is None else keys, block_size, width)
     return PackedAttention(backend=backend, plan=plan, group=group)
 
 

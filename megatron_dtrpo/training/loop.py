@@ -21,6 +21,7 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import MetricLog
@@ -205,6 +206,7 @@ class Trainer:
         self.consumed += self.config.data.global_batch_size
         if self.log is not None:
             seconds = time.perf_counter() - started
+            compiled = {"compilations": compilations()} if self.backend == "flex" else {}
             self.log.step(
                 {
                     "iteration": self.iteration,
@@ -214,6 +216,7 @@ class Trainer:
                     "lr": lr,
                     "pairs_per_second": self.config.data.global_batch_size / seconds,
                     "tokens_per_second": tokens / seconds,
+                    **compiled,
                 }
             )
         return stop > 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
-from megatron_dtrpo.model.attention import PackedAttention, plan_attention
+from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention, round_up
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.context_parallel import add_up
 from megatron_dtrpo.objectives.preference import response_log_likelihoods
@@ -39,8 +39,9 @@ class DeviceBatch:
         """``multiple``: the tokens of ``part`` are padded to a multiple of it (FP8 asks for one)."""
         block_size = batch.sequence.block_size
         group = parallel_state.get_context_parallel_group()
-        if group.size() == 1:
-            batch = replace(batch, sequence=_padded(batch.sequence, math.lcm(block_size, multiple)))
+        step = math.lcm(block_size, multiple) if group.size() == 1 else block_size
+        length = round_up(BACKENDS[backend].padded(len(batch.sequence)), step)
+        batch = replace(batch, sequence=pad_to(batch.sequence, length, pad_id=0))
         self.batch = batch.to(device)
         self.part: PackedSequence = self.batch.sequence
         self.reference: Tensor | None = None
@@ -60,10 +61,6 @@ class DeviceBatch:
         padding = DeviceBatch(MicroBatch(sequence, [], torch.zeros(0, dtype=torch.long)), *self._made_for)
         padding.reference = torch.zeros(0, dtype=torch.float64, device=self._made_for[0])
         return padding
-
-
-def _padded(sequence: PackedSequence, multiple: int) -> PackedSequence:
-    return pad_to(sequence, -(-len(sequence) // multiple) * multiple, pad_id=0)
 
 
 def _share(sequence: PackedSequence, rank: int, ranks: int, multiple: int) -> tuple[PackedSequence, Coordinates]:

@@ -36,8 +36,18 @@ def start(words: list[str], cwd: Path, log: Path) -> subprocess.Popen:
     tools = [str(launch.REPOSITORY / word) if word.startswith("tools/") else word for word in rest]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [*PROGRAMS[program], *tools], cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT
+            [*PROGRAMS[program], *tools],
+            cwd=cwd,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_heed_interrupts,
         )
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what it runs in the background deaf to SIGINT, and so would be everything started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(words: list[str], cwd: Path) -> tuple[int, str]:

@@ -1,28 +1,31 @@
-"""One set of random weights in two models: transformers' Qwen2 and ours."""
+"""One set of random weights in two models, transformers' Qwen2 and ours, and what it takes to train the former."""
 
 from __future__ import annotations
 
+import copy
+from functools import cached_property
+
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.provider import build_model
 from tests import oracles
 
+ROTARY_BASE = 1000000.0
 
-def random_pair(shape: dict, seed: int = 0):
-    """``(Qwen2ForCausalLM, BlockDiffusionGPTModel)`` in fp32, untied, of transformers' names for a shape. One process;
-    its process group has been started."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from megatron_dtrpo.model.provider import build_model
-
+def random_qwen2(shape: dict, seed: int = 0) -> Qwen2ForCausalLM:
+    """In fp32, untied, of transformers' names for a shape."""
     torch.manual_seed(seed)
-    base = 1000000.0
-    config = Qwen2Config(
-        **shape, rope_parameters={"rope_type": "default", "rope_theta": base}, tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    peer = Qwen2ForCausalLM(config).float().eval()
-    settings = ModelSettings(
+    rope = {"rope_type": "default", "rope_theta": ROTARY_BASE}
+    config = Qwen2Config(**shape, rope_parameters=rope, tie_word_embeddings=False, attn_implementation="sdpa")
+    return Qwen2ForCausalLM(config).float().eval()
+
+
+def settings_of(shape: dict) -> ModelSettings:
+    return ModelSettings(
         num_layers=shape["num_hidden_layers"],
         hidden_size=shape["hidden_size"],
         ffn_hidden_size=shape["intermediate_size"],
@@ -30,13 +33,49 @@ def random_pair(shape: dict, seed: int = 0):
         num_query_groups=shape["num_key_value_heads"],
         kv_channels=shape["hidden_size"] // shape["num_attention_heads"],
         vocab_size=shape["vocab_size"],
-        rotary_base=base,
+        rotary_base=ROTARY_BASE,
     )
-    model = build_model(settings, ParallelSettings()).eval()
-    with torch.no_grad():
-        values = oracles.megatron_from_qwen2(
-            peer.state_dict(), shape["num_attention_heads"], shape["num_key_value_heads"], tied=False
-        )
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
+
+
+@torch.no_grad()
+def copy_into(model: BlockDiffusionGPTModel, peer: Qwen2ForCausalLM) -> None:
+    """Gives ``model``, of one process, the weights of ``peer``."""
+    config = peer.config
+    values = oracles.megatron_from_qwen2(
+        peer.state_dict(), config.num_attention_heads, config.num_key_value_heads, tied=False
+    )
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
+
+
+def random_pair(shape: dict, seed: int = 0) -> tuple[Qwen2ForCausalLM, BlockDiffusionGPTModel]:
+    """The same weights twice. One process; its process group has been started."""
+    peer, model = random_qwen2(shape, seed), build_model(settings_of(shape), ParallelSettings()).eval()
+    copy_into(model, peer)
     return peer, model
+
+
+class Learner:
+    """A policy in transformers with what a preference step needs besides: a frozen reference and a fused Adam. All
+    peers of a benchmark share one."""
+
+    def __init__(self, shape: dict, *, lr: float, seed: int = 0):
+        self.policy, self.lr = random_qwen2(shape, seed), lr
+        self.reference = nearby(self.policy, seed)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
+
+
+@torch.no_grad()
+def nearby(policy: Qwen2ForCausalLM, seed: int) -> Qwen2ForCausalLM:
+    """Another frozen model a little off: with equal ones every loss is ln 2, whatever is wrong."""
+    other, generator = copy.deepcopy(policy).requires_grad_(False), torch.Generator().manual_seed(seed)
+    for parameter in other.parameters():
+        parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+    return other

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
-from megatron_dtrpo.model.attention import BACKENDS, plan_attention
+from megatron_dtrpo.model.attention import BACKENDS, few_lengths, flex_kernel, plan_attention
 from megatron_dtrpo.model.segmented_sdpa import segmented_sdpa
+from megatron_dtrpo.runtime.compiler import compilations
 from tests import oracles
 
 # Eager FlexAttention, which says that it is slow, is all that a CPU has.
@@ -64,7 +65,7 @@ def random_qkv(length: int, heads: int, groups: int, width: int = 8, dtype=torch
 
 def attend(sequence, query, key, value, *, backend: str = "sdpa", width: int = NARROW, scale: float = 0.3):
     plan = plan_attention(sequence.coordinates(), sequence.block_size, backend, width=width)
-    return BACKENDS[backend][1](query, key, value, plan.plan, scale)
+    return BACKENDS[backend].attend(query, key, value, plan.plan, scale)
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDE])
@@ -160,6 +161,28 @@ def test_flex_attention_equals_the_dense_softmax(seed, padding, heads, groups):
     out = attend(sequence, *inputs, backend="flex")
     torch.testing.assert_close(out, oracles.dense_attention(*inputs, oracle_mask(sequence), 0.3), rtol=0, atol=1e-10)
     torch.testing.assert_close(out, attend(sequence, *inputs), rtol=0, atol=1e-10)
+
+
+def test_compiled_flex_attention_meets_few_shapes():
+    sequences = [random_sequence(seed, block_size=32, documents=2, longest=90) for seed in (0, 1, 3, 4)]
+    lengths = [few_lengths(len(sequence)) for sequence in sequences]
+    assert all(0 <= padded - len(s) <= max(128, len(s) / 8) for s, padded in zip(sequences, lengths, strict=True))
+    before = compilations()
+    for sequence, length in zip(sequences, lengths, strict=True):
+        sequence = pad_to(sequence, length, pad_id=0)
+        query, key, value = (t.detach().float() for t in random_qkv(length, 4, 2, width=16))
+        plan = plan_attention(sequence.coordinates(), 32, "flex", width=64).plan
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        out = flex_kernel(True)(q, k, v, block_mask=plan, scale=0.3, enable_gqa=True).squeeze(0).transpose(0, 1)
+        torch.testing.assert_close(out, attend(sequence, query, key, value), rtol=0, atol=1e-5)
+    assert compilations() - before == len(set(lengths)) == 2
+
+
+@pytest.mark.parametrize(
+    "length, padded", [(1, 128), (128, 128), (1500, 1536), (7000, 7168), (7681, 8192), (8192, 8192)]
+)
+def test_few_lengths(length, padded):
+    assert few_lengths(length) == padded
 
 
 def area(sequence, width: int) -> int:

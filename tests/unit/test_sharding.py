@@ -113,7 +113,7 @@ def attend_as(rank: int, sequence, rows, query, key, value, backend: str, width:
     coordinates, order = sequence.coordinates(), rows.flatten()
     keys = Coordinates(*(field[order] for field in coordinates))
     plan = plan_attention(coordinates.at(rows[rank]), sequence.block_size, backend, width, keys).plan
-    return BACKENDS[backend][1](query[rows[rank]], key[order], value[order], plan, 0.3)
+    return BACKENDS[backend].attend(query[rows[rank]], key[order], value[order], plan, 0.3)
 
 
 @pytest.mark.parametrize("backend, width", [("sdpa", 8), ("sdpa", WIDE), ("flex", 8)])

@@ -1,0 +1,120 @@
+"""Our own preference step on pairs given as tokens: the trainer's parts, without files, logs and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_dtrpo.config import Config, ObjectiveSettings, OptimizerSettings, ParallelSettings
+from megatron_dtrpo.data.batches import MicroBatch, Noising
+from megatron_dtrpo.data.packing import pack
+from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.diffusion.estimators import EstimatorOptions
+from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate
+from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.provider import build_model
+from megatron_dtrpo.training.objectives import preference_objective
+from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_dtrpo.training.reference import ReferencePolicy
+from megatron_dtrpo.training.step import DeviceBatch, choose_backend, score, train_pass
+from tests.peers.pairs import Pair
+from tests.peers.weights import Learner, copy_into, settings_of
+
+
+def noising(estimator: str, views: int, *, block_size: int, mask_id: int, steps_per_block: int) -> Noising:
+    """Noise that every contender draws alike; a block's first token is read as Fast-dLLM v2's training reads it."""
+    options = EstimatorOptions(steps_per_block=steps_per_block)
+    return Noising(estimator, options, views, "noisy", block_size, mask_id, seed=0)
+
+
+def sample_of(pair: Pair) -> Sample:
+    return Sample(epoch=0, index=pair.index)
+
+
+class Ours:
+    """One full preference step per call of `step`, with the live reference or, after `cache_reference`, without."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        shape: dict,
+        document: Callable[[Pair], PackedSequence],
+        *,
+        beta: float,
+        micro_batch_size: int,
+        seq_length: int,
+    ):
+        self.config = Config(
+            objective=ObjectiveSettings(beta=beta, loss_type="sigmoid"),
+            optimizer=OptimizerSettings(lr=learner.lr),
+            parallel=ParallelSettings(),
+        )
+        self.document, self.seq_length, self.micro_batch_size = document, seq_length, micro_batch_size
+        self.chunks = [build_model(settings_of(shape), self.config.parallel)]
+        self.device = next(self.chunks[0].parameters()).device
+        self.backend = choose_backend("auto", self.device)
+        copy_into(self.chunks[0], learner.reference)
+        self.reference: ReferencePolicy | None = ReferencePolicy(self.chunks)
+        copy_into(self.chunks[0], learner.policy)
+        self.wrapped = wrap_data_parallel(self.chunks, self.config)
+        self.optimizer = build_optimizer(self.wrapped, self.config)
+        self.objective = preference_objective(self.config.objective)
+        self.cached: dict[int, Tensor] = {}
+        self.tokens = 0
+
+    def cache_reference(self, pairs: Sequence[Pair]) -> None:
+        """Scores ``pairs`` under the reference once, as tools/precompute_reference.py does; `step` then looks them
+        up. They stay until `forget_cache`."""
+        for pair in pairs:
+            self.cached[pair.index] = self._reference_scores(self._batches([pair]))[0]
+
+    def forget_cache(self) -> None:
+        self.cached = {}
+
+    def drop_reference(self) -> None:
+        """A run with cached scores keeps no reference in memory."""
+        self.reference = None
+
+    def step(self, pairs: Sequence[Pair]) -> float:
+        """The mean loss of ``pairs``, and one update."""
+        batches = self._batches(pairs)
+        if self.cached:
+            for batch in batches:
+                batch.reference = torch.cat([self.cached[s.index] for s in batch.batch.samples])
+        else:
+            for batch, reference in zip(batches, self._reference_scores(batches), strict=True):
+                batch.reference = reference
+        self.wrapped[0].zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outcomes = train_pass(self.wrapped, batches, self.objective)
+        self.optimizer.step()
+        return float(sum(o.loss for o in outcomes)) / len(pairs)
+
+    def loss(self, documents: Sequence[PackedSequence]) -> float:
+        """The mean loss of pairs that are laid out already, whatever their noise; nothing is updated."""
+        batches = [self._on_device(MicroBatch(d, [], torch.ones(d.responses, dtype=torch.long))) for d in documents]
+        for batch, reference in zip(batches, self._reference_scores(batches), strict=True):
+            batch.reference = reference
+        with torch.no_grad():
+            outcomes = train_pass(self.wrapped, batches, self.objective, forward_only=True)
+        return float(sum(o.loss for o in outcomes)) / len(documents)
+
+    def _batches(self, pairs: Sequence[Pair]) -> list[DeviceBatch]:
+        documents = [self.document(pair) for pair in pairs]
+        costs = [len(document) for document in documents]
+        self.tokens = sum(costs)
+        batches = []
+        for group in pack(costs, range(len(pairs)), self.seq_length, self.micro_batch_size):
+            lengths = torch.tensor([len(response) for i in group for response in pairs[i].responses])
+            packed = concatenate([documents[i] for i in group])
+            batches.append(self._on_device(MicroBatch(packed, [sample_of(pairs[i]) for i in group], lengths)))
+        return batches
+
+    def _on_device(self, batch: MicroBatch) -> DeviceBatch:
+        return DeviceBatch(batch, self.device, self.backend, attention_width(self.chunks[0].config))
+
+    def _reference_scores(self, batches: Sequence[DeviceBatch]) -> list[Tensor]:
+        with self.reference.in_place_of_policy():
+            return score(self.wrapped, batches)

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Times a full preference step (reference, policy forward and backward, optimizer) beside its peers, in one run.
+
+    python tools/benchmark.py                                                  # generated arithmetic pairs
+    python tools/benchmark.py --data pairs.jsonl --output benchmark.json       # your own, as texts
+
+Contenders alternate; medians, their spread and ratios are printed. All have the same random weights (fp32; the learning
+rate is 0, so that they stay the same) and run the same pairs; those that run a pair many times get the first few
+pairs only, and ours is timed on these too. Before being timed, each must give the loss of ours on the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_dtrpo.arguments import tool_parser
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.train import run_command
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the peers are tests' own
+
+SIZES = {
+    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=2048),
+    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                 num_key_value_heads=3, vocab_size=49152),
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("benchmark.py", __doc__)
+    parser.add_argument("--data", metavar="FILE", help="Preference pairs as texts. Default: arithmetic pairs.")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="Hugging Face tokenizer. Default: a BPE trained on the data's own texts."
+    )
+    parser.add_argument("--size", choices=SIZES, default="135m", help="Model. Default: %(default)s.")
+    parser.add_argument("--block-size", type=int, default=32, help="Default: %(default)s.")
+    parser.add_argument("--steps-per-block", type=int, default=8, help="T_B. Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=4, help="Pairs per step. Default: %(default)s.")
+    parser.add_argument("--slow-pairs", type=int, default=1, help="Of vrpo_8 and exact_trajectory. Default: 1.")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=4, help="Pairs at once, for ours and the peers. Default: %(default)s."
+    )
+    parser.add_argument("--repetitions", type=int, default=5, help="Default: %(default)s.")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="Some only (ours always). Default: all.")
+    parser.add_argument("--seed", type=int, default=0, help="Chooses the pairs. Default: %(default)s.")
+    parser.add_argument("--no-memory", action="store_true", help="Do not measure peak memory (a process each).")
+    parser.add_argument("--output", metavar="FILE.json", help="Write the numbers.")
+    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)  # one contender's own process
+    return parser
+
+
+def _benchmark(argv: list[str]) -> None:
+    arguments = build_parser().parse_args(argv)
+    sizes = ("pairs", "slow_pairs", "micro_batch_size", "repetitions", "block_size", "steps_per_block")
+    for name in sizes:
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.slow_pairs > arguments.pairs:
+        raise UserError("--slow-pairs must be at most --pairs")
+    from megatron_dtrpo.config import ParallelSettings
+
+    initialize.start(ParallelSettings(), seed=0)
+    try:
+        # Only now: what imports megatron-core needs the runtime.
+        from tests.peers.contenders import CONTENDERS, World, check, peak_memory
+
+        chosen = list(arguments.contenders or CONTENDERS)
+        for name in chosen:
+            if name not in CONTENDERS:
+                raise UserError(f"no contender {name!r}: choose from {', '.join(CONTENDERS)}")
+        world = World(arguments, SIZES[arguments.size], _pairs(arguments))
+        if arguments.peak_memory_of:
+            print(peak_memory(world, arguments.peak_memory_of))
+            return
+        chosen = [name for name in CONTENDERS if name in chosen or name.startswith("ours")]
+        missing = [name for name in chosen if not CONTENDERS[name].available()]
+        for name in missing:
+            print(f"skipped {name}: {CONTENDERS[name].needs} is not installed", file=sys.stderr)
+        chosen = [name for name in chosen if name not in missing]
+        steps = {name: CONTENDERS[name].build(world) for name in chosen}
+        differences = {name: check(world, name, steps[name]) for name in chosen}  # warms up, too
+        seconds, tokens = _time(steps, arguments.repetitions)
+    finally:
+        initialize.stop()
+    memory = {} if arguments.no_memory else {name: _memory_in_own_process(argv, name) for name in chosen}
+    results = {
+        name: {
+            "pairs_per_second": steps[name].pairs / statistics.median(seconds[name]),
+            "spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
+            "seconds": seconds[name],
+            "pairs": steps[name].pairs,
+            "tokens_per_pair": tokens[name] / steps[name].pairs,
+            "peak_memory_bytes": memory.get(name),
+            "loss_difference": differences[name],
+        }
+        for name in chosen
+    }
+    _report(arguments, world, results)
+
+
+def _pairs(arguments: argparse.Namespace):
+    """``(pairs, tokenizer)``; pairs whose length is near the middle of all, so that a few stand for the rest."""
+    from tests.peers import pairs
+
+    vocabulary = SIZES[arguments.size]["vocab_size"]
+    rows = pairs.preference_rows(Path(arguments.data)) if arguments.data else pairs.arithmetic_rows(1000)
+    if len(rows) < arguments.pairs:
+        raise UserError(f"{arguments.data}: {len(rows)} rows, --pairs asks for {arguments.pairs}")
+    if arguments.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    else:
+        tokenizer = pairs.train_tokenizer(rows, vocabulary - 1)
+    drawn = random.Random(arguments.seed).sample(range(len(rows)), arguments.pairs)
+    return pairs.tokenize(rows, drawn, tokenizer, vocabulary - 1), tokenizer  # the last id is [MASK]
+
+
+def _time(steps: dict, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every repetition, and tokens through the policy."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    tokens = {}
+    for repetition in range(repetitions):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step.run()
+            seconds[name].append(time.perf_counter() - started)
+            tokens[name] = step.tokens()
+        print(f"round {repetition + 1} of {repetitions}", file=sys.stderr)
+    return seconds, tokens
+
+
+def _memory_in_own_process(argv: list[str], name: str) -> int:
+    command = [sys.executable, __file__, *argv, "--peak-memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{name} alone in a process failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def _report(arguments: argparse.Namespace, world, results: dict) -> None:
+    from tests.peers.contenders import CONTENDERS
+
+    def over(ours: str, other: str) -> float:
+        return results[ours]["pairs_per_second"] / results[other]["pairs_per_second"]
+
+    ratios = {
+        key: over(c.against, c.name) for c in CONTENDERS.values() if c.name in results for key in c.ratio_keys[:1]
+    }
+    if "fast_dllm_layout" in results:
+        ratios["fast_dllm_layout_cached"] = over("ours_cached", "fast_dllm_layout")
+    prompt, response = world.mean_lengths()
+    print(
+        f"{arguments.size}, fp32, {world.threads} threads, blocks of {arguments.block_size}; {arguments.pairs} pairs: "
+        f"{prompt:.0f} prompt and 2 x {response:.0f} response tokens, micro-batches of {arguments.micro_batch_size}"
+    )
+    print(
+        "| | pairs per second | spread | tokens per pair | peak memory | ours is faster by |\n|---|---|---|---|---|---|"
+    )
+    for name, row in results.items():
+        gib = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
+        factor = f"{ratios[name]:.2f}" if name in ratios else ""
+        print(
+            f"| {CONTENDERS[name].title} | {row['pairs_per_second']:.4f} | {row['spread']:.0%} | "
+            f"{row['tokens_per_pair']:.0f} | {gib} | {factor} |"
+        )
+    if "fast_dllm_layout_cached" in ratios:
+        print(f"ours with a cached reference, against Fast-dLLM v2's layout: {ratios['fast_dllm_layout_cached']:.2f}")
+    memory = {
+        name: results["ours"]["peak_memory_bytes"] / row["peak_memory_bytes"]
+        for name, row in results.items()
+        if row["peak_memory_bytes"] and not name.startswith("ours")
+    }
+    for name, ratio in memory.items():
+        print(f"peak memory, ours over {name}: {ratio:.2f}")
+    if arguments.output:
+        from megatron_dtrpo.training.checkpoint import write_atomically
+
+        record = {
+            "settings": {k: v for k, v in vars(arguments).items() if k != "peak_memory_of"},
+            "mean_prompt_tokens": prompt,
+            "mean_response_tokens": response,
+            "threads": world.threads,
+            "contenders": results,
+            "ratios": {key: value for key, value in ratios.items() if math.isfinite(value)},
+            "memory_ratios": memory,
+        }
+        write_atomically(Path(arguments.output), json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_benchmark))

@@ -71,6 +71,13 @@ class ParallelSettings:
     )
     sequence_parallel: bool = _setting(False, "Shard norms and residuals along the sequence; no effect without TP.")
     use_distributed_optimizer: bool = _setting(False, "Shard optimizer state over data-parallel processes.")
+    optimizer_cpu_offload: bool = _setting(
+        False,
+        "Keep optimizer state and main weights in host memory and update them there; with use_distributed_optimizer.",
+    )
+    optimizer_offload_fraction: float = _setting(
+        1.0, "Share of the parameters whose update is offloaded.", at_least=0, at_most=1
+    )
     overlap_grad_reduce: bool = _setting(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = _setting(False, "Overlap the distributed optimizer's gather with the forward pass.")
     bf16: bool = _setting(False, "bfloat16 weights and activations, fp32 main weights and gradient reduction.")

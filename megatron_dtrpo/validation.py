@@ -83,6 +83,14 @@ def validate(config: Config, world_size: int) -> int:
         not (parallel.overlap_param_gather and not parallel.use_distributed_optimizer),
         "overlap_param_gather needs use_distributed_optimizer",
     )
+    _demand(
+        not parallel.optimizer_cpu_offload or (parallel.use_distributed_optimizer and parallel.bf16),
+        "optimizer_cpu_offload needs use_distributed_optimizer and bf16",
+    )
+    _demand(
+        parallel.optimizer_cpu_offload or parallel.optimizer_offload_fraction == 1.0,
+        "optimizer_offload_fraction goes with optimizer_cpu_offload: give that too",
+    )
     _check_recompute(parallel, model.num_layers // pp // virtual, "virtual stage" if virtual > 1 else "stage")
 
     check_fp8(model, parallel, data.seq_length)

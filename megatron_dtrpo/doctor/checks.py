@@ -77,7 +77,7 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 def _wants_te(needs: Needs) -> bool:
-    return needs.fp8_recipe is not None or needs.transformer_impl == "transformer_engine"
+    return needs.fp8_recipe is not None or needs.transformer_impl == "transformer_engine" or needs.offloads
 
 
 def _unless(needed: bool, status: str) -> str:

@@ -27,6 +27,7 @@ class Needs:
     bf16: bool = False
     fp8_recipe: str | None = None  # None: no FP8
     transformer_impl: str | None = None
+    offloads: bool = False  # optimizer state, to the host
     attention_backend: str = "auto"
     fuses_gradients: bool = False
     distributed_optimizer: bool = False
@@ -77,6 +78,7 @@ def _of(config, configured: bool) -> Needs:
         bf16=parallel.bf16,
         fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
         transformer_impl=parallel.transformer_impl,
+        offloads=parallel.optimizer_cpu_offload,
         attention_backend=parallel.attention_backend,
         fuses_gradients=parallel.gradient_accumulation_fusion,
         distributed_optimizer=parallel.use_distributed_optimizer,

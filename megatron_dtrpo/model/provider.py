@@ -70,7 +70,7 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=True,  # keeps half of what the MLP would keep for its backward pass
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **transformer_precision(parallel),

@@ -82,7 +82,8 @@ def optimizer_bytes(count: int, parallel: ParallelSettings, shards: int) -> int:
     """Adam's two moments in fp32, with bf16 also fp32 main weights: 8 or 12 bytes a parameter, which the distributed
     optimizer divides among ``shards``, the data- and context-parallel processes."""
     each = 12 if parallel.bf16 else 8
-    return each * count // (shards if parallel.use_distributed_optimizer else 1)
+    kept = 1 - parallel.optimizer_offload_fraction if parallel.optimizer_cpu_offload else 1
+    return int(kept * each * count) // (shards if parallel.use_distributed_optimizer else 1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class LayerActivations:
     rotary: int
     """Cosines and sines, made anew for queries and for keys in every layer."""
     mlp: int
-    """Gate and up as one tensor, the activated gate, up again (megatron-core adds an offset of 0), their product."""
+    """Gate and up as one tensor, and the activated product."""
 
     @property
     def total(self) -> int:
@@ -119,7 +120,7 @@ def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: 
         norms=2 * narrow * local * h + width * local * h,
         attention=(width * tokens * (2 * q + 2 * k) + 4 * tokens * heads) // tp,
         rotary=4 * width * tokens * model.kv_channels,
-        mlp=(width * tokens * 4 * f + narrow * tokens * f) // tp,
+        mlp=(width * tokens * 2 * f + narrow * tokens * f) // tp,
     )
 
 

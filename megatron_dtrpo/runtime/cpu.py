@@ -45,6 +45,7 @@ def enable() -> None:
     _redirect_random_state()
     _rename_types()
     _replace_adam()
+    _replace_kernels()
     _keep_write_results_in_process()
 
 
@@ -138,6 +139,16 @@ def _replace_adam() -> None:
         optimizer.Adam = distrib_optimizer.Adam = CpuAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _replace_kernels() -> None:
+    """megatron-core compiles its SwiGLU and makes cosines, sines and copies anew in every layer."""
+    from megatron.core.transformer import attention, mlp
+
+    from megatron_dtrpo.runtime import cpu_kernels
+
+    mlp.bias_swiglu_impl = cpu_kernels.bias_swiglu_impl
+    attention.apply_rotary_pos_emb = cpu_kernels.apply_rotary_pos_emb
 
 
 def _keep_write_results_in_process() -> None:

@@ -48,11 +48,24 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: Config):
         clip_grad=settings.clip_grad or math.inf,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        **_offload(config),
         **optimizer_precision(config.parallel),
     )
     optimizer = get_megatron_optimizer(optimizer_config, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _offload(config: Config) -> dict:
+    """megatron-core's offloading optimizer follows the code path of its precision-aware one, in fp32 as everywhere."""
+    if not config.parallel.optimizer_cpu_offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": config.parallel.optimizer_offload_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        "use_precision_aware_optimizer": True,
+    }
 
 
 def build_scheduler(optimizer, config: Config, train_iters: int) -> OptimizerParamScheduler:

@@ -28,7 +28,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_token
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.runtime.precision import check_machine
+from megatron_dtrpo.runtime.precision import check_machine, transformer_engine_is_usable
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import check_logging
 from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
@@ -204,6 +204,8 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
             raise UserError(f"save: {config.run.save} is a file; give a folder")
         if config.parallel.attention_backend == "flex" and initialize.device().type == "cpu":
             raise UserError("attention_backend flex has no backward pass on a CPU: leave it at auto")
+        if config.parallel.optimizer_cpu_offload and not transformer_engine_is_usable():
+            raise UserError("optimizer_cpu_offload needs a GPU and Transformer Engine: leave it out here")
         if config.parallel.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
             raise UserError("gradient_accumulation_fusion needs Apex with its CUDA extension: leave it out")
         check_logging(config.run)

@@ -28,12 +28,7 @@ from megatron_dtrpo.train import run_command
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the peers are tests' own
 
-SIZES = {
-    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=2048),
-    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3, vocab_size=49152),
-}  # fmt: skip
+from tests.peers.sizes import SIZES  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dtrpo.diffusion.layout import Coordinates, visible
 
-CHUNK_TOKENS = 256  # long enough to fill the matrix units, short enough to skip what a run's early queries cannot see
+CHUNK_TOKENS = 64  # long enough to fill the matrix units, short enough to skip what a run's early queries cannot see
 
 # What one more SDPA call costs, forward and backward, in multiply-adds of the attention itself: measured as 0.3 ms
 # on a core that does 5e9 of them a second. Runs of short documents share a call where that is cheaper.

@@ -1,0 +1,114 @@
+"""The benchmarks run, their contenders compute what ours computes, and their numbers are where they are said to be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
+
+
+def run(tool: str, *words: str, folder: Path) -> tuple[int, str]:
+    log = folder / "log"
+    command = [sys.executable, str(launch.REPOSITORY / "tools" / tool), *words]
+    with log.open("wb") as output:
+        status = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, timeout=300).returncode
+    return status, log.read_text()
+
+
+def rows(path: Path, count: int = 12) -> Path:
+    texts = [{"prompt": f"say {i} again", "chosen": f"{i} " * (i + 1), "rejected": f"not {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return path
+
+
+def test_contenders_agree_and_are_timed(tmp_path):
+    """Each contender's loss is checked against ours on the same noise before it is timed; a policy and a reference that
+    differ make that loss tell."""
+    status, output = run(
+        "benchmark.py", "--size", "tiny", "--block-size", "8", "--data", str(rows(tmp_path / "pairs.jsonl")),
+        "--pairs", "3", "--slow-pairs", "2", "--micro-batch-size", "2", "--repetitions", "2", "--no-memory",
+        "--output", "numbers.json", folder=tmp_path,
+    )  # fmt: skip
+    assert status == 0, output
+    record = json.loads((tmp_path / "numbers.json").read_text())
+    names = {"fast_dllm_layout", "fast_dllm_layout_cached", "vrpo_8", "exact_trajectory", "packed_sketch"}
+    names |= {"trl_dpo"} if find_spec("trl") else set()
+    assert set(record["ratios"]) == names
+    assert all(row["loss_difference"] < 2e-3 for row in record["contenders"].values())
+    speed = {name: row["pairs_per_second"] for name, row in record["contenders"].items()}
+    assert record["ratios"]["fast_dllm_layout"] == pytest.approx(speed["ours"] / speed["fast_dllm_layout"])
+    assert record["ratios"]["vrpo_8"] == pytest.approx(speed["ours_few"] / speed["vrpo_8"])
+    tokens = {name: row["tokens_per_pair"] for name, row in record["contenders"].items()}
+    assert tokens["ours"] == tokens["packed_sketch"] < tokens["fast_dllm_layout"]
+    assert tokens["vrpo_8"] == tokens["exact_trajectory"]
+
+
+def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
+    spoiled = "from tests.peers import packed_layout; import sys; sys.path.insert(0, 'tools'); import benchmark; "
+    spoiled += "seen = packed_layout.visible; packed_layout.visible = lambda q, k: seen(q, k) | (k.view == q.view); "
+    words = ["--size", "tiny", "--repetitions", "1", "--no-memory", "--contenders", "packed_sketch", "--block-size", "4"]
+    spoiled += f"sys.exit(benchmark.run_command(benchmark._benchmark, {words!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", "from megatron_dtrpo.runtime import initialize; initialize.enable_device(); " + spoiled],
+        cwd=launch.REPOSITORY, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "packed_sketch computes something else" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "tool, words, said",
+    [
+        ("benchmark.py", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
+        ("benchmark.py", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
+        ("benchmark.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        ("benchmark_layers.py", ["--tokens", "100"], "--tokens multiples of 128"),
+        ("benchmark_layers.py", ["--formats", "tensorwise"], "needs a GPU"),
+        ("benchmark_scaling.py", ["--response", "0"], "at least 1"),
+        ("benchmark_batches.py", ["--stream", "5"], "--stream must be at least"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, tool, words, said):
+    status, output = run(tool, *words, folder=tmp_path)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and said in errors[0] and "Traceback" not in output, output
+
+
+def test_layers_are_near_the_fp32_oracle(tmp_path):
+    status, output = run(
+        "benchmark_layers.py", "--size", "tiny", "--layers", "2", "--tokens", "512", "--repetitions", "2", "--output",
+        "numbers.json", folder=tmp_path,
+    )  # fmt: skip
+    assert status == 0, output
+    (row,) = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert row["format"] == "bf16" and 0 < row["log_prob_error"] < 2e-3 and 0 < row["gradient_error"] < 0.1
+    assert row["compiled_after_warm_up"] == 0 and 0 < row["model_flop_utilisation"] < 1
+
+
+def test_scaling_is_fitted(tmp_path):
+    status, output = run(
+        "benchmark_scaling.py", "--lengths", "32", "64", "96", "--pairs-per-micro-batch", "1", "2", "--response", "32",
+        "--repetitions", "1", "--output", "numbers.json", folder=tmp_path,
+    )  # fmt: skip
+    assert status == 0, output
+    record = json.loads((tmp_path / "numbers.json").read_text())
+    assert [row["tokens"] for row in record["by_length"]] == [128, 256, 384]
+    assert [row["visible"] for row in record["by_length"]] == sorted(row["visible"] for row in record["by_length"])
+    assert [row["pairs"] for row in record["by_packing"]] == [1, 2]
+
+
+def test_batches_are_streamed(tmp_path):
+    status, output = run(
+        "benchmark_batches.py", "--stream", "2600", "--size", "tiny", "--steps", "1", "--output", "numbers.json",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert status == 0, output
+    record = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(record["memory_bytes_by_tenth"]) == 10 and record["ratio"] > 1

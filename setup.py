@@ -41,6 +41,7 @@ setup(
         "eval": ["lm-eval>=0.4.13,<0.5"],
         "datasets": ["datasets"],
         "examples": ["matplotlib"],
+        "benchmark": ["trl>=1.16,<2"],
         "dev": ["pytest", "ruff"],
     },
 )

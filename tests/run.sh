@@ -8,12 +8,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash requirements/setup_cpu.sh
 
-# Only tests need the evaluation harness here, and it is large; without it the tests that use it are skipped.
-if ! compgen -G ".venv/lib/python*/site-packages/lm_eval" >/dev/null; then
-    echo "installing the evaluation harness ..." >&2
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet -c requirements/cpu-constraints.txt "lm-eval>=0.4.13,<0.5" ||
-        echo "warning: lm-eval could not be installed: its tests are skipped" >&2
-fi
+# Only tests need these here, and they are large; without them the tests that use them are skipped.
+while read -r module package; do
+    if ! compgen -G ".venv/lib/python*/site-packages/$module" >/dev/null; then
+        echo "installing $package for its tests ..." >&2
+        .venv/bin/python -m pip install --disable-pip-version-check --quiet -c requirements/cpu-constraints.txt "$package" ||
+            echo "warning: $package could not be installed: its tests are skipped" >&2
+    fi
+done <<'PACKAGES'
+lm_eval lm-eval>=0.4.13,<0.5
+trl trl>=1.16,<2
+PACKAGES
 
 # Tests start several processes; each with a thread per core they would only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

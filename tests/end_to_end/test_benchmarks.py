@@ -54,7 +54,8 @@ def test_contenders_agree_and_are_timed(tmp_path):
 def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
     spoiled = "from tests.peers import packed_layout; import sys; sys.path.insert(0, 'tools'); import benchmark; "
     spoiled += "seen = packed_layout.visible; packed_layout.visible = lambda q, k: seen(q, k) | (k.view == q.view); "
-    words = ["--size", "tiny", "--repetitions", "1", "--no-memory", "--contenders", "packed_sketch", "--block-size", "4"]
+    words = ["--size", "tiny", "--block-size", "4", "--repetitions", "1", "--no-memory"]
+    words += ["--contenders", "packed_sketch"]
     spoiled += f"sys.exit(benchmark.run_command(benchmark._benchmark, {words!r}))"
     done = subprocess.run(
         [sys.executable, "-c", "from megatron_dtrpo.runtime import initialize; initialize.enable_device(); " + spoiled],

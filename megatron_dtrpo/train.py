@@ -23,10 +23,14 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except UserError as error:
         _wait_for_rank_zero()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:  # who reads the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

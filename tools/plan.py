@@ -9,6 +9,7 @@ GPU, no data and no checkpoint. The formulae, and how far they are off, are in d
 
 from __future__ import annotations
 
+import math
 import sys
 
 from megatron_dtrpo.arguments import build_parser, parse_command
@@ -26,8 +27,8 @@ def _plan(argv: list[str]) -> None:
     parser.add_argument("--top", type=int, default=10, help="Layouts to print. Default: 10.")
     own, config, _ = parse_command(parser, argv)
     for name, value in (("gpus", own.gpus), ("gpu-memory", own.gpu_memory), ("top", own.top)):
-        if value <= 0:
-            raise UserError(f"--{name} is {value}: it must be positive")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value}: it must be a positive number")
     if config.model.vocab_size is None:
         raise UserError("vocab_size is missing: give --vocab-size, or a --config that has it")
     found = layouts(config, own.gpus, int(own.gpu_memory * GIB))

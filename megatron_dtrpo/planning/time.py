@@ -37,6 +37,23 @@ class StepTime:
         return self.compute + self.bubble + self.tensor + self.context + self.data
 
 
+def bubble_share(pp: int, virtual: int, micro_batches: int) -> float:
+    """Idle over busy time of a stage. The interleaved schedule takes micro-batches in groups of ``pp``, and leaves the
+    places that its last group lacks empty once for every virtual stage but one."""
+    missing = -micro_batches % pp
+    return (pp - 1 + (virtual - 1) * missing) / (virtual * micro_batches)
+
+
+def examples_of_step(config: Config, data_parallel: int) -> int:
+    """Of the data-parallel process that has most."""
+    return -(-config.data.global_batch_size // data_parallel)
+
+
+def micro_batches_of_step(config: Config, data_parallel: int) -> int:
+    """Of the data-parallel process that has most, where ``micro_batch_size`` examples fit a packed sequence."""
+    return -(-examples_of_step(config, data_parallel) // config.data.micro_batch_size)
+
+
 def step_time(config: Config, data_parallel: int) -> StepTime:
     """Of a validated ``config``. Every packed sequence is taken to be full, and to hold ``micro_batch_size`` examples
     then."""
@@ -46,14 +63,13 @@ def step_time(config: Config, data_parallel: int) -> StepTime:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    sequences = -(-data.global_batch_size // data.micro_batch_size)
-    micro_batches = -(-sequences // data_parallel)  # of the process that has most
+    micro_batches = micro_batches_of_step(config, data_parallel)
     has_reference = config.objective.objective == "preference" and config.run.reference_cache is None
     passes = 3 + has_reference + recomputed_share(model, parallel)
     tokens = data.seq_length // cp
     rate = PEAK_FLOPS * REACHED * (FP8_GAIN if parallel.fp8_format else 1) * tokens / (tokens + FULL_TOKENS)
     compute = micro_batches * passes * forward_flops(model, data.seq_length) / (tp * pp * cp) / rate
-    bubble = compute * (pp - 1) / (micro_batches * parallel.num_virtual_stages_per_pipeline_rank)
+    bubble = compute * bubble_share(pp, parallel.num_virtual_stages_per_pipeline_rank, micro_batches)
 
     layers = parameters.stage_layers(model, pp)
     residual = 2 * tokens * model.hidden_size

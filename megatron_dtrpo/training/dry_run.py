@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from megatron_dtrpo.config import Config
@@ -12,6 +13,7 @@ from megatron_dtrpo.model.provider import build_chunks, transformer_config
 from megatron_dtrpo.planning.layouts import fits_in, stage_plans
 from megatron_dtrpo.planning.memory import GIB
 from megatron_dtrpo.planning.report import gib, memory_table
+from megatron_dtrpo.planning.time import examples_of_step, micro_batches_of_step
 from megatron_dtrpo.runtime import initialize, pretend
 from megatron_dtrpo.training.checkpoint import MODEL_CONFIG
 from megatron_dtrpo.training.setup import resolve_start
@@ -23,6 +25,8 @@ _PLACEHOLDER = "dry-run"
 
 def dry_run(config: Config, given: set[str], world_size: int | None, gpu_memory: float | None) -> None:
     """Prints the report; on one process, where a launcher started several. Raises UserError."""
+    if gpu_memory is not None and not 0 < gpu_memory < math.inf:
+        raise UserError(f"--gpu-memory is {gpu_memory}: it must be a positive number")
     data_parallel, world_size = _settle(config, given, world_size)
     print("\n".join(_report(config, data_parallel, world_size, gpu_memory or 80.0)), flush=True)
 
@@ -78,6 +82,12 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     plans = stage_plans(config, data_parallel)
     most = max(plan.total for plan in plans)
     verdict = "fits" if fits_in(plans, int(gpu_memory * GIB)) else "does not fit"
+    examples, most = examples_of_step(config, data_parallel), config.data.micro_batch_size
+    lines.append(
+        f"a step: {config.data.global_batch_size} examples, {examples} on each of {data_parallel} data-parallel "
+        f"processes, in {micro_batches_of_step(config, data_parallel)} packed sequences of at most {most}"
+        + (": not full, a larger global_batch_size would cost little more" if examples < most else "")
+    )
     return [
         *lines,
         "memory plan (docs/memory.md):",

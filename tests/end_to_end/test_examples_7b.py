@@ -226,6 +226,7 @@ def test_slurm_saves_before_its_limit_queues_again_and_resumes(tmp_path):
         "PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(REPOSITORY),
         "SLURM_NNODES": "1",
+        "SLURM_CPUS_PER_TASK": "2",
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[1-1]",
         "NPROC_PER_NODE": "1",

@@ -14,7 +14,7 @@ from megatron_dtrpo.arguments import read_yaml
 from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.planning import memory, parameters
+from megatron_dtrpo.planning import memory, parameters, time
 from megatron_dtrpo.planning.layouts import layouts
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.validation import validate
@@ -260,3 +260,11 @@ def test_plan_prints_a_table(capsys):
     assert lines[2].split()[:6] == ["fits", "2", "1", "1", "4", "none"]
     assert plan["run_command"](plan["_plan"], [*words, "--gpus", "0"]) == 2
     assert capsys.readouterr().err == "error: --gpus is 0: it must be positive\n"
+
+
+@pytest.mark.parametrize(
+    "pp, virtual, micro_batches, share", [(1, 1, 4, 0), (4, 1, 8, 3 / 8), (4, 7, 4, 3 / 28), (4, 7, 2, 15 / 14)]
+)
+def test_bubble(pp, virtual, micro_batches, share):
+    """Slots: 28 for 4 micro-batches of 7 virtual stages and 3 to wait; 14 for 2, of 7 x 4 + 1 that the schedule takes."""
+    assert time.bubble_share(pp, virtual, micro_batches) == pytest.approx(share)

@@ -259,12 +259,12 @@ def test_plan_prints_a_table(capsys):
     assert "layouts fit" in lines[0] and len(lines) == 2 + 3
     assert lines[2].split()[:6] == ["fits", "2", "1", "1", "4", "none"]
     assert plan["run_command"](plan["_plan"], [*words, "--gpus", "0"]) == 2
-    assert capsys.readouterr().err == "error: --gpus is 0: it must be positive\n"
+    assert capsys.readouterr().err == "error: --gpus is 0: it must be a positive number\n"
 
 
 @pytest.mark.parametrize(
     "pp, virtual, micro_batches, share", [(1, 1, 4, 0), (4, 1, 8, 3 / 8), (4, 7, 4, 3 / 28), (4, 7, 2, 15 / 14)]
 )
 def test_bubble(pp, virtual, micro_batches, share):
-    """Slots: 28 for 4 micro-batches of 7 virtual stages and 3 to wait; 14 for 2, of 7 x 4 + 1 that the schedule takes."""
+    """7 virtual stages: 28 slots for 4 micro-batches and 3 to wait; 14 for 2, of the 7 x 4 + 1 that are taken."""
     assert time.bubble_share(pp, virtual, micro_batches) == pytest.approx(share)

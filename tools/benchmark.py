@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import subprocess
@@ -149,9 +148,7 @@ def _report(arguments: argparse.Namespace, world, results: dict) -> None:
     def over(ours: str, other: str) -> float:
         return results[ours]["pairs_per_second"] / results[other]["pairs_per_second"]
 
-    ratios = {
-        key: over(c.against, c.name) for c in CONTENDERS.values() if c.name in results for key in c.ratio_keys[:1]
-    }
+    ratios = {name: over(CONTENDERS[name].against, name) for name in results if not name.startswith("ours")}
     if "fast_dllm_layout" in results:
         ratios["fast_dllm_layout_cached"] = over("ours_cached", "fast_dllm_layout")
     prompt, response = world.mean_lengths()
@@ -172,7 +169,7 @@ def _report(arguments: argparse.Namespace, world, results: dict) -> None:
     if "fast_dllm_layout_cached" in ratios:
         print(f"ours with a cached reference, against Fast-dLLM v2's layout: {ratios['fast_dllm_layout_cached']:.2f}")
     memory = {
-        name: results["ours"]["peak_memory_bytes"] / row["peak_memory_bytes"]
+        name: results[CONTENDERS[name].against]["peak_memory_bytes"] / row["peak_memory_bytes"]
         for name, row in results.items()
         if row["peak_memory_bytes"] and not name.startswith("ours")
     }
@@ -187,7 +184,7 @@ def _report(arguments: argparse.Namespace, world, results: dict) -> None:
             "mean_response_tokens": response,
             "threads": world.threads,
             "contenders": results,
-            "ratios": {key: value for key, value in ratios.items() if math.isfinite(value)},
+            "ratios": ratios,
             "memory_ratios": memory,
         }
         write_atomically(Path(arguments.output), json.dumps(record, indent=2) + "\n")

@@ -167,7 +167,6 @@ class Contender(NamedTuple):
     build: Callable[[World], Step]
     expected: Callable[[World], float]
     against: str = "ours"
-    ratio_keys: tuple[str, ...] = ()
     needs: str | None = None
 
     def available(self) -> bool:
@@ -193,14 +192,12 @@ CONTENDERS = {
             "the packed layout in plain transformers, one pair at a time",
             _peer(lambda world: PackedLayout(world.learner, world.document, beta=BETA)),
             _dtrpo,
-            ratio_keys=("packed_sketch",),
         ),
         Contender(
             "fast_dllm_layout",
             "Fast-dLLM v2's layout, dTRPO",
             _peer(lambda world: world.layout(world.draw("dtrpo"))),
             _dtrpo,
-            ratio_keys=("fast_dllm_layout",),
         ),
         Contender(
             "trl_dpo",
@@ -211,7 +208,6 @@ CONTENDERS = {
                 )
             ),
             _causal_loss,
-            ratio_keys=("trl_dpo",),
             needs="trl",
         ),
         Contender(
@@ -224,7 +220,6 @@ CONTENDERS = {
             _peer(lambda world: world.layout(world.draw("vrpo", 8)), slow=True),
             _expected(lambda world: world.draw("vrpo", 8), slow=True),
             against="ours_few",
-            ratio_keys=("vrpo_8",),
         ),
         Contender(
             "exact_trajectory",
@@ -232,7 +227,6 @@ CONTENDERS = {
             _peer(lambda world: world.layout(world.every_step), slow=True),
             _expected(lambda world: world.every_step, slow=True),
             against="ours_few",
-            ratio_keys=("exact_trajectory",),
         ),
     )
 }  # fmt: skip

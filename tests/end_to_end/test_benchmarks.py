@@ -69,7 +69,6 @@ def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
     [
         ("benchmark.py", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
         ("benchmark.py", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
-        ("benchmark.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         ("benchmark_layers.py", ["--tokens", "100"], "--tokens multiples of 128"),
         ("benchmark_layers.py", ["--formats", "tensorwise"], "needs a GPU"),
         ("benchmark_scaling.py", ["--response", "0"], "at least 1"),

@@ -103,7 +103,7 @@ def _benchmark(argv: list[str]) -> None:
 
 
 def _pairs(arguments: argparse.Namespace):
-    """``(pairs, tokenizer)``; pairs whose length is near the middle of all, so that a few stand for the rest."""
+    """``(pairs, tokenizer)``: pairs drawn at random from all."""
     from tests.peers import pairs
 
     vocabulary = SIZES[arguments.size]["vocab_size"]

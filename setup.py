@@ -42,6 +42,6 @@ setup(
         "datasets": ["datasets"],
         "examples": ["matplotlib"],
         "benchmark": ["trl>=1.16,<2"],
-        "dev": ["pytest", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -50,6 +50,16 @@ def _unknown(kind: str, given: str, known) -> UserError:
     return UserError(f"unknown {kind} {given}: the nearest known one is {near}")
 
 
+def new_file(text: str) -> str:
+    """argparse's type of a file that is written at the end: what would fail then fails now."""
+    path = Path(text)
+    if path.is_dir():
+        raise UserError(f"{text}: is a folder, and a file is to be written")
+    if not path.parent.is_dir():
+        raise UserError(f"{text}: there is no folder {path.parent}; make it first")
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)

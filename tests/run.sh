@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh
 #   bash tests/run.sh tests/unit -k layout
+#   bash tests/run.sh -n 0 ...               # in one process; by default two share the files of tests
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,4 +26,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # No test may depend on what the Hugging Face hub answers today.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 
-exec .venv/bin/python -m pytest --durations=10 "$@"
+exec .venv/bin/python -m pytest --durations=10 -n 2 --dist loadfile "$@"

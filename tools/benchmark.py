@@ -20,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dtrpo.arguments import tool_parser
+import torch
+
+from megatron_dtrpo.arguments import new_file, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
@@ -39,16 +41,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="135m", help="Model. Default: %(default)s.")
     parser.add_argument("--block-size", type=int, default=32, help="Default: %(default)s.")
     parser.add_argument("--steps-per-block", type=int, default=8, help="T_B. Default: %(default)s.")
-    parser.add_argument("--pairs", type=int, default=4, help="Pairs per step. Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=6, help="Pairs per step. Default: %(default)s.")
     parser.add_argument("--slow-pairs", type=int, default=1, help="Of vrpo_8 and exact_trajectory. Default: 1.")
     parser.add_argument(
-        "--micro-batch-size", type=int, default=4, help="Pairs at once, for ours and the peers. Default: %(default)s."
+        "--micro-batch-size", type=int, default=6, help="Pairs at once, for ours and the peers. Default: %(default)s."
     )
+    parser.add_argument(
+        "--same-products", action="store_true",
+        help="On a CPU: peers multiply by oneDNN as ours does, not by torch's choice; left is the layout.",
+    )  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=5, help="Default: %(default)s.")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="Some only (ours always). Default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Chooses the pairs. Default: %(default)s.")
     parser.add_argument("--no-memory", action="store_true", help="Do not measure peak memory (a process each).")
-    parser.add_argument("--output", metavar="FILE.json", help="Write the numbers.")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="Write the numbers.")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)  # one contender's own process
     return parser
 
@@ -61,6 +67,8 @@ def _benchmark(argv: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.slow_pairs > arguments.pairs:
         raise UserError("--slow-pairs must be at most --pairs")
+    if torch.cuda.is_available():
+        raise UserError("the peers run on a CPU: set CUDA_VISIBLE_DEVICES= (a GPU: tools/benchmark_layers.py)")
     from megatron_dtrpo.config import ParallelSettings
 
     initialize.start(ParallelSettings(), seed=0)
@@ -81,12 +89,13 @@ def _benchmark(argv: list[str]) -> None:
         for name in missing:
             print(f"skipped {name}: {CONTENDERS[name].needs} is not installed", file=sys.stderr)
         chosen = [name for name in chosen if name not in missing]
+        # Before this process holds models of its own: a peer alone may fill the machine.
+        memory = {} if arguments.no_memory else {name: _memory_in_own_process(argv, name) for name in chosen}
         steps = {name: CONTENDERS[name].build(world) for name in chosen}
         differences = {name: check(world, name, steps[name]) for name in chosen}  # warms up, too
         seconds, tokens = _time(steps, arguments.repetitions)
     finally:
         initialize.stop()
-    memory = {} if arguments.no_memory else {name: _memory_in_own_process(argv, name) for name in chosen}
     results = {
         name: {
             "pairs_per_second": steps[name].pairs / statistics.median(seconds[name]),
@@ -109,7 +118,7 @@ def _pairs(arguments: argparse.Namespace):
     vocabulary = SIZES[arguments.size]["vocab_size"]
     rows = pairs.preference_rows(Path(arguments.data)) if arguments.data else pairs.arithmetic_rows(1000)
     if len(rows) < arguments.pairs:
-        raise UserError(f"{arguments.data}: {len(rows)} rows, --pairs asks for {arguments.pairs}")
+        raise UserError(f"{arguments.data or 'generated pairs'}: {len(rows)} rows, --pairs asks for {arguments.pairs}")
     if arguments.tokenizer:
         from transformers import AutoTokenizer
 
@@ -130,7 +139,8 @@ def _time(steps: dict, repetitions: int) -> tuple[dict[str, list[float]], dict[s
             step.run()
             seconds[name].append(time.perf_counter() - started)
             tokens[name] = step.tokens()
-        print(f"round {repetition + 1} of {repetitions}", file=sys.stderr)
+        taken = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
+        print(f"round {repetition + 1} of {repetitions}: {taken}", file=sys.stderr)
     return seconds, tokens
 
 
@@ -138,8 +148,11 @@ def _memory_in_own_process(argv: list[str], name: str) -> int:
     command = [sys.executable, __file__, *argv, "--peak-memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{name} alone in a process failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.split()[-1])
+        words = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else ["killed, perhaps for want of memory"]
+        raise UserError(f"{name} alone in a process failed: {''.join(words)}; try a smaller --micro-batch-size")
+    peak = int(done.stdout.split()[-1])
+    print(f"peak memory of {name}: {peak / 2**30:.2f} GiB", file=sys.stderr)
+    return peak
 
 
 def _report(arguments: argparse.Namespace, world, results: dict) -> None:

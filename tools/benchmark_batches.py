@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.arguments import tool_parser
+from megatron_dtrpo.arguments import new_file, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stream", type=int, default=1_000_000, help="Pairs that pass by. Default: %(default)s.")
     parser.add_argument("--size", choices=SIZES, default="135m", help="Model of the step. Default: %(default)s.")
     parser.add_argument("--steps", type=int, default=5, help="Steps that are timed. Default: %(default)s.")
-    parser.add_argument("--output", metavar="FILE.json", help="Write the numbers.")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="Write the numbers.")
     return parser
 
 

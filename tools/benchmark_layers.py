@@ -175,8 +175,7 @@ def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequence
         model.zero_grad()
         part = batch.part
         log_probs = model(part.tokens, part.position, batch.attention, part.target_row, part.target_token)
-        if backend != "flex" or device.type == "cuda":  # FlexAttention has no backward pass on a CPU
-            (log_probs * part.target_weight).sum().backward()
+        (log_probs * part.target_weight).sum().backward()
         return log_probs.detach()
 
     log_probs = run(sequences[0]).cpu()

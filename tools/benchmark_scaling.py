@@ -5,8 +5,8 @@
     python tools/benchmark_scaling.py --lengths 64 256 1024 --pairs-per-micro-batch 1 8
 
 Work is what the packed layout asks for: tokens through the layers, and pairs of tokens that the mask lets see each
-other. Time is fitted as ``a * tokens + b * visible pairs``; a term that grows with the packed length squared would show
-as a bad fit, and as a power of time over work that is not 1.
+other. Time is fitted as ``a * tokens + b * visible pairs``. The power is that of time over the multiply-adds of the two
+as the model's shape has them, which knows nothing of the measured times: cost beyond the mask's work makes it exceed 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dtrpo.arguments import tool_parser
+from megatron_dtrpo.arguments import new_file, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--response", type=int, default=110, help="Response length for these. Default: %(default)s.")
     parser.add_argument("--repetitions", type=int, default=5, help="Default: %(default)s.")
-    parser.add_argument("--output", metavar="FILE.json", help="Write the numbers.")
-    parser.add_argument("--plot", metavar="FILE.png", help="Draw them (needs matplotlib).")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="Write the numbers.")
+    parser.add_argument("--plot", type=new_file, metavar="FILE.png", help="Draw them (needs matplotlib).")
     return parser
 
 
@@ -104,28 +104,45 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
     ours = Ours(Learner(shape, lr=0.0), shape, document, beta=0.1, micro_batch_size=1, seq_length=2**30)
 
-    def median_seconds(pairs: list[Pair], micro_batch_size: int) -> float:
-        ours.micro_batch_size, seconds = micro_batch_size, []
+    def medians(cases: list[tuple[list[Pair], int]]) -> list[float]:
+        """Seconds of a step on each case's pairs at its micro-batch size; cases take turns."""
+        seconds: list[list[float]] = [[] for _ in cases]
         for repetition in range(arguments.repetitions + 1):
-            started = time.perf_counter()
-            ours.step(pairs)
-            if repetition:  # the first warms up
-                seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds)
+            for (pairs, ours.micro_batch_size), times in zip(cases, seconds, strict=True):
+                started = time.perf_counter()
+                ours.step(pairs)
+                if repetition:  # the first warms up
+                    times.append(time.perf_counter() - started)
+        return [statistics.median(times) for times in seconds]
 
+    singles = [pair(0, response) for response in arguments.lengths]
     by_length = []
-    for response in arguments.lengths:
-        one = pair(0, response)
+    for one, response, seconds in zip(singles, arguments.lengths, medians([([p], 1) for p in singles]), strict=True):
         packed = document(one)
         visible = int(work(packed.coordinates(), BLOCK_SIZE).sum()) * BLOCK_SIZE**2
-        row = {"response": response, "tokens": len(packed), "visible": visible, "seconds": median_seconds([one], 1)}
-        by_length.append(row)
+        by_length.append(
+            {
+                "response": response,
+                "tokens": len(packed),
+                "visible": visible,
+                "work": multiply_adds(shape, len(packed), visible),
+                "seconds": seconds,
+            }
+        )
     pairs = [pair(i, arguments.response) for i in range(max(arguments.pairs_per_micro_batch))]
+    counts = arguments.pairs_per_micro_batch
     by_packing = [
-        {"pairs": count, "seconds_per_pair": median_seconds(pairs, count) / len(pairs)}
-        for count in arguments.pairs_per_micro_batch
+        {"pairs": count, "seconds_per_pair": seconds / len(pairs)}
+        for count, seconds in zip(counts, medians([(pairs, count) for count in counts]), strict=True)
     ]
     return by_length, by_packing
+
+
+def multiply_adds(shape: dict, tokens: int, visible: int) -> int:
+    """Of one pass through the layers."""
+    h, f = shape["hidden_size"], shape["intermediate_size"]
+    shared = h * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    return shape["num_hidden_layers"] * (tokens * h * (2 * h + 2 * shared + 3 * f) + visible * 2 * h)
 
 
 def _fit(rows: list[dict]) -> dict:
@@ -141,7 +158,8 @@ def _fit(rows: list[dict]) -> dict:
     per_token, per_visible = best[1]
     fitted = per_token * tokens + per_visible * visible
     spread = ((seconds - seconds.mean()) ** 2).sum()
-    power = np.polyfit(np.log(fitted), np.log(seconds), 1)[0] if len(rows) > 1 else math.nan
+    work = np.array([float(row["work"]) for row in rows])
+    power = np.polyfit(np.log(work), np.log(seconds), 1)[0] if len(rows) > 1 else math.nan
     return {
         "per_token": float(per_token),
         "per_visible_pair": float(per_visible),

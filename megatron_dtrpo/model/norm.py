@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dtrpo.runtime import cpu_kernels
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -16,3 +19,9 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., h]`` to ``[..., h]``."""
+        if cpu_kernels.takes(x):
+            return cpu_kernels.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)

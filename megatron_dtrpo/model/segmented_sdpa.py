@@ -7,6 +7,7 @@ that any of its blocks sees. Legend: S packed tokens, s of them queries here, B 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -81,46 +82,83 @@ def _cut(blocks: Coordinates, seen: Tensor, step: int, overhead: float) -> list[
 
 def segmented_sdpa(query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float) -> Tensor:
     """Attention of ``query [s, heads, d]`` over ``key, value [S, groups, d]``: ``[s, heads, d]``."""
-    return _SegmentedSdpa.apply(query, key, value, chunks, scale, torch.is_grad_enabled())
+    return _SegmentedSdpa.apply(query, key, value, chunks, scale)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    mask = None if mask is None else mask.to(q.dtype)
+class Kernel(NamedTuple):
+    """SDPA of one chunk, of ``q [1, heads, q, d]`` and ``k, v [1, groups, k, d]``. ``forward`` gives the output and
+    what ``backward`` wants of the softmax; ``backward`` gives the gradients of q, k and v."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _flash_backward_on_cpu(grad, q, k, v, out, log_sum, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, log_sum, 0.0, False, attn_mask=mask, scale=scale
+    )
+
+
+def _anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.squeeze(0).transpose(0, 1)
+    return out, q.new_empty(0)
+
+
+def _backward_anywhere(grad, q, k, v, out, nothing, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = tuple(t.detach().requires_grad_() for t in (q, k, v))
+        return torch.autograd.grad(_anywhere(*inputs, mask, scale)[0], inputs, grad)
+
+
+# Device types whose kernel can be called without autograd keeping each chunk's copy of the keys; others run it again.
+KERNELS = {"cpu": Kernel(_flash_on_cpu, _flash_backward_on_cpu)}
+ANY_DEVICE = Kernel(_anywhere, _backward_anywhere)
+
+
+def _heads_first(t: Tensor) -> Tensor:
+    """``[tokens, heads, d]`` to ``[1, heads, tokens, d]``."""
+    return t.transpose(0, 1).unsqueeze(0)
 
 
 class _SegmentedSdpa(torch.autograd.Function):
-    """One autograd node for all chunks. Left to autograd, every slice of the query and every gather of the keys would
-    allocate and add a gradient as long as the whole sequence; here a chunk's gradients go straight to their rows."""
+    """One autograd node for all chunks, which keeps the whole query, key, value and output and no chunk's. Left to
+    autograd, every slice of the query and every gather of the keys would stay in memory, and allocate and add a
+    gradient as long as the whole sequence; here a chunk's gradients go straight to their rows."""
 
     @staticmethod
-    def forward(ctx, query, key, value, chunks, scale, with_grad):
-        out = torch.empty_like(query)
-        ctx.graphs, ctx.keys = [], key.shape[0]
+    def forward(ctx, query, key, value, chunks, scale):
+        ctx.chunks, ctx.scale, ctx.kernel = chunks, scale, KERNELS.get(query.device.type, ANY_DEVICE)
+        out, statistics = torch.empty_like(query), []
         for chunk in chunks:
-            inputs = (query[chunk.start : chunk.stop], key[chunk.keys], value[chunk.keys])
-            if with_grad:
-                inputs = tuple(t.detach().requires_grad_() for t in inputs)
-            with torch.set_grad_enabled(with_grad):
-                result = _attend(*inputs, chunk.mask, scale)
-            out[chunk.start : chunk.stop] = result.detach()
-            if with_grad:
-                ctx.graphs.append((chunk, inputs, result))
+            result, kept = ctx.kernel.forward(*_inputs(query, key, value, chunk), scale)
+            out[chunk.start : chunk.stop] = result.squeeze(0).transpose(0, 1)
+            statistics.append(kept)
+        if any(ctx.needs_input_grad):
+            # The value is a view of all three projections; the query and the key, which were rotated, are not.
+            ctx.save_for_backward(query, key, value.contiguous(), out, *statistics)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        grad_query = torch.empty_like(grad)
-        grad_key = grad_value = None
-        for chunk, inputs, result in ctx.graphs:
-            dq, dk, dv = torch.autograd.grad(result, inputs, grad[chunk.start : chunk.stop])
-            if grad_key is None:
-                grad_key = dk.new_zeros((ctx.keys, *dk.shape[1:]))
-                grad_value = torch.zeros_like(grad_key)
-            grad_query[chunk.start : chunk.stop] = dq
-            grad_key.index_add_(0, chunk.keys, dk)
-            grad_value.index_add_(0, chunk.keys, dv)
-        ctx.graphs = None
-        return grad_query, grad_key, grad_value, None, None, None
+        query, key, value, out, *statistics = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for chunk, kept in zip(ctx.chunks, statistics, strict=True):
+            rows = slice(chunk.start, chunk.stop)
+            *inputs, mask = _inputs(query, key, value, chunk)
+            dq, dk, dv = ctx.kernel.backward(
+                _heads_first(grad[rows]), *inputs, _heads_first(out[rows]), kept, mask, ctx.scale
+            )
+            grad_query[rows] = dq.squeeze(0).transpose(0, 1)
+            grad_key.index_add_(0, chunk.keys, dk.squeeze(0).transpose(0, 1))
+            grad_value.index_add_(0, chunk.keys, dv.squeeze(0).transpose(0, 1))
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    mask = None if chunk.mask is None else chunk.mask.to(query.dtype)
+    rows = (query[chunk.start : chunk.stop], key[chunk.keys], value[chunk.keys])
+    return *map(_heads_first, rows), mask

@@ -7,8 +7,11 @@ other module needs to know on what it runs.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import queue
+import sys
 
 import torch
 from torch.utils import _device
@@ -142,13 +145,31 @@ def _replace_adam() -> None:
 
 
 def _replace_kernels() -> None:
-    """megatron-core compiles its SwiGLU and makes cosines, sines and copies anew in every layer."""
+    """megatron-core compiles its SwiGLU, makes cosines, sines and copies anew in every layer, and multiplies by MKL."""
+    from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import attention, mlp
 
-    from megatron_dtrpo.runtime import cpu_kernels
+    from megatron_dtrpo.runtime import cpu_kernels, cpu_linear
 
+    layers.linear_with_grad_accumulation_and_async_allreduce = layers.linear_with_frozen_weight = cpu_linear.linear
+    layers.copy_to_tensor_model_parallel_region = cpu_linear.copy_to_region
     mlp.bias_swiglu_impl = cpu_kernels.bias_swiglu_impl
     attention.apply_rotary_pos_emb = cpu_kernels.apply_rotary_pos_emb
+
+
+# glibc's mallopt: parameter -> value. Never give the top of the heap back, and take nothing from outside it.
+_KEEP_FREED = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD, M_MMAP_MAX
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory that a step has freed for the next one, as torch does on a GPU. Handed back,
+    its pages are zeroed and mapped again in every step: a tenth of the time of a large micro-batch. Not where the
+    user has set glibc's allocator (MALLOC_...) or there is none."""
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if is_cpu() and mallopt is not None and not chosen:
+        for parameter, value in _KEEP_FREED.items():
+            mallopt(parameter, value)
 
 
 def _keep_write_results_in_process() -> None:

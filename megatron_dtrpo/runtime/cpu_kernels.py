@@ -2,21 +2,49 @@
 
 Each is one autograd node that keeps its input and nothing made from it, and goes through memory as seldom as eager
 torch can. Signatures are those of the functions they stand in for.
+
+What costs little to make is not kept by the linear layer that reads it (`cpu_linear`), but made again: of a layer with
+a feed-forward width of 8/3 of the hidden width that halves what a token keeps until its gradient comes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class Recipe(NamedTuple):
+    """How a tensor is made again: ``make(*sources)``."""
+
+    make: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+
+
+def remember(result: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """Leaves with ``result`` how it was made. The sources are kept for a gradient anyway."""
+    if result.requires_grad:
+        result.recipe = Recipe(make, tuple(t.detach() for t in sources))
+    return result
+
+
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    return getattr(tensor, "recipe", None)
+
+
+def _swiglu(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate_and_up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -31,7 +59,8 @@ class _SwiGlu(torch.autograd.Function):
 
 def bias_swiglu_impl(input: Tensor, bias: Tensor | None, fp8_input_store=False, cpu_offload_input=False) -> Tensor:
     """``silu(gate) * up`` of ``[..., 2 f]``, gate first: ``[..., f]``."""
-    return _SwiGlu.apply(input if bias is None else input + bias)
+    gate_and_up = input if bias is None else input + bias
+    return remember(_SwiGlu.apply(gate_and_up), _swiglu, gate_and_up)
 
 
 class _Rotary(torch.autograd.Function):
@@ -62,3 +91,41 @@ def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, config, cu_seqlens=None, msca
     if made is None or made[0].dtype != t.dtype:
         made = freqs._cos_sin = (torch.cos(freqs).to(t.dtype), torch.sin(freqs).to(t.dtype))
     return _Rotary.apply(t, *made)
+
+
+def _normalize(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """``x [..., h]`` times ``scale [..., 1]``, its inverse root mean square, and ``weight [h]``."""
+    return torch.mul(x, scale).mul_(weight)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        return _normalize(x, weight, scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = grad * weight
+            along = torch.linalg.vecdot(grad_x, x).unsqueeze(-1)  # what would only make x longer
+            grad_x.mul_(scale).addcmul_(x, along.mul_(scale**3).div_(-x.shape[-1]))
+        if needs_weight:
+            grad_weight = torch.mul(x, scale).mul_(grad).flatten(0, -2).sum(0)
+        return grad_x, grad_weight, None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether `rms_norm` is for ``x``: lower precisions are torch's, which computes them in fp32."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x [..., h]`` over its root mean square, times ``weight [h]``. Of what it `takes`."""
+    with torch.no_grad():
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+    return remember(_RmsNorm.apply(x, weight, scale), _normalize, x, weight, scale)

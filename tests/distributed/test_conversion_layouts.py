@@ -19,6 +19,11 @@ SETTINGS = dict(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
 def imported(root, tied: bool):
     source = folders.write_folder(root / "hf", tied=tied)
     import_checkpoint(source, root / "megatron", ImportOptions(progress=False))
@@ -26,9 +31,9 @@ def imported(root, tied: bool):
     return folders.read_weights(source)
 
 
-def train_and_export(root, name: str, layout: str, **settings):
+def train_and_export(server, root, name: str, layout: str, **settings):
     tp, pp = LAYOUTS[layout]
-    launch.train(
+    server.train(
         {
             **SETTINGS, **settings, "load": root / "megatron", "save": root / name, "data_path": root / "pairs.jsonl",
             "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp,
@@ -40,9 +45,9 @@ def train_and_export(root, name: str, layout: str, **settings):
 
 
 @pytest.mark.parametrize("tied, layouts", [(False, LAYOUTS), (True, ("tp1", "tp2_pp2"))], ids=["untied", "tied"])
-def test_exports_after_one_step_agree(tmp_path, tied, layouts):
+def test_exports_after_one_step_agree(server, tmp_path, tied, layouts):
     before = imported(tmp_path, tied)
-    after = {layout: train_and_export(tmp_path, layout, layout, lr=1e-3) for layout in layouts}
+    after = {layout: train_and_export(server, tmp_path, layout, layout, lr=1e-3) for layout in layouts}
     for name, weight in before.items():
         first = after["tp1"][name]
         assert (first - weight).abs().max() > 1e-5, f"{name} was not trained"
@@ -52,7 +57,7 @@ def test_exports_after_one_step_agree(tmp_path, tied, layouts):
     assert all(other.keys() == before.keys() for other in after.values())
 
 
-def test_loaded_and_saved_without_learning_nothing_changes(tmp_path):
+def test_loaded_and_saved_without_learning_nothing_changes(server, tmp_path):
     imported(tmp_path, tied=False)
-    train_and_export(tmp_path, "still", "tp2_pp2", lr=0.0)
+    train_and_export(server, tmp_path, "still", "tp2_pp2", lr=0.0)
     folders.assert_same_weights(tmp_path / "hf", tmp_path / "still_hf")

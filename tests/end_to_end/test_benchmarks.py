@@ -29,26 +29,27 @@ def rows(path: Path, count: int = 12) -> Path:
     return path
 
 
-def test_contenders_agree_and_are_timed(tmp_path):
+@pytest.mark.parametrize("option", [[], ["--same-products"]], ids=["plain peers", "same products"])
+def test_contenders_agree_and_are_timed(tmp_path, option):
     """Each contender's loss is checked against ours on the same noise before it is timed; a policy and a reference that
     differ make that loss tell."""
     status, output = run(
         "benchmark.py", "--size", "tiny", "--block-size", "8", "--data", str(rows(tmp_path / "pairs.jsonl")),
         "--pairs", "3", "--slow-pairs", "2", "--micro-batch-size", "2", "--repetitions", "2", "--no-memory",
-        "--output", "numbers.json", folder=tmp_path,
+        "--output", "numbers.json", *option, folder=tmp_path,
     )  # fmt: skip
     assert status == 0, output
     record = json.loads((tmp_path / "numbers.json").read_text())
     names = {"fast_dllm_layout", "fast_dllm_layout_cached", "vrpo_8", "exact_trajectory", "packed_sketch"}
     names |= {"trl_dpo"} if find_spec("trl") else set()
     assert set(record["ratios"]) == names
-    assert all(row["loss_difference"] < 2e-3 for row in record["contenders"].values())
+    assert all(row["loss_difference"] < 1e-5 for row in record["contenders"].values())
     speed = {name: row["pairs_per_second"] for name, row in record["contenders"].items()}
     assert record["ratios"]["fast_dllm_layout"] == pytest.approx(speed["ours"] / speed["fast_dllm_layout"])
     assert record["ratios"]["vrpo_8"] == pytest.approx(speed["ours_few"] / speed["vrpo_8"])
     tokens = {name: row["tokens_per_pair"] for name, row in record["contenders"].items()}
     assert tokens["ours"] == tokens["packed_sketch"] < tokens["fast_dllm_layout"]
-    assert tokens["vrpo_8"] == tokens["exact_trajectory"]
+    assert tokens["exact_trajectory"] <= tokens["vrpo_8"]  # short responses end before their last step
 
 
 def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
@@ -69,6 +70,8 @@ def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
     [
         ("benchmark.py", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
         ("benchmark.py", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
+        ("benchmark.py", ["--output", "absent/numbers.json"], "there is no folder absent"),
+        ("benchmark_scaling.py", ["--plot", "."], "is a folder"),
         ("benchmark_layers.py", ["--tokens", "100"], "--tokens multiples of 128"),
         ("benchmark_layers.py", ["--formats", "tensorwise"], "needs a GPU"),
         ("benchmark_scaling.py", ["--response", "0"], "at least 1"),

@@ -22,7 +22,7 @@ from tests.peers.ours import Ours, noising, sample_of
 from tests.peers.packed_layout import PackedLayout
 from tests.peers.pairs import Pair
 from tests.peers.trl_dpo import TrlDpo
-from tests.peers.weights import Learner
+from tests.peers.weights import Learner, multiply_as_ours
 
 BETA = 0.1
 TOLERANCE = 2e-3  # of a loss near 1: fp32 sums over some thousand weighted tokens
@@ -51,7 +51,11 @@ class World:
 
     @cached_property
     def learner(self) -> Learner:
-        return Learner(self.shape, lr=0.0)
+        learner = Learner(self.shape, lr=0.0)
+        if self.arguments.same_products:
+            for model in (learner.policy, learner.reference):
+                multiply_as_ours(model)
+        return learner
 
     @cached_property
     def ours(self) -> Ours:
@@ -103,20 +107,17 @@ class World:
         return prompts, sum(len(r) for p in self.pairs for r in p.responses) / (2 * len(self.pairs))
 
 
-def _ours(world: World) -> Step:
-    def run() -> float:
-        world.ours.forget_cache()
-        return world.ours.step(world.pairs)
+def _ours(slow: bool = False):
+    def step(world: World) -> Step:
+        pairs = world.slow_pairs if slow else world.pairs
 
-    return Step(run, len(world.pairs), lambda: world.ours.tokens)
+        def run() -> float:
+            world.ours.forget_cache()
+            return world.ours.step(pairs)
 
+        return Step(run, len(pairs), lambda: world.ours.tokens)
 
-def _ours_on_few(world: World) -> Step:
-    def run() -> float:
-        world.ours.forget_cache()
-        return world.ours.step(world.slow_pairs)
-
-    return Step(run, len(world.slow_pairs), lambda: world.ours.tokens)
+    return step
 
 
 def _ours_cached(world: World) -> Step:
@@ -185,7 +186,7 @@ _dtrpo = _expected(lambda world: world.draw("dtrpo"))
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("ours", "ours, live reference", _ours, _dtrpo),
+        Contender("ours", "ours, live reference", _ours(), _dtrpo),
         Contender("ours_cached", "ours, cached reference", _ours_cached, _dtrpo),
         Contender(
             "packed_sketch",
@@ -211,7 +212,7 @@ CONTENDERS = {
             needs="trl",
         ),
         Contender(
-            "ours_few", "ours, live reference, on the pairs below", _ours_on_few,
+            "ours_few", "ours, live reference, on the pairs below", _ours(slow=True),
             _expected(lambda world: world.draw("dtrpo"), slow=True),
         ),
         Contender(

@@ -68,6 +68,8 @@ class FastDllmLayout:
         for pair, noise in zip(pairs, drawn, strict=True):
             margin = torch.zeros((), dtype=torch.float64)
             for view in range(len(noise[0].masked)):
+                if not any(n.weight[view].any() for n in noise):
+                    continue  # a trajectory that has ended: nothing is predicted
                 batch = self._batch([pair], noise, view)
                 with torch.no_grad():
                     reference = self._log_likelihoods(self.reference, *batch)

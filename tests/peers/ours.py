@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_dtrpo.config import Config, ObjectiveSettings, OptimizerSettings, ParallelSettings
+from megatron_dtrpo.config import Config, ObjectiveSettings, OptimizerSettings
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.packing import pack
 from megatron_dtrpo.data.sampler import Sample
@@ -47,9 +47,8 @@ class Ours:
         seq_length: int,
     ):
         self.config = Config(
-            objective=ObjectiveSettings(beta=beta, loss_type="sigmoid"),
+            objective=ObjectiveSettings(beta=beta),
             optimizer=OptimizerSettings(lr=learner.lr),
-            parallel=ParallelSettings(),
         )
         self.document, self.seq_length, self.micro_batch_size = document, seq_length, micro_batch_size
         self.chunks = [build_model(settings_of(shape), self.config.parallel)]

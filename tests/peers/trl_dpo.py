@@ -20,11 +20,11 @@ class TrlDpo:
         from trl import DPOConfig, DPOTrainer
 
         self.learner, self.micro_batch_size = learner, micro_batch_size
-        folder = tempfile.mkdtemp(prefix="trl-")
+        self.folder = tempfile.TemporaryDirectory(prefix="trl-")  # goes with this object
         config = DPOConfig(
-            output_dir=folder, use_cpu=not torch.cuda.is_available(), bf16=False, beta=beta, learning_rate=learner.lr,
-            per_device_train_batch_size=micro_batch_size, max_length=None, report_to=[], disable_tqdm=True,
-            gradient_checkpointing=False, logging_strategy="no", save_strategy="no",
+            output_dir=self.folder.name, use_cpu=not torch.cuda.is_available(), bf16=False, beta=beta,
+            learning_rate=learner.lr, per_device_train_batch_size=micro_batch_size, max_length=None, report_to=[],
+            disable_tqdm=True, gradient_checkpointing=False, logging_strategy="no", save_strategy="no",
         )  # fmt: skip
         row = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}  # pairs are given as tokens; the trainer wants a set
         with warnings.catch_warnings():
@@ -52,7 +52,8 @@ class TrlDpo:
                 ]
             )  # fmt: skip
             self.tokens += inputs["input_ids"].numel()
-            self.trainer.current_gradient_accumulation_steps = len(batches)
+            # What the trainer divides a micro-batch's mean by; the last one may be short.
+            self.trainer.current_gradient_accumulation_steps = len(pairs) / len(some)
             loss = self.trainer.training_step(self.learner.policy, inputs)
             total += float(loss)
         self.learner.update()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -11,16 +11,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from megatron_dtrpo.config import ModelSettings, ParallelSettings
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.provider import build_model
+from megatron_dtrpo.runtime import cpu_linear
 from tests import oracles
 
 ROTARY_BASE = 1000000.0
 
 
 def random_qwen2(shape: dict, seed: int = 0) -> Qwen2ForCausalLM:
-    """In fp32, untied, of transformers' names for a shape."""
+    """In fp32, embedding and output tied, of transformers' names for a shape."""
     torch.manual_seed(seed)
     rope = {"rope_type": "default", "rope_theta": ROTARY_BASE}
-    config = Qwen2Config(**shape, rope_parameters=rope, tie_word_embeddings=False, attn_implementation="sdpa")
+    config = Qwen2Config(**shape, rope_parameters=rope, tie_word_embeddings=True, attn_implementation="sdpa")
     return Qwen2ForCausalLM(config).float().eval()
 
 
@@ -34,6 +35,7 @@ def settings_of(shape: dict) -> ModelSettings:
         kv_channels=shape["hidden_size"] // shape["num_attention_heads"],
         vocab_size=shape["vocab_size"],
         rotary_base=ROTARY_BASE,
+        untie_embeddings_and_output_weights=False,
     )
 
 
@@ -42,7 +44,7 @@ def copy_into(model: BlockDiffusionGPTModel, peer: Qwen2ForCausalLM) -> None:
     """Gives ``model``, of one process, the weights of ``peer``."""
     config = peer.config
     values = oracles.megatron_from_qwen2(
-        peer.state_dict(), config.num_attention_heads, config.num_key_value_heads, tied=False
+        peer.state_dict(), config.num_attention_heads, config.num_key_value_heads, tied=True
     )
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])
@@ -70,6 +72,17 @@ class Learner:
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
+
+
+def multiply_as_ours(model: Qwen2ForCausalLM) -> None:
+    """Gives linear layers our CPU's matrix products, so that a comparison is one of layouts."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(_our_linear, module)
+
+
+def _our_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return cpu_linear.linear(input, module.weight, module.bias, False, False, False, None)
 
 
 @torch.no_grad()

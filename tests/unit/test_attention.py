@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
+from megatron_dtrpo.model import segmented_sdpa
 from megatron_dtrpo.model.attention import BACKENDS, few_lengths, flex_kernel, plan_attention
-from megatron_dtrpo.model.segmented_sdpa import segmented_sdpa
 from megatron_dtrpo.runtime.compiler import compilations
 from tests import oracles
 from tests.launch import REPOSITORY
@@ -74,7 +74,9 @@ def attend(sequence, query, key, value, *, backend: str = "sdpa", width: int = N
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("seed, padding", [(0, 0), (1, 3), (2, 1)])
-def test_forward_and_gradients_equal_the_dense_softmax(seed, padding, heads, groups, width):
+@pytest.mark.parametrize("kernels", [segmented_sdpa.KERNELS, {}], ids=["the CPU's kernel", "any device's"])
+def test_forward_and_gradients_equal_the_dense_softmax(seed, padding, heads, groups, width, kernels, monkeypatch):
+    monkeypatch.setattr(segmented_sdpa, "KERNELS", kernels)
     sequence = random_sequence(seed, padding=padding)
     ours, theirs = (random_qkv(len(sequence), heads, groups) for _ in range(2))
     upstream = torch.randn(len(sequence), heads, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -228,4 +230,4 @@ def test_no_gradient_without_being_asked():
         out = attend(sequence, *inputs)
     assert not out.requires_grad
     plan = plan_attention(sequence.coordinates(), 4, "sdpa", width=NARROW).plan
-    assert torch.equal(out, segmented_sdpa(*inputs, plan, 0.3).detach())
+    assert torch.equal(out, segmented_sdpa.segmented_sdpa(*inputs, plan, 0.3).detach())

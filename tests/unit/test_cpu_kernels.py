@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dtrpo.runtime.cpu_kernels import apply_rotary_pos_emb, bias_swiglu_impl
+from megatron_dtrpo.runtime import cpu_linear
+from megatron_dtrpo.runtime.cpu_kernels import apply_rotary_pos_emb, bias_swiglu_impl, rms_norm
 
 
 def test_swiglu():
@@ -36,3 +38,33 @@ def test_rotary():
             found, torch.autograd.grad(expected, t, grad, retain_graph=True)[0], rtol=0, atol=1e-14
         )
     assert apply_rotary_pos_emb(t.float(), angles, config=None).dtype == torch.float32
+
+
+def test_rms_norm():
+    x = torch.randn(5, 1, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(5, 1, 7, dtype=torch.float64)
+    expected = F.rms_norm(x, (7,), weight, 1e-3)
+    ours = rms_norm(x, weight, 1e-3)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-14)
+    oracle = torch.autograd.grad(expected, (x, weight), grad)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, weight), grad), oracle, rtol=0, atol=1e-13)
+
+
+def test_what_is_cheap_to_make_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    """A linear layer after a norm or a SwiGLU has the gradients of plain torch and keeps none of its input."""
+    monkeypatch.setattr(cpu_linear, "copy_to_tensor_model_parallel_region", lambda input, group: input.view_as(input))
+    x = torch.randn(64, 1, 128, requires_grad=True)
+    scale, weight = torch.rand(128, requires_grad=True), torch.randn(96, 128, requires_grad=True)
+    after_swiglu = torch.randn(96, 64, requires_grad=True)
+    for ours, plain, parameter, inputs in (
+        (rms_norm(x, scale, 1e-6), F.rms_norm(x, (128,), scale, 1e-6), weight, (x, scale, weight)),
+        (bias_swiglu_impl(x, None), F.silu(x[..., :64]) * x[..., 64:], after_swiglu, (x, after_swiglu)),
+    ):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
+            out = cpu_linear.linear(cpu_linear.copy_to_region(ours), parameter, None, False, False, False, None)
+        assert ours.data_ptr() not in kept and x.data_ptr() in kept
+        grad = torch.randn_like(out)
+        expected = torch.autograd.grad(F.linear(plain, parameter), inputs, grad)
+        torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), expected, rtol=1e-4, atol=1e-4)

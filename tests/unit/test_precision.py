@@ -388,7 +388,7 @@ def test_both_backends_are_one_model(fused, alone):
     mine, theirs = global_parameter_names(local), global_parameter_names(other)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert weights_fingerprint(local) == weights_fingerprint(other)
-    assert torch.equal(log_probs(local), log_probs(other))
+    torch.testing.assert_close(log_probs(local), log_probs(other), rtol=0, atol=1e-4)  # different fp32 products
 
 
 @pytest.mark.parametrize("writer, reader", [("local", "transformer_engine"), ("transformer_engine", "local")])
@@ -403,7 +403,7 @@ def test_either_backend_reads_the_others_checkpoint(fused, alone, tmp_path, writ
     write(written, tmp_path)
     read = build(reader)
     checkpoint.load(tmp_path, 1, read)
-    assert torch.equal(log_probs(read), log_probs(written))
+    torch.testing.assert_close(log_probs(read), log_probs(written), rtol=0, atol=1e-4)  # different fp32 products
     keys = (tmp_path / "iter_0000001" / ".metadata").read_bytes()
     assert (b"final_layernorm._extra_state" in keys) == (writer == "transformer_engine")
 

@@ -1,0 +1,72 @@
+"""The linear layer of megatron-core on a CPU: fp32 products by oneDNN.
+
+torch gives fp32 products to MKL, which on processors other than Intel's stays at 256-bit instructions. oneDNN, which
+torch carries for its compiler, uses what the processor has: on an AMD Zen 5 twice the speed at the same precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_dtrpo.runtime.cpu_kernels import Recipe, recipe_of
+
+# Multiply-adds below which starting a oneDNN product (some ten microseconds) costs more than it saves.
+LEAST_WORK = 2**20
+
+
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """``a [m, k]`` times the transpose of ``b [n, k]``: ``[m, n]``."""
+    if a.dtype is torch.float32 and a.numel() * b.shape[0] >= LEAST_WORK and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.mm(a, b.t())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+        ctx.make = recipe.make
+        ctx.save_for_backward(weight, *(recipe.sources if weight.requires_grad else ()))
+        out = times_transposed(input.flatten(0, -2), weight)
+        if bias is not None:
+            out += bias
+        return out.view(*input.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weight, *sources = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_input = grad_weight = None
+        if needs_input:
+            grad_input = times_transposed(rows, weight.t()).view(*grad.shape[:-1], weight.shape[1])
+        if needs_weight:
+            grad_weight = times_transposed(rows.t(), ctx.make(*sources).flatten(0, -2).t())
+        return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None
+
+
+def _itself(input: Tensor) -> Tensor:
+    return input
+
+
+def copy_to_region(input: Tensor, group=None) -> Tensor:
+    """megatron-core's ``copy_to_tensor_model_parallel_region``, whose result is made as its input is."""
+    result, recipe = copy_to_tensor_model_parallel_region(input, group), recipe_of(input)
+    if recipe is not None:
+        result.recipe = recipe
+    return result
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion, allreduce_dgrad: bool,
+    sequence_parallel: bool, tp_group, grad_output_buffer=None, wgrad_deferral_limit=None,
+) -> Tensor:  # fmt: skip
+    """``input [s, b, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``, with the signature and the
+    collectives of megatron-core's ``linear_with_grad_accumulation_and_async_allreduce``. Its overlap of collectives
+    with products needs streams; here one follows the other."""
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    elif allreduce_dgrad:
+        input = copy_to_region(input, tp_group)
+    return _Linear.apply(input, weight, bias, recipe_of(input) or Recipe(_itself, (input,)))

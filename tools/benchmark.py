@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--same-products", action="store_true",
-        help="On a CPU: peers multiply by oneDNN as ours does, not by torch's choice; left is the layout.",
+        help="On a CPU: peers choose the library of a matrix product as ours does; left is the layout.",
     )  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=5, help="Default: %(default)s.")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="Some only (ours always). Default: all.")
@@ -120,13 +123,29 @@ def _pairs(arguments: argparse.Namespace):
     if len(rows) < arguments.pairs:
         raise UserError(f"{arguments.data or 'generated pairs'}: {len(rows)} rows, --pairs asks for {arguments.pairs}")
     if arguments.tokenizer:
+        if not Path(arguments.tokenizer).is_dir():
+            raise UserError(f"--tokenizer {arguments.tokenizer}: no such folder")
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--tokenizer {arguments.tokenizer}: {str(error).splitlines()[0]}") from None
     else:
         tokenizer = pairs.train_tokenizer(rows, vocabulary - 1)
     drawn = random.Random(arguments.seed).sample(range(len(rows)), arguments.pairs)
     return pairs.tokenize(rows, drawn, tokenizer, vocabulary - 1), tokenizer  # the last id is [MASK]
+
+
+def _machine() -> dict[str, str]:
+    """What numbers depend on besides the code."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
+        **({"trl": metadata.version("trl")} if find_spec("trl") else {}),
+    }
 
 
 def _time(steps: dict, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -193,6 +212,7 @@ def _report(arguments: argparse.Namespace, world, results: dict) -> None:
 
         record = {
             "settings": {k: v for k, v in vars(arguments).items() if k != "peak_memory_of"},
+            "machine": _machine(),
             "mean_prompt_tokens": prompt,
             "mean_response_tokens": response,
             "threads": world.threads,

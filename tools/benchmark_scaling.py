@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -70,8 +69,9 @@ def _benchmark(argv: list[str]) -> None:
     print("| response tokens | packed tokens | visible pairs | seconds | fitted |\n|---|---|---|---|---|")
     for row, fitted in zip(by_length, fit["fitted"], strict=True):
         print(f"| {row['response']} | {row['tokens']} | {row['visible']} | {row['seconds']:.4f} | {fitted:.4f} |")
-    print(f"seconds = {fit['per_token']:.3e} x tokens + {fit['per_visible_pair']:.3e} x visible pairs; "
-          f"R2 {fit['r_squared']:.4f}; time grows as work to the power {fit['power']:.2f}")  # fmt: skip
+    print(f"seconds = {fit['per_token']:.3e} x tokens + {fit['per_visible_pair']:.3e} x visible pairs", end="")
+    several = fit["power"] is not None  # one length fits anything
+    print(f"; R2 {fit['r_squared']:.4f}; time grows as work to the power {fit['power']:.2f}" if several else "")
     print("| pairs per micro-batch | seconds per pair |\n|---|---|")
     for row in by_packing:
         print(f"| {row['pairs']} | {row['seconds_per_pair']:.4f} |")
@@ -159,12 +159,12 @@ def _fit(rows: list[dict]) -> dict:
     fitted = per_token * tokens + per_visible * visible
     spread = ((seconds - seconds.mean()) ** 2).sum()
     work = np.array([float(row["work"]) for row in rows])
-    power = np.polyfit(np.log(work), np.log(seconds), 1)[0] if len(rows) > 1 else math.nan
+    power = np.polyfit(np.log(work), np.log(seconds), 1)[0] if len(rows) > 1 else None
     return {
         "per_token": float(per_token),
         "per_visible_pair": float(per_visible),
-        "r_squared": float(1 - ((seconds - fitted) ** 2).sum() / spread) if spread else math.nan,
-        "power": float(power),
+        "r_squared": float(1 - ((seconds - fitted) ** 2).sum() / spread) if spread else None,
+        "power": power if power is None else float(power),
         "fitted": fitted.tolist(),
     }
 

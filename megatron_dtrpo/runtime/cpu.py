@@ -7,11 +7,9 @@ other module needs to know on what it runs.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import queue
-import sys
 
 import torch
 from torch.utils import _device
@@ -157,19 +155,12 @@ def _replace_kernels() -> None:
     attention.apply_rotary_pos_emb = cpu_kernels.apply_rotary_pos_emb
 
 
-# glibc's mallopt: parameter -> value. Never give the top of the heap back, and take nothing from outside it.
-_KEEP_FREED = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD, M_MMAP_MAX
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory that a step has freed for the next one, as torch does on a GPU. Handed back,
-    its pages are zeroed and mapped again in every step: a tenth of the time of a large micro-batch. Not where the
-    user has set glibc's allocator (MALLOC_...) or there is none."""
-    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if is_cpu() and mallopt is not None and not chosen:
-        for parameter, value in _KEEP_FREED.items():
-            mallopt(parameter, value)
+def use_huge_pages() -> None:
+    """Has torch ask the kernel for pages of 2 MiB for large tensors (its own switch; where the kernel has none nothing
+    changes). What a step frees goes back to the system and is mapped again in the next: with pages of 4 KiB that is a
+    tenth of the time of a large micro-batch. torch looks once, at its first tensor; call before that."""
+    if is_cpu():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _keep_write_results_in_process() -> None:

@@ -44,7 +44,7 @@ def enable_device() -> None:
 def start(parallel: ParallelSettings, seed: int, timeout_minutes: float = 10.0) -> None:
     """Joins the process group (of one, when not started by torchrun) and builds megatron-core's parallel state."""
     cpu.enable()
-    cpu.keep_freed_memory()
+    cpu.use_huge_pages()
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     backend = "gloo" if cpu.is_cpu() else "nccl"

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import launch
 
@@ -44,6 +45,7 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     names |= {"trl_dpo"} if find_spec("trl") else set()
     assert set(record["ratios"]) == names
     assert all(row["loss_difference"] < 1e-5 for row in record["contenders"].values())
+    assert record["machine"]["torch"] == torch.__version__ and record["machine"]["instructions"]
     speed = {name: row["pairs_per_second"] for name, row in record["contenders"].items()}
     assert record["ratios"]["fast_dllm_layout"] == pytest.approx(speed["ours"] / speed["fast_dllm_layout"])
     assert record["ratios"]["vrpo_8"] == pytest.approx(speed["ours_few"] / speed["vrpo_8"])
@@ -71,6 +73,8 @@ def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
         ("benchmark.py", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
         ("benchmark.py", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
         ("benchmark.py", ["--output", "absent/numbers.json"], "there is no folder absent"),
+        ("benchmark.py", ["--size", "tiny", "--tokenizer", "absent"], "--tokenizer absent: no such folder"),
+        ("benchmark.py", ["--size", "tiny", "--tokenizer", "."], "--tokenizer .: "),
         ("benchmark_scaling.py", ["--plot", "."], "is a folder"),
         ("benchmark_layers.py", ["--tokens", "100"], "--tokens multiples of 128"),
         ("benchmark_layers.py", ["--formats", "tensorwise"], "needs a GPU"),
@@ -105,6 +109,16 @@ def test_scaling_is_fitted(tmp_path):
     assert [row["tokens"] for row in record["by_length"]] == [128, 256, 384]
     assert [row["visible"] for row in record["by_length"]] == sorted(row["visible"] for row in record["by_length"])
     assert [row["pairs"] for row in record["by_packing"]] == [1, 2]
+
+
+def test_one_length_has_no_power(tmp_path):
+    status, output = run(
+        "benchmark_scaling.py", "--lengths", "32", "--pairs-per-micro-batch", "1", "--response", "32",
+        "--repetitions", "1", "--output", "numbers.json", folder=tmp_path,
+    )  # fmt: skip
+    assert status == 0, output
+    fit = json.loads((tmp_path / "numbers.json").read_text(), parse_constant=pytest.fail)["fit"]  # JSON has no NaN
+    assert fit["power"] is None and fit["r_squared"] is None
 
 
 def test_batches_are_streamed(tmp_path):

@@ -140,12 +140,20 @@ def _pairs(arguments: argparse.Namespace):
 def _machine() -> dict[str, str]:
     """What numbers depend on besides the code."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
         **({"trl": metadata.version("trl")} if find_spec("trl") else {}),
     }
+
+
+def _processor() -> str:
+    """Its model, which Python knows by its architecture only."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _time(steps: dict, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:

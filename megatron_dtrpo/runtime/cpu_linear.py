@@ -28,7 +28,7 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _faster_by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Known from types and shapes alone: the same product is always made in the same way, to the last bit."""
+    """A matter of type, shape, strides and processor, never of a timing: a run that resumes multiplies as before."""
     suits = a.dtype is torch.float32 and (_WIDE or a.stride(-1) == 1) and a.numel() * b.shape[0] >= LEAST_WORK
     return suits and torch.backends.mkldnn.is_available()
 

@@ -45,7 +45,8 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     names |= {"trl_dpo"} if find_spec("trl") else set()
     assert set(record["ratios"]) == names
     assert all(row["loss_difference"] < 1e-5 for row in record["contenders"].values())
-    assert record["machine"]["torch"] == torch.__version__ and record["machine"]["instructions"]
+    machine = record["machine"]
+    assert machine["torch"] == torch.__version__ and machine["instructions"] and machine["processor"]
     speed = {name: row["pairs_per_second"] for name, row in record["contenders"].items()}
     assert record["ratios"]["fast_dllm_layout"] == pytest.approx(speed["ours"] / speed["fast_dllm_layout"])
     assert record["ratios"]["vrpo_8"] == pytest.approx(speed["ours_few"] / speed["vrpo_8"])

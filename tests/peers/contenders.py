@@ -107,12 +107,13 @@ class World:
         return prompts, sum(len(r) for p in self.pairs for r in p.responses) / (2 * len(self.pairs))
 
 
-def _ours(slow: bool = False):
+def _ours(slow: bool = False, micro_batch_size: int | None = None):
     def step(world: World) -> Step:
         pairs = world.slow_pairs if slow else world.pairs
 
         def run() -> float:
             world.ours.forget_cache()
+            world.ours.micro_batch_size = micro_batch_size or world.arguments.micro_batch_size
             return world.ours.step(pairs)
 
         return Step(run, len(pairs), lambda: world.ours.tokens)
@@ -127,6 +128,7 @@ def _ours_cached(world: World) -> Step:
 
     def run() -> float:
         ours.cached = scores
+        ours.micro_batch_size = world.arguments.micro_batch_size
         return ours.step(world.pairs)
 
     return Step(run, len(world.pairs), lambda: ours.tokens)
@@ -161,13 +163,13 @@ def _causal_loss(world: World) -> float:
 
 class Contender(NamedTuple):
     """``expected``: the loss that its step must give, by our code on the same noise. ``against``: which of ours ran
-    the same pairs."""
+    the same pairs and is compared with it."""
 
     name: str
     title: str
     build: Callable[[World], Step]
     expected: Callable[[World], float]
-    against: str = "ours"
+    against: str | None = "ours"
     needs: str | None = None
 
     def available(self) -> bool:
@@ -186,8 +188,9 @@ _dtrpo = _expected(lambda world: world.draw("dtrpo"))
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("ours", "ours, live reference", _ours(), _dtrpo),
-        Contender("ours_cached", "ours, cached reference", _ours_cached, _dtrpo),
+        Contender("ours", "ours, live reference", _ours(), _dtrpo, against=None),
+        Contender("ours_cached", "ours, cached reference", _ours_cached, _dtrpo, against=None),
+        Contender("ours_one_at_a_time", "ours, live reference, one pair at a time", _ours(micro_batch_size=1), _dtrpo),
         Contender(
             "packed_sketch",
             "the packed layout in plain transformers, one pair at a time",
@@ -213,7 +216,7 @@ CONTENDERS = {
         ),
         Contender(
             "ours_few", "ours, live reference, on the pairs below", _ours(slow=True),
-            _expected(lambda world: world.draw("dtrpo"), slow=True),
+            _expected(lambda world: world.draw("dtrpo"), slow=True), against=None,
         ),
         Contender(
             "vrpo_8",

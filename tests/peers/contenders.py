@@ -107,13 +107,12 @@ class World:
         return prompts, sum(len(r) for p in self.pairs for r in p.responses) / (2 * len(self.pairs))
 
 
-def _ours(slow: bool = False, micro_batch_size: int | None = None):
+def _ours(slow: bool = False):
     def step(world: World) -> Step:
         pairs = world.slow_pairs if slow else world.pairs
 
         def run() -> float:
             world.ours.forget_cache()
-            world.ours.micro_batch_size = micro_batch_size or world.arguments.micro_batch_size
             return world.ours.step(pairs)
 
         return Step(run, len(pairs), lambda: world.ours.tokens)
@@ -128,7 +127,6 @@ def _ours_cached(world: World) -> Step:
 
     def run() -> float:
         ours.cached = scores
-        ours.micro_batch_size = world.arguments.micro_batch_size
         return ours.step(world.pairs)
 
     return Step(run, len(world.pairs), lambda: ours.tokens)
@@ -190,7 +188,6 @@ CONTENDERS = {
     for c in (
         Contender("ours", "ours, live reference", _ours(), _dtrpo, against=None),
         Contender("ours_cached", "ours, cached reference", _ours_cached, _dtrpo, against=None),
-        Contender("ours_one_at_a_time", "ours, live reference, one pair at a time", _ours(micro_batch_size=1), _dtrpo),
         Contender(
             "packed_sketch",
             "the packed layout in plain transformers, one pair at a time",

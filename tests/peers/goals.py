@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 
 SIZE = "135m"  # the model that the goals are for, in fp32 on two cores, on GSM8K pairs
 SPEED = {
-    "ours_one_at_a_time": 1.0,
     "packed_sketch": 0.91,
     "fast_dllm_layout": 3.0,
     "fast_dllm_layout_cached": 4.0,

@@ -2,7 +2,7 @@
 """Times a full preference step (reference, policy forward and backward, optimizer) beside its peers, in one run.
 
     python tools/benchmark.py                                                  # generated arithmetic pairs
-    python tools/benchmark.py --data pairs.jsonl --output benchmark.json       # your own, as texts
+    python tools/benchmark.py --data pairs.jsonl --output benchmark.json       # your own
 
 Contenders alternate; medians, their spread and ratios are printed. All have the same random weights (fp32; the learning
 rate is 0, so that they stay the same) and run the same pairs; those that run a pair many times get the first few
@@ -38,7 +38,7 @@ from tests.peers.sizes import SIZES  # noqa: E402
 
 def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser("benchmark.py", __doc__)
-    parser.add_argument("--data", metavar="FILE", help="Preference pairs as texts. Default: arithmetic pairs.")
+    parser.add_argument("--data", metavar="FILE", help="Preference pairs, texts or messages. Default: sums.")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="Hugging Face tokenizer. Default: a BPE trained on the data's own texts."
     )
@@ -97,7 +97,10 @@ def _benchmark(argv: list[str]) -> None:
         # Before this process holds models of its own: a peer alone may fill the machine.
         memory = {} if arguments.no_memory else {name: _memory_in_own_process(argv, name) for name in chosen}
         steps = {name: CONTENDERS[name].build(world) for name in chosen}
-        differences = {name: check(world, name, steps[name]) for name in chosen}  # warms up, too
+        differences = {}
+        for name in chosen:
+            differences[name] = check(world, name, steps[name])  # warms up, too
+            print(f"{name} gives our loss, to within {differences[name]:.1e}", file=sys.stderr)
         seconds, tokens = _time(steps, arguments.repetitions)
         results = {
             name: {

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dtrpo.errors import UserError
 from tests import launch
+from tests.peers.pairs import preference_rows
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
@@ -54,6 +56,23 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     tokens = {name: row["tokens_per_pair"] for name, row in record["contenders"].items()}
     assert tokens["ours"] == tokens["packed_sketch"] < tokens["fast_dllm_layout"]
     assert tokens["exact_trajectory"] <= tokens["vrpo_8"]  # short responses end before their last step
+
+
+def test_messages_are_pairs_too(tmp_path):
+    """Both forms of one row become the same texts; what is neither is named with its line."""
+    texts = rows(tmp_path / "texts.jsonl", 1)
+    chat = json.loads(texts.read_text())
+    asked = f"<|im_start|>user\n{chat['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+    chat["prompt"] = [{"role": "user", "content": chat["prompt"]}]
+    for key in ("chosen", "rejected"):
+        chat[key] = [{"role": "assistant", "content": chat[key]}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    (written,) = preference_rows(texts)
+    assert preference_rows(tmp_path / "chat.jsonl") == [written | {"prompt": asked}]
+    chat["chosen"] = [{"role": "assistant"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    with pytest.raises(UserError, match="chat.jsonl:1: chosen must be a text or messages"):
+        preference_rows(tmp_path / "chat.jsonl")
 
 
 def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):

@@ -45,14 +45,36 @@ def arithmetic_rows(count: int, seed: int = 0) -> list[dict]:
 
 
 def preference_rows(path: Path) -> list[dict]:
-    """All rows of a preference file. Raises UserError where one is not three texts."""
+    """All rows of a preference file as texts. Raises UserError where one is neither three texts nor messages."""
     rows = open_rows(path)
-    found = [dict(row) for row in rows]
-    for number, row in enumerate(found):
-        for key in ("prompt", "chosen", "rejected"):
-            if not isinstance(row.get(key), str) or not row[key]:
-                raise UserError(f"{rows.location(number)}: {key} must be a text, for the benchmark")
+    found = []
+    for number, row in enumerate(rows):
+        texts = {key: write(row.get(key)) for key, write in _AS_TEXT.items()}
+        for key, text in texts.items():
+            if not text:
+                raise UserError(f"{rows.location(number)}: {key} must be a text or messages with role and content")
+        found.append(texts)
     return found
+
+
+def _messages(value) -> list[dict] | None:
+    known = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
+    return value if known else None
+
+
+def _prompt_text(prompt) -> str | None:
+    """Messages in ChatML, the format of Qwen2 and Fast-dLLM v2: a given tokenizer may have no template."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [f"<|im_start|>{m.get('role')}\n{m['content']}{END}\n" for m in _messages(prompt) or []]
+    return "".join([*turns, "<|im_start|>assistant\n"]) if turns else None
+
+
+def _response_text(response) -> str | None:
+    return response if isinstance(response, str) else "\n".join(m["content"] for m in _messages(response) or [])
+
+
+_AS_TEXT = {"prompt": _prompt_text, "chosen": _response_text, "rejected": _response_text}
 
 
 def train_tokenizer(rows: Iterable[dict], vocabulary: int):

@@ -57,21 +57,23 @@ def preference_rows(path: Path) -> list[dict]:
     return found
 
 
-def _messages(value) -> list[dict] | None:
-    known = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
-    return value if known else None
+def _messages(value) -> list[dict]:
+    """The value if it is messages, else none."""
+    messages = value if isinstance(value, list) else []
+    known = (isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
+    return messages if all(known) else []
 
 
 def _prompt_text(prompt) -> str | None:
     """Messages in ChatML, the format of Qwen2 and Fast-dLLM v2: a given tokenizer may have no template."""
     if isinstance(prompt, str):
         return prompt
-    turns = [f"<|im_start|>{m.get('role')}\n{m['content']}{END}\n" for m in _messages(prompt) or []]
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}{END}\n" for m in _messages(prompt)]
     return "".join([*turns, "<|im_start|>assistant\n"]) if turns else None
 
 
 def _response_text(response) -> str | None:
-    return response if isinstance(response, str) else "\n".join(m["content"] for m in _messages(response) or [])
+    return response if isinstance(response, str) else "\n".join(m["content"] for m in _messages(response))
 
 
 _AS_TEXT = {"prompt": _prompt_text, "chosen": _response_text, "rejected": _response_text}

@@ -227,6 +227,23 @@ def join_tensor_parallel(name: str, parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
+SHARP = (0.5, 0.9, 0.97, 0.99, 0.998, 0.999, 0.9999)  # probabilities of a target
+
+
+def sharp_logits(probability: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[5, 16]`` whose targets ``[5]``, one of them the first token and one the last, have about this
+    probability; and the gradient of the sum of their log-probabilities in float64, ``[5, 16]``."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.tensor([0, 3, 8, 11, 15])
+    logits = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    rest = logits.scatter(1, target[:, None], -torch.inf).logsumexp(1)
+    wanted = rest + torch.tensor(probability / (1 - probability), dtype=torch.float64).log()
+    logits = logits.scatter(1, target[:, None], wanted[:, None]).to(dtype)
+    wide = logits.double().requires_grad_()
+    torch.log_softmax(wide, 1).gather(1, target[:, None]).sum().backward()
+    return logits, target, wide.grad
+
+
 def block_causal(tokens: int, block_size: int) -> Tensor:
     """Bool ``[tokens, tokens]``: who sees whom among clean tokens, and where the last block is being written."""
     block = torch.arange(tokens) // block_size

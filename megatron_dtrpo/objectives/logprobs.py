@@ -29,16 +29,19 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             dist.all_reduce(parts, group=group)
         normaliser, target_logit = parts
         probabilities.div_(normaliser.unsqueeze(-1))
-        ctx.save_for_backward(probabilities.to(logits.dtype), local, owned)
-        return target_logit - normaliser.log()
+        log_probs = target_logit - normaliser.log()
+        ctx.save_for_backward(probabilities.to(logits.dtype), log_probs, local, owned)
+        return log_probs
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        probabilities, local, owned = ctx.saved_tensors
+        probabilities, log_probs, local, owned = ctx.saved_tensors
         # d log p(target) / d logit = 1[target] - softmax
         grad_logits = probabilities * -grad.to(probabilities.dtype).unsqueeze(-1)
-        hit = torch.where(owned, grad, torch.zeros_like(grad)).to(grad_logits.dtype)
-        grad_logits.scatter_add_(-1, local.unsqueeze(-1), hit.unsqueeze(-1))
+        # The target's entry comes from its log-probability: bf16 rounds a p above 0.998 to 1, and 1 - p would be lost.
+        place = local.unsqueeze(-1)
+        hit = (grad * -torch.expm1(log_probs)).to(grad_logits.dtype).unsqueeze(-1)
+        grad_logits.scatter_(-1, place, torch.where(owned.unsqueeze(-1), hit, grad_logits.gather(-1, place)))
         return grad_logits, None, None
 
 

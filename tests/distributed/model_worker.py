@@ -70,11 +70,27 @@ def run_case(case: dict, ranks: int) -> dict:
     return out
 
 
+def sharp_gradients(rank: int, ranks: int) -> dict[float, torch.Tensor]:
+    """Gradients of the logits of `oracles.sharp_logits` in bf16, each rank's part computed by itself."""
+    from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
+
+    found = {}
+    for probability in oracles.SHARP:
+        logits, target, _ = oracles.sharp_logits(probability, torch.bfloat16)
+        part = logits.chunk(ranks, dim=1)[rank].contiguous().requires_grad_()
+        vocab_parallel_log_probs(part, target, dist.group.WORLD).sum().backward()
+        parts = [torch.empty(part.shape) for _ in range(ranks)]
+        dist.all_gather(parts, part.grad.float())
+        found[probability] = torch.cat(parts, 1)
+    return found
+
+
 def main(source: str, target: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     initialize.start(ParallelSettings(tensor_model_parallel_size=ranks), seed=1)
     cases = torch.load(source, weights_only=False)
     results = {name: run_case(case, ranks) for name, case in cases.items()}
+    results["sharp gradients"] = sharp_gradients(dist.get_rank(), ranks)
     if dist.get_rank() == 0:
         torch.save(results, target)
     initialize.stop()

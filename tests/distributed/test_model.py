@@ -151,6 +151,14 @@ def test_gradients_equal_qwen2(results, expected, ranks, name):
         torch.testing.assert_close(got[parameter], gradient, rtol=0, atol=1e-4 * max(scale, 1), msg=parameter)
 
 
+@pytest.mark.parametrize("probability", oracles.SHARP)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_keeps_the_targets_gradient_where_the_model_is_sure(results, ranks, probability):
+    _, _, expected = oracles.sharp_logits(probability, torch.bfloat16)
+    got = results[ranks]["sharp gradients"][probability].double()
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_initial_weights_do_not_depend_on_tensor_parallelism(results, name):
     one, two = (results[ranks][name]["initial"] for ranks in (1, 2))

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
 from megatron_dtrpo.objectives.preference import LOSSES, preference_loss, response_log_likelihoods
+from tests import oracles
 
 
 def random_logits(dtype, rows=9, vocabulary=37, scale=5.0, seed=0):
@@ -43,6 +44,15 @@ def test_log_probs_leave_their_input_alone(dtype):
     before, target_before = logits.detach().clone(), target.clone()
     vocab_parallel_log_probs(logits, target).sum().backward()
     assert torch.equal(logits.detach(), before) and torch.equal(target, target_before)
+
+
+@pytest.mark.parametrize("probability", oracles.SHARP)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-2), (torch.float64, 1e-9)])
+def test_the_targets_gradient_is_kept_where_the_model_is_sure(dtype, tolerance, probability):
+    """``1 - p`` of a p that was rounded to bf16 is 0 from 0.998 on, and wrong by a tenth from 0.97 on."""
+    logits, target, expected = oracles.sharp_logits(probability, dtype)
+    vocab_parallel_log_probs(logits.requires_grad_(), target).sum().backward()
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=tolerance, atol=1e-9)
 
 
 def test_log_probs_of_extreme_logits():

@@ -81,6 +81,15 @@ def check_fp8(model, parallel, seq_length: int) -> None:
     )
 
 
+def check_live_reference(parallel) -> None:
+    """Raises UserError where the reference cannot take the policy's place in the model."""
+    _demand(
+        not (parallel.fp8_param_gather and parallel.overlap_param_gather),
+        "fp8_param_gather with overlap_param_gather: the gather would end in the reference's pass and prepare its "
+        "weights for FP8 instead of the policy's: give --reference-cache, or leave out one of the two",
+    )
+
+
 def check_cached_reference(parallel) -> None:
     """Raises UserError where reference scores that were computed before the run cannot be the live reference's."""
     _demand(

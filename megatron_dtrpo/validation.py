@@ -8,7 +8,7 @@ import math
 from megatron_dtrpo.config import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import check_cached_reference, check_fp8
+from megatron_dtrpo.fp8 import check_cached_reference, check_fp8, check_live_reference
 
 
 def _demand(condition, message: str) -> None:
@@ -127,6 +127,8 @@ def validate_training(config: Config, data_parallel: int) -> None:
     )
     if config.run.reference_cache is not None:
         check_cached_reference(config.parallel)
+    elif config.objective.objective == "preference":
+        check_live_reference(config.parallel)
     _check_length(config, data_parallel)
     _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
     interval, path = config.evaluation.eval_interval, config.evaluation.eval_data_path

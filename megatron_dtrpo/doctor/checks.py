@@ -171,16 +171,19 @@ def transformer_engine(facts: Facts, needs: Needs) -> Iterator[Line]:
 def apex(facts: Facts, needs: Needs) -> Iterator[Line]:
     fused = "fused_weight_gradient_mlp_cuda"
     lacking = needs.fuses_gradients and fused not in facts.apex_extensions
+    has_adam = "transformer-engine" in facts.versions or (facts.apex == "nvidia" and "amp_C" in facts.apex_extensions)
+    lacks_adam = needs.distributed_optimizer and bool(facts.gpus) and not has_adam
     source = "build it from https://github.com/NVIDIA/apex (PyPI's apex is something else), or " + CONTAINER
     if facts.apex == "other":
-        yield Line(_unless(lacking, WRONG), "Apex", "this is PyPI's web toolkit, not NVIDIA's", "pip uninstall apex")
+        status = _unless(lacking or lacks_adam, WRONG)
+        yield Line(status, "Apex", "this is PyPI's web toolkit, not NVIDIA's", "pip uninstall apex")
     elif lacking:
         yield Line(MISSING, "Apex", f"gradient_accumulation_fusion needs its extension {fused}", source)
+    elif lacks_adam:
+        detail = "no fused Adam, nor Transformer Engine's: the distributed optimizer cannot resume on a GPU"
+        yield Line(MISSING, "Apex", detail, source)
     elif facts.apex:
         yield Line(OK, "Apex", "extensions: " + (", ".join(facts.apex_extensions) or "none"))
-    elif needs.distributed_optimizer and facts.gpus and "transformer-engine" not in facts.versions:
-        said = "neither it nor Transformer Engine: the distributed optimizer cannot reload its checkpoints on a GPU"
-        yield Line(MISSING, "Apex", said, source)
     else:
         yield Line(NOTE, "Apex", "not installed; Transformer Engine's fused Adam or ours does the same", source)
 

@@ -23,6 +23,12 @@ def transformer_engine_is_usable() -> bool:
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
+def fused_adam_is_there() -> bool:
+    """Whether megatron-core finds an Adam on CUDA whose state its distributed optimizer can save and load. Only
+    NVIDIA's Apex brings ``amp_C``; PyPI's package of that name is something else."""
+    return transformer_engine_is_usable() or (find_spec("apex") is not None and find_spec("amp_C") is not None)
+
+
 def transformer_impl(parallel: ParallelSettings) -> str:
     """Resolves ``transformer_impl``."""
     return parallel.transformer_impl or default_transformer_impl()
@@ -80,6 +86,15 @@ def check_machine(parallel: ParallelSettings) -> None:
     if not transformer_engine_is_usable():
         raise UserError("fp8_format needs Transformer Engine and a GPU that it runs on: leave it out here")
     _check_recipe(parallel.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+
+
+def check_optimizer(parallel: ParallelSettings) -> None:
+    """Raises UserError if this machine can train so but not resume; before any weight is loaded."""
+    if parallel.use_distributed_optimizer and torch.cuda.is_available() and not fused_adam_is_there():
+        raise UserError(
+            "use_distributed_optimizer needs Transformer Engine or NVIDIA's Apex on a GPU: the state of torch's Adam "
+            "does not load again; install one of the two, or leave it out"
+        )
 
 
 def _check_recipe(name: str, capability: tuple[int, int], cuda: str) -> None:

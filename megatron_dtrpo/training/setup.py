@@ -28,7 +28,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_token
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.runtime.precision import check_machine, transformer_engine_is_usable
+from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import check_logging
 from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
@@ -200,6 +200,7 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
     check_machine(config.parallel)
     if training:
         validate_training(config, data_parallel)
+        check_optimizer(config.parallel)
         if Path(config.run.save).exists() and not Path(config.run.save).is_dir():
             raise UserError(f"save: {config.run.save} is a file; give a folder")
         if config.parallel.attention_backend == "flex" and initialize.device().type == "cpu":

@@ -184,6 +184,9 @@ def test_apex_of_the_package_index_is_not_nvidias():
 def test_the_distributed_optimizer_on_a_gpu_needs_a_fused_adam():
     bare = {"versions": VERSIONS, "apex": None, "apex_extensions": ()}
     assert failing(server(**bare), distributed_optimizer=True) == {"Apex"}
+    assert failing(server(**{**bare, "apex": "other"}), distributed_optimizer=True) == {"Apex"}
+    assert failing(server(**{**bare, "apex": "nvidia"}), distributed_optimizer=True) == {"Apex"}  # without extensions
+    assert failing(server(versions=VERSIONS), distributed_optimizer=True) == set()
     assert failing(server(**bare)) == set()
     assert failing(laptop(), distributed_optimizer=True) == set()
 

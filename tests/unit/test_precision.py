@@ -170,6 +170,61 @@ def test_this_machine_has_no_transformer_engine():
     precision.check_machine(ParallelSettings())
 
 
+@pytest.mark.parametrize(
+    "settings, cuda, packages, refused",
+    [
+        ({"use_distributed_optimizer": True}, True, (), True),
+        ({"use_distributed_optimizer": True}, True, ("apex",), True),  # PyPI's, or built without its extensions
+        ({"use_distributed_optimizer": True}, True, ("apex", "amp_C"), False),
+        ({"use_distributed_optimizer": True}, True, ("transformer_engine",), False),
+        ({"use_distributed_optimizer": True}, False, (), False),  # our own Adam
+        ({}, True, (), False),
+    ],
+)
+def test_the_distributed_optimizer_needs_a_fused_adam_on_a_gpu(monkeypatch, settings, cuda, packages, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(precision, "find_spec", lambda name: name if name in packages else None)
+    if not refused:
+        precision.check_optimizer(ParallelSettings(**settings))
+        return
+    with pytest.raises(UserError, match="use_distributed_optimizer needs Transformer Engine or NVIDIA's Apex") as error:
+        precision.check_optimizer(ParallelSettings(**settings))
+    assert "\n" not in str(error.value)
+
+
+def test_training_looks_for_the_fused_adam_before_it_opens_anything(monkeypatch, tmp_path):
+    """The tokenizer is the first thing that is opened, and there is none."""
+    from megatron_dtrpo.training.setup import prepare
+
+    config = Config(model=replace(MODEL), parallel=ParallelSettings(use_distributed_optimizer=True))
+    config.run.save, config.data.data_path, config.optimizer.train_iters = str(tmp_path / "run"), "pairs.jsonl", 1
+    config.data.tokenizer_type, config.data.tokenizer_model = "HuggingFaceTokenizer", str(tmp_path / "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="use_distributed_optimizer needs"):
+        prepare(config, set())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"reference_cache": "scores"}, {"objective": "sft"}, {"overlap": False}])
+def test_an_overlapped_gather_in_fp8_does_not_meet_a_live_reference(settings):
+    """The gather ends in the next forward pass, the reference's, and prepares FP8 weights that are not the policy's."""
+    parallel = replace(
+        FP8, use_distributed_optimizer=True, fp8_param_gather=True, overlap_param_gather=settings.get("overlap", True)
+    )
+    config = Config(model=replace(MODEL), parallel=parallel)
+    config.run.save, config.optimizer.train_iters = "run", 1
+    config.run.reference_cache = settings.get("reference_cache")
+    config.objective.objective = settings.get("objective", "preference")
+    data_parallel = validate(config, 1)
+    if settings:
+        validate_training(config, data_parallel)
+        return
+    with pytest.raises(UserError, match="fp8_param_gather with overlap_param_gather") as error:
+        validate_training(config, data_parallel)
+    assert "--reference-cache" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_cached_reference_scores_have_no_history():
     config = Config(model=replace(MODEL), parallel=replace(FP8, fp8_recipe="delayed"))
     config.run.save, config.run.reference_cache, config.optimizer.train_iters = "run", "scores", 1

@@ -17,3 +17,16 @@ def shared_dir() -> Path:
     if not (directory / "data").is_dir():
         pytest.skip(f"no shared data in {directory}; set MEGATRON_DTRPO_SHARED")
     return directory
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Makes ``transformer_engine`` the spec of `tests.fused_layers`, the stand-ins, and returns that module."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from tests import fused_layers
+
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", fused_layers.FusedSpecProvider, raising=False)
+    monkeypatch.setattr(transformer_engine, "TENorm", fused_layers.FusedNorm)
+    return fused_layers

@@ -98,8 +98,8 @@ class PeriodicEvaluation:
             if batches:
                 with torch.no_grad():
                     outcomes += train_pass(wrapped, batches, self.objective, forward_only=True)
-        sums, count, _, _ = reduce_metrics(outcomes, len(names), 0, False, self.device)
-        return {name: value / float(count) for name, value in zip(names, sums.tolist(), strict=True)}
+        sums, count, *_ = reduce_metrics(outcomes, len(names), 0, False, self.device)
+        return {name: value / max(float(count), 1) for name, value in zip(names, sums.tolist(), strict=True)}
 
     def _exact_match(self, model) -> float:
         """Share of problems whose greedily decoded answer the verifier accepts."""

@@ -47,9 +47,8 @@ class BlockDiffusionGPTModel(GPTModel):
             On the last stage the log-probability of each target, fp32 ``[N]`` (hidden states ``[S, 1, h]`` if no
             targets are given); on the others hidden states ``[S, 1, h]``, ``[S / TP, 1, h]`` with sequence parallelism.
         """
-        embedded = self.embedding(input_ids=tokens[None], position_ids=position[None]) if self.pre_process else None
         hidden = self.decoder(
-            hidden_states=embedded,
+            hidden_states=self._embedded(tokens, position) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=self._rotary_angles(position),
             packed_seq_params=attention,
@@ -68,6 +67,18 @@ class BlockDiffusionGPTModel(GPTModel):
             # in its collectives, and gets a gradient, of zeros.
             return self._log_probs(rows[:1], target_token.new_zeros(1))[:0]
         return self._target_log_probs(rows[target_row], target_token)
+
+    def _embedded(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """``[S], [S] -> [S, 1, h]`` (``[S / TP, 1, h]`` with sequence parallelism).
+
+        megatron-core's recomputation gives nothing a gradient unless one of its inputs requires one. The first layer's
+        does not where the embedding is frozen, so it is made to; other stages' inputs always do.
+        """
+        embedded = self.embedding(input_ids=tokens[None], position_ids=position[None])
+        recomputes = self.config.recompute_granularity is not None and torch.is_grad_enabled()
+        if recomputes and not embedded.requires_grad:
+            embedded.requires_grad_(any(p.requires_grad for p in self.decoder.layers.parameters()))
+        return embedded
 
     def _rotary_angles(self, position: Tensor) -> Tensor:
         """Angles ``[S, 1, 1, d]`` of positions ``[S]``, in fp32."""

@@ -37,6 +37,8 @@ from megatron_dtrpo.validation import validate_decoding
 # What asks a run to save and stop: SIGTERM, on which torchrun gives its processes half a minute, and SIGUSR1, on which
 # nobody hurries them.
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
+# A gradient that enters the logits with less than this per example may be lost to rounding in the norm's squares.
+_NO_SLOPE = 1e-8
 
 
 class Trainer:
@@ -192,7 +194,7 @@ class Trainer:
         outcomes = train_pass(self.wrapped, batches, self.objective)
         names = self.objective.metric_names
         reduced = reduce_metrics(outcomes, len(names), packed, self.stop_requested, self.device)
-        sums, count, tokens, stop = (t.tolist() for t in reduced)
+        sums, count, tokens, stop, slope = (t.tolist() for t in reduced)
         metrics = {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
         if not math.isfinite(metrics["loss"]):
             self._fail("loss", metrics["loss"], samples, outcomes)
@@ -200,6 +202,8 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         if grad_norm is not None and not math.isfinite(grad_norm):
             self._fail("gradient norm", grad_norm, samples, outcomes)
+        if grad_norm == 0 and slope > _NO_SLOPE * max(count, 1):
+            self._fail_without_gradient()
         self.scheduler.step(increment=1)
 
         self.iteration += 1
@@ -252,9 +256,19 @@ class Trainer:
         dist.all_gather_object(gathered, (culprits, flat))
         named = {s.index for mine, _ in gathered for s in mine} or {s.index for _, all_ in gathered for s in all_}
         places = ", ".join(self.data.store.location(index) for index in sorted(named))
+        raise UserError(f"{what} is {value} at iteration {self.iteration + 1} on {places}; {self._last_checkpoint()}")
+
+    def _fail_without_gradient(self) -> None:
+        """The loss asks for a change, and nothing that is trained has a part in it: the run would train nothing."""
+        raise UserError(
+            f"gradient norm is 0 at iteration {self.iteration + 1}: no trained parameter has a part in the loss, and "
+            f"the run would train nothing: choose other trainable_modules, or leave recompute_granularity out; "
+            f"{self._last_checkpoint()}"
+        )
+
+    def _last_checkpoint(self) -> str:
         last = checkpoint.latest_iteration(self.config.run.save)
-        kept = f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
-        raise UserError(f"{what} is {value} at iteration {self.iteration + 1} on {places}; {kept}")
+        return f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
 
     def _save(self) -> None:
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}

@@ -19,12 +19,14 @@ from megatron_dtrpo.objectives.preference import preference_loss
 
 class Outcome(NamedTuple):
     """``loss``: sum, a scalar with gradient; ``count``: what the loss is to be divided by, a scalar; ``metrics``: sums
-    over the micro-batch, fp64 ``[len(metric names)]``; ``per_example``: losses ``[examples]`` without gradient."""
+    over the micro-batch, fp64 ``[len(metric names)]``; ``per_example``: losses ``[examples]`` without gradient;
+    ``slope``: in a training pass, of `training.step.slope`."""
 
     loss: Tensor
     count: Tensor
     metrics: Tensor
     per_example: Tensor
+    slope: Tensor | None = None
 
 
 class Objective(NamedTuple):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -130,6 +131,8 @@ def train_pass(
         # Every context-parallel rank has the whole loss, and the gradients of its own tokens. Gradients are summed over
         # data- and context-parallel processes, and so is the divisor, which therefore one rank alone counts.
         count = outcome.count if _speaks_for_context() else torch.zeros_like(outcome.count)
+        if not forward_only:
+            outcome = outcome._replace(slope=slope(outcome.loss, log_probs))
         return outcome.loss, count, outcome._replace(loss=outcome.loss.detach())
 
     def forward_step(iterator, model):
@@ -139,13 +142,34 @@ def train_pass(
     return _run(forward_step, model, batches, forward_only=forward_only)
 
 
+def slope(loss: Tensor, log_probs: Tensor) -> Tensor:
+    """How much a micro-batch's loss asks of the logits that its targets' ``log_probs`` ``[N]`` come from: the sum of
+    ``|d loss / d log p| (1 - p)``, a scalar. Zero where there is nothing to learn: no target, every target certain, or
+    a loss that is content. A loss that no trained parameter has a part in counts as 1."""
+    if not loss.requires_grad:
+        return torch.ones((), dtype=torch.float64, device=loss.device)
+    (gradient,) = torch.autograd.grad(loss, log_probs, retain_graph=True)
+    return (gradient.double() * torch.expm1(log_probs.detach().double())).abs().sum()
+
+
 def _speaks_for_context() -> bool:
     return parallel_state.get_context_parallel_rank() == 0
 
 
+class Reduced(NamedTuple):
+    """Sums over the global batch, fp64: ``metrics`` ``[width]``, and scalars: the divisor ``count``, ``packed_tokens``,
+    the number of processes asked to ``stop`` and the ``slope`` of the loss (see `slope`)."""
+
+    metrics: Tensor
+    count: Tensor
+    packed_tokens: Tensor
+    stop: Tensor
+    slope: Tensor
+
+
 def reduce_metrics(
     outcomes: Sequence[Outcome], width: int, packed_tokens: int, stop: bool, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Reduced:
     """Sums over the global batch, in one message to every process.
 
     Args:
@@ -153,18 +177,18 @@ def reduce_metrics(
         width: number of metrics.
         packed_tokens: tokens this process's micro-batches ran.
         stop: whether this process was asked to stop.
-
-    Returns:
-        In fp64: metric sums ``[width]``, the divisor's total, the packed tokens, the number of processes to stop.
     """
-    total = torch.zeros(width + 3, dtype=torch.float64, device=device)
-    # Tensor- and context-parallel ranks hold the same numbers: one of them speaks.
-    is_first = parallel_state.get_tensor_model_parallel_rank() == 0 and _speaks_for_context()
-    if parallel_state.is_pipeline_last_stage() and is_first:
+    total = torch.zeros(width + 4, dtype=torch.float64, device=device)
+    # Tensor- and context-parallel ranks hold the same numbers, except for the slope of a rank's own targets.
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         for outcome in outcomes:
-            total[:width] += outcome.metrics
-            total[width] += outcome.count
-        total[width + 1] = packed_tokens
+            if outcome.slope is not None:
+                total[width + 3] += outcome.slope
+            if _speaks_for_context():
+                total[:width] += outcome.metrics
+                total[width] += outcome.count
+        if _speaks_for_context():
+            total[width + 1] = packed_tokens
     total[width + 2] = stop
     dist.all_reduce(total)
-    return total[:width], total[width], total[width + 1], total[width + 2]
+    return Reduced(total[:width], *total[width:])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import launch, oracles
-from tests.distributed.test_invariance import ELBO, PP2, PREFERENCE, RECOMPUTE, SFT, SHARDED, TP2, Layout
+from tests.distributed.test_invariance import ELBO, PP2, PREFERENCE, RECOMPUTE, SELECTIVE, SFT, SHARDED, TP2, Layout
 from tests.launch import disagreements, layout_metrics, uneven_pairs
 from tests.unit.test_attention import oracle_mask, random_qkv, random_sequence
 from tests.unit.test_sharding import dealt
@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("context_worker.py")
 CP2 = {"context_parallel_size": 2}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
-SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 ANCHOR, BF16 = {"rpo_alpha": 0.5}, {"bf16": True}
 
 LAYOUTS = {

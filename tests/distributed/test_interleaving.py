@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_context_parallel import CP2, OVERLAPPED
-from tests.distributed.test_invariance import PP2, PREFERENCE, RECOMPUTE, SHARDED, TIED, TP2, Layout
+from tests.distributed.test_invariance import MLP_ONLY, PP2, PREFERENCE, RECOMPUTE, SHARDED, TIED, TP2, Layout
 from tests.launch import disagreements, layout_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -22,6 +22,8 @@ LAYOUTS = {
     "one example per micro-batch": Layout(2, {**VIRTUAL, **RECOMPUTE, "micro_batch_size": 1}),
     "TP2 SP": Layout(4, {**VIRTUAL, **TP2, "sequence_parallel": True}),
     "DP2, overlapped": Layout(4, {**VIRTUAL, **OVERLAPPED, "seq_length": 1000}),
+    "MLP only": Layout(1, MLP_ONLY, None),
+    "MLP only, virtual": Layout(2, {**MLP_ONLY, **VIRTUAL, **RECOMPUTE}, "MLP only"),
     "some tied": Layout(1, SOME_TIED, None),
     "some tied, virtual": Layout(2, {**SOME_TIED, **VIRTUAL}, "some tied"),
 }

@@ -28,6 +28,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 RECOMPUTE = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 MLP_ONLY = {"trainable_modules": ["mlp"]}
 ELBO, VRPO = {"estimator": "elbo"}, {"estimator": "vrpo"}
 TIED = {"untie_embeddings_and_output_weights": False}
@@ -58,7 +59,12 @@ LAYOUTS = {
         4, {**TP2, **SHARDED, **RECOMPUTE, "sequence_parallel": True, "micro_batch_size": 3, "seq_length": 1000}
     ),
     "MLP only": Layout(1, MLP_ONLY, None),
-    "MLP only, PP2": Layout(2, {**MLP_ONLY, **PP2}, "MLP only"),
+    "MLP only, PP2": Layout(2, {**MLP_ONLY, **PP2, **RECOMPUTE}, "MLP only"),
+    "MLP only, TP2 SP x DP2": Layout(
+        4,
+        {**MLP_ONLY, **TP2, **SHARDED, **SELECTIVE, "sequence_parallel": True, "overlap_grad_reduce": True},
+        "MLP only",
+    ),
     "tied": Layout(1, TIED, None),
     "tied, PP2": Layout(2, {**TIED, **PP2}, "tied"),
     "elbo": Layout(1, ELBO, None),

@@ -246,6 +246,32 @@ def test_nan_gradient_without_clipping(settings, error_of, monkeypatch):
     assert not list(settings["save"].glob("iter_*"))
 
 
+# --- steps without a gradient
+
+
+def test_a_step_that_trains_nothing(settings, error_of, monkeypatch):
+    """Recomputation as megatron-core has it: nothing that enters the first layer requires a gradient."""
+    from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+
+    def plain(self, tokens, position):
+        return self.embedding(input_ids=tokens[None], position_ids=position[None])
+
+    monkeypatch.setattr(BlockDiffusionGPTModel, "_embedded", plain)
+    error = error_of({**settings, "trainable_modules": ["mlp"], "recompute_granularity": "full", "save_interval": 1})
+    assert error.startswith("gradient norm is 0 at iteration 1: ")
+    assert "trainable_modules" in error and "recompute_granularity" in error
+    assert error.endswith("no checkpoint was written yet") and not list(settings["save"].glob("iter_*"))
+
+
+def test_a_step_that_asks_for_nothing(settings, tmp_path):
+    """Two tokens to learn, neither of which is masked in about every third step: that has no gradient."""
+    data = write_lines(tmp_path / "sft.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    settings |= {"data_path": data, "objective": "sft", "complementary": False, "global_batch_size": 1}
+    assert train.main(flags({**settings, "train_iters": 8})) == 0
+    norms = [row["grad_norm"] for row in read_metrics(settings["save"])]
+    assert len(norms) == 8 and 0 < sum(norm == 0 for norm in norms) < 8
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_diverged_run_keeps_its_last_checkpoint(settings, checkpoint, tmp_path):

@@ -365,19 +365,6 @@ def test_main_weights_start_from_exact_values():
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """Makes ``transformer_engine`` the stand-ins' spec."""
-    from megatron.core.extensions import transformer_engine
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    from tests import fused_layers
-
-    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", fused_layers.FusedSpecProvider, raising=False)
-    monkeypatch.setattr(transformer_engine, "TENorm", fused_layers.FusedNorm)
-    return fused_layers
-
-
-@pytest.fixture
 def alone():
     initialize.start(ParallelSettings(), 1)
     yield

@@ -187,7 +187,9 @@ class ObjectiveSettings:
         0.0, "Weight of the likelihood anchor: mean -log p of chosen tokens. 0: no anchor.", at_least=0
     )
     trainable_modules: list[str] | None = _setting(
-        None, "Train only parameters whose name contains one of these patterns, e.g. mlp linear_proj. Default: all."
+        None,
+        "Train only modules of these names, e.g. mlp linear_proj; wildcards match parts of a name ('*norm'). Default: "
+        "all.",
     )
 
 

@@ -32,7 +32,8 @@ def starting_model(config: Config, device: torch.device) -> list[BlockDiffusionG
 
 
 def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] | None) -> set[str]:
-    """Freezes every parameter whose name contains none of ``patterns`` (shell wildcards allowed; ``None``: train all).
+    """Freezes every parameter that lies in no module that ``patterns`` name (``None``: train all). A pattern is one
+    name or several with dots between, ``mlp`` or ``layers.0.mlp``, each of them whole or with shell wildcards.
 
     Returns:
         The patterns that matched something on this rank's stages.
@@ -44,7 +45,7 @@ def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] 
     for chunk, (name, parameter) in named:
         if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied matrix
-        hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, f"*{pattern}*")}
+        hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*")}
         parameter.requires_grad_(bool(hits))
         matched |= hits
     return matched
@@ -54,7 +55,10 @@ def check_patterns(patterns: Sequence[str] | None, matched: set[str]) -> None:
     """Raises UserError for a pattern that matched no parameter on any stage."""
     for pattern in patterns or ():
         if pattern not in matched:
-            raise UserError(f"trainable_modules: {pattern!r} matches no parameter: try mlp, linear_proj or linear_qkv")
+            raise UserError(
+                f"trainable_modules: {pattern!r} names no module: give a whole name, mlp, linear_proj or linear_qkv "
+                f"say, or wildcards: '*{pattern}*'"
+            )
 
 
 class ReferencePolicy:

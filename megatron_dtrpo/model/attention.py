@@ -23,7 +23,7 @@ from megatron_dtrpo.diffusion.layout import Coordinates, visible
 from megatron_dtrpo.diffusion.sharding import GRAIN
 from megatron_dtrpo.model.context_parallel import gather_keys_and_values
 from megatron_dtrpo.model.segmented_sdpa import plan_chunks, segmented_sdpa
-from megatron_dtrpo.runtime.compiler import compiled
+from megatron_dtrpo.runtime.compiler import allow_variants, compiled
 
 
 @dataclass
@@ -46,20 +46,41 @@ class PackedAttention(PackedSeqParams):
 
 def _flex_plan(coordinates: Coordinates, keys: Coordinates, block_size: int, width: int, grain: int = GRAIN):
     """A FlexAttention block mask; compiled, because eagerly it would build the dense mask."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(batch, head, query, key):
         return visible(coordinates.at(query), keys.at(key))
 
     lengths, device = (coordinates.document.numel(), keys.document.numel()), coordinates.document.device
-    on_gpu = device.type == "cuda"
-    return create_block_mask(mask_mod, None, None, *lengths, device=device, BLOCK_SIZE=grain, _compile=on_gpu)
+    return _mask_builder(device.type == "cuda")(mask_mod, None, None, *lengths, device=device, BLOCK_SIZE=grain)
+
+
+@functools.cache
+def _mask_builder(compile_it: bool):
+    """FlexAttention's ``create_block_mask``; compiled for any length, after two."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return compiled(create_block_mask, dynamic=None) if compile_it else create_block_mask
+
+
+# Tokens below which a GPU is no faster for fewer of them: it reads the weights in any case.
+_SHORTEST = 512
 
 
 def few_lengths(length: int) -> int:
-    """``length`` tokens, rounded up to one of eight lengths per doubling, multiples of 128: kernels are compiled for a
-    length, and packed sequences of one token budget then have one or two. At most an eighth is padding."""
-    return round_up(length, max(GRAIN, 2 ** (max(length, 1).bit_length() - 4)))
+    """``length`` tokens, rounded up to one of eight lengths per doubling, multiples of 512: kernels are compiled for a
+    length, and packed sequences of one token budget then have one or two. At most an eighth is padding, or 511."""
+    return round_up(length, max(_SHORTEST, 2 ** (max(length, 1).bit_length() - 4)))
+
+
+def flex_variants(longest: int) -> int:
+    """How many kernels are compiled at most for sequences of up to ``longest`` tokens: for each of their lengths one
+    with gradient, one without (the reference, recomputation's first pass, decoding) and one in training where nothing
+    before the layer is trained. Head widths and strides are the same throughout a run."""
+    lengths, length = 0, 0
+    while length < longest:
+        length = few_lengths(length + 1)
+        lengths += 1
+    return 3 * max(lengths, 1)
 
 
 def _any_length(length: int) -> int:
@@ -80,7 +101,11 @@ def flex_kernel(compile_it: bool):
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    if query.is_cuda:
+        allow_variants(flex_variants(key.shape[0]))
+    # The value is a view of all three projections, and under context parallelism key and value are views of what was
+    # gathered: the backward pass would keep that whole.
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key.contiguous(), value.contiguous()))
     out = flex_kernel(query.is_cuda)(q, k, v, block_mask=plan, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import subprocess
@@ -10,9 +11,11 @@ import sys
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
-from megatron_dtrpo.model import segmented_sdpa
-from megatron_dtrpo.model.attention import BACKENDS, few_lengths, flex_kernel, plan_attention
+from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to, visible
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.model import attention, segmented_sdpa
+from megatron_dtrpo.model.attention import BACKENDS, few_lengths, flex_kernel, flex_variants, plan_attention
+from megatron_dtrpo.runtime import compiler
 from megatron_dtrpo.runtime.compiler import compilations
 from tests import oracles
 from tests.launch import REPOSITORY
@@ -168,10 +171,10 @@ def test_flex_attention_equals_the_dense_softmax(seed, padding, heads, groups):
     torch.testing.assert_close(out, attend(sequence, *inputs), rtol=0, atol=1e-10)
 
 
-def test_compiled_flex_attention_meets_few_shapes():
+def test_compiled_flex_attention_meets_few_shapes_and_a_limit_that_is_an_error():
     """In a process of its own: the compiler knows torch's functions by identity, and some have been replaced for
     megatron-core's sake where other tests have run."""
-    check = "from tests.unit.test_attention import compile_few_shapes; compile_few_shapes()"
+    check = "from tests.unit import test_attention as t; t.compile_few_shapes(); t.reach_the_limit()"
     done = subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -179,7 +182,7 @@ def test_compiled_flex_attention_meets_few_shapes():
 def compile_few_shapes():
     sequences = [random_sequence(seed, block_size=32, documents=2, longest=90) for seed in (0, 1, 3, 4)]
     lengths = [few_lengths(len(sequence)) for sequence in sequences]
-    assert all(0 <= padded - len(s) <= max(128, len(s) / 8) for s, padded in zip(sequences, lengths, strict=True))
+    assert all(0 <= padded - len(s) <= max(511, len(s) / 8) for s, padded in zip(sequences, lengths, strict=True))
     before = compilations()
     for sequence, length in zip(sequences, lengths, strict=True):
         sequence = pad_to(sequence, length, pad_id=0)
@@ -192,10 +195,72 @@ def compile_few_shapes():
 
 
 @pytest.mark.parametrize(
-    "length, padded", [(1, 128), (128, 128), (1500, 1536), (7000, 7168), (7681, 8192), (8192, 8192)]
+    "length, padded", [(1, 512), (512, 512), (1500, 1536), (7000, 7168), (7681, 8192), (8192, 8192), (8193, 9216)]
 )
 def test_few_lengths(length, padded):
     assert few_lengths(length) == padded
+
+
+@pytest.mark.parametrize("longest", [1, 512, 8192, 32768])
+def test_variants_are_three_for_each_length(longest):
+    lengths = {few_lengths(length) for length in range(1, longest + 1)}
+    assert flex_variants(longest) == 3 * len(lengths)
+
+
+def reach_the_limit():
+    """Nothing runs uncompiled in silence; and masks need few kernels for any length."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch._dynamo.config.recompile_limit = 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_LEAST", 2)
+        patch.setattr(
+            torch, "compile", functools.partial(torch.compile, backend="eager")
+        )  # what is counted is the same
+        twice = compiler.compiled(lambda x: x * 2)
+        build = compiler.compiled(create_block_mask, dynamic=None)
+    shapes = [torch.ones(length) for length in (2, 3, 4)]
+    assert torch.equal(twice(shapes[0]), twice(shapes[0])) and twice(shapes[1]).numel() == 3
+    with pytest.raises(UserError, match="was compiled 2 times.*--attention-backend sdpa"):
+        twice(shapes[2])
+    compiler.allow_variants(3)
+    assert twice(shapes[2]).sum() == 8
+
+    before = compilations()
+    for length in (512, 1024, 1536, 2560):
+        sequence = pad_to(random_sequence(0, block_size=32, documents=2), length, pad_id=0)
+        coordinates = sequence.coordinates()
+
+        def mask_mod(batch, head, query, key, seen=coordinates):
+            return visible(seen.at(query), seen.at(key))
+
+        mask = build(mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=128)
+        dense = oracle_blocks(sequence, 128)
+        assert torch.equal(mask.to_dense()[0, 0].bool(), dense)
+    assert compilations() - before == 2
+
+
+def oracle_blocks(sequence, grain: int) -> torch.Tensor:
+    """Which tiles of ``grain`` tokens the mask leaves something of."""
+    seen = visible(sequence.coordinates().at((slice(None), None)), sequence.coordinates().at((None, slice(None))))
+    return seen.unfold(0, grain, grain).unfold(1, grain, grain).flatten(2).any(-1)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["fused projection", "gathered keys and values"])
+def test_flex_keeps_no_more_than_its_operands(monkeypatch, together):
+    """What the backward pass would save must not be a view of something larger."""
+    given = []
+
+    def kernel(query, key, value, **kwargs):
+        given.extend([key, value])
+        return query
+
+    monkeypatch.setattr(attention, "flex_kernel", lambda compile_it: kernel)
+    fused = torch.randn(16, 2, 24)
+    query, key, value = fused.split(8, -1)
+    query, key = query.contiguous(), key if together else key.contiguous()
+    BACKENDS["flex"].attend(query, key, value, None, 0.3)
+    assert [t.untyped_storage().nbytes() for t in given] == [t.numel() * 4 for t in (key, value)]
 
 
 def area(sequence, width: int) -> int:

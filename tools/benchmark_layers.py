@@ -159,10 +159,10 @@ def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequence
     """Log-probabilities and gradients on the first sequence, then ``repetitions`` timed passes over all in turn."""
     from megatron_dtrpo.data.batches import MicroBatch
     from megatron_dtrpo.fp8 import token_multiple
-    from megatron_dtrpo.model.attention import attention_width
+    from megatron_dtrpo.model.attention import attention_width, choose_backend
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model
-    from megatron_dtrpo.training.step import DeviceBatch, choose_backend
+    from megatron_dtrpo.training.step import DeviceBatch
 
     device = initialize.device()
     model = build_model(model_settings, parallel).to(device)

@@ -59,12 +59,12 @@ def _score(argv: list[str]) -> None:
 def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[dict]:
     from megatron.core import parallel_state
 
+    from megatron_dtrpo.model.attention import choose_backend
     from megatron_dtrpo.model.provider import build_chunks
     from megatron_dtrpo.runtime import initialize
     from megatron_dtrpo.training import checkpoint
     from megatron_dtrpo.training.scoring import score_pairs
     from megatron_dtrpo.training.setup import open_data
-    from megatron_dtrpo.training.step import choose_backend
 
     if reference is not None:
         saved = checkpoint.load_model_config(reference)

@@ -39,9 +39,11 @@ class MicroBatch:
     samples: list[Sample]
     response_length: Tensor
 
-    def to(self, device: torch.device) -> MicroBatch:
-        moved = self.sequence.map_tensors(lambda t: t.to(device, non_blocking=True))
-        return replace(self, sequence=moved, response_length=self.response_length.to(device, non_blocking=True))
+    def map_tensors(self, function) -> MicroBatch:
+        """A copy with ``function`` applied to every tensor."""
+        return replace(
+            self, sequence=self.sequence.map_tensors(function), response_length=function(self.response_length)
+        )
 
 
 @dataclass(frozen=True)

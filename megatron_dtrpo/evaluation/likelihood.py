@@ -86,8 +86,8 @@ def _score_share(
     budget: int,
 ) -> dict[int, float]:
     """This replica's share, on its last pipeline stage."""
-    from megatron_dtrpo.model.attention import attention_width
-    from megatron_dtrpo.training.step import DeviceBatch, choose_backend, score
+    from megatron_dtrpo.model.attention import attention_width, choose_backend
+    from megatron_dtrpo.training.step import DeviceBatch, score
 
     costs = [_cost(noising, continuations, numbers) for numbers in documents]
     mine = balance(costs, session.replicas)[session.replica]

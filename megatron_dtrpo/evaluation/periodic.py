@@ -21,12 +21,13 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts
 from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
-from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime.transfer import to_device
 from megatron_dtrpo.training.objectives import OBJECTIVES
 from megatron_dtrpo.training.scoring import CHUNK, score_pairs
 from megatron_dtrpo.training.setup import open_data
-from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, train_pass
+from megatron_dtrpo.training.step import DeviceBatch, reduce_metrics, train_pass
 
 
 def periodic_evaluation(config: Config, tokenizer: Tokenizer, data_parallel_size: int) -> PeriodicEvaluation | None:
@@ -94,7 +95,7 @@ class PeriodicEvaluation:
             for batch in batches:
                 if self.reference:
                     known = np.array([self.reference[sample.index] for sample in batch.batch.samples])
-                    batch.reference = torch.from_numpy(known).flatten().to(self.device)
+                    batch.reference = to_device(torch.from_numpy(known).flatten(), self.device)
             if batches:
                 with torch.no_grad():
                     outcomes += train_pass(wrapped, batches, self.objective, forward_only=True)

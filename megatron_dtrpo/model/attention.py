@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -123,6 +124,11 @@ BACKENDS = {
     "sdpa": Backend(plan_chunks, segmented_sdpa, _any_length),
     "flex": Backend(_flex_plan, _flex, few_lengths),
 }
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """Resolves ``attention_backend``."""
+    return name if name != "auto" else "flex" if device.type == "cuda" else "sdpa"
 
 
 def attention_width(config: TransformerConfig) -> int:

@@ -19,7 +19,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import token_multiple
-from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
@@ -30,7 +30,7 @@ from megatron_dtrpo.training.optimizer import build_optimizer, build_scheduler, 
 from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable, starting_model
 from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
-from megatron_dtrpo.training.step import DeviceBatch, choose_backend, reduce_metrics, score, train_pass
+from megatron_dtrpo.training.step import DeviceBatch, HostBatch, prepare, reduce_metrics, score, train_pass
 from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 from megatron_dtrpo.validation import validate_decoding
 
@@ -172,17 +172,21 @@ class Trainer:
         if self.log is not None:
             self.log.evaluation({"iteration": self.iteration, **metrics})
 
-    def _build_batches(self, consumed: int) -> tuple[list[MicroBatch], list[MicroBatch] | None]:
+    def _build_batches(self, consumed: int) -> tuple[list[HostBatch], list[HostBatch] | None]:
         """The policy's batches of the step after ``consumed`` samples, and the reference's where it has its own: the
         same samples in the same places."""
         own = self.reference_batches.step(consumed) if self.reference_batches is not None else None
-        return self.batches.step(consumed), own
+        return self._prepared(self.batches.step(consumed)), None if own is None else self._prepared(own)
 
-    def _step(self, host_batches: list[MicroBatch], reference_batches: list[MicroBatch] | None) -> bool:
+    def _prepared(self, batches: list[MicroBatch]) -> list[HostBatch]:
+        multiple = token_multiple(self.config.parallel)
+        return [prepare(batch, self.device, self.backend, multiple) for batch in batches]
+
+    def _step(self, host_batches: list[HostBatch], reference_batches: list[HostBatch] | None) -> bool:
         """One optimizer step. Returns whether some process was asked to stop."""
         started = time.perf_counter()
-        samples = [batch.samples for batch in host_batches]
-        packed = sum(len(batch.sequence) for batch in host_batches)
+        samples = [batch.batch.samples for batch in host_batches]
+        packed = sum(batch.tokens for batch in host_batches)
         batches = self._to_device(host_batches)
         scores = self._reference_scores(batches, reference_batches)
         for batch, reference in zip(batches, scores, strict=False):  # no scores but on the last stage
@@ -225,12 +229,12 @@ class Trainer:
             )
         return stop > 0
 
-    def _to_device(self, batches: list[MicroBatch]) -> list[DeviceBatch]:
+    def _to_device(self, batches: list[HostBatch]) -> list[DeviceBatch]:
         width = attention_width(self.chunks[0].config)
         multiple = token_multiple(self.config.parallel)
         return [DeviceBatch(batch, self.device, self.backend, width, multiple) for batch in batches]
 
-    def _reference_scores(self, batches: list[DeviceBatch], own: list[MicroBatch] | None) -> list[Tensor]:
+    def _reference_scores(self, batches: list[DeviceBatch], own: list[HostBatch] | None) -> list[Tensor]:
         """``L`` per response under the reference, ``[responses]`` for each of ``batches``, at least on the last stage;
         an empty list where the objective has no reference."""
         if self.cache is not None:

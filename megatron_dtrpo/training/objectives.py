@@ -55,7 +55,7 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
             rpo_alpha=settings.rpo_alpha,
         )
         sums = torch.stack([metrics[name].double().sum() for name in names])
-        count = torch.tensor(loss.numel(), dtype=torch.int, device=loss.device)
+        count = torch.full((), loss.numel(), dtype=torch.int, device=loss.device)
         return Outcome(loss.sum(), count, sums, loss.detach())
 
     return Objective(tuple(names), evaluate)
@@ -67,7 +67,7 @@ def sft_objective(settings: ObjectiveSettings) -> Objective:
     def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         per_example = -policy
         loss = per_example.sum()
-        count = torch.tensor(batch.sequence.target_row.numel(), dtype=torch.int, device=loss.device)
+        count = torch.full((), batch.sequence.target_row.numel(), dtype=torch.int, device=loss.device)
         return Outcome(loss, count, loss.detach().double()[None], per_example.detach())
 
     return Objective(("loss",), evaluate)

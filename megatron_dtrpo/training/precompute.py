@@ -13,13 +13,13 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import token_multiple
+from megatron_dtrpo.model.attention import choose_backend
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.fp8 import reference_pass
 from megatron_dtrpo.training.reference import starting_model
 from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
 from megatron_dtrpo.training.scoring import gathered_scores
 from megatron_dtrpo.training.setup import open_data
-from megatron_dtrpo.training.step import choose_backend
 from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 
 

@@ -26,6 +26,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import reference_format
+from megatron_dtrpo.runtime.transfer import to_device
 
 FORMAT_VERSION = 1
 SCORES, META = "scores.npy", "meta.json"
@@ -103,7 +104,7 @@ class ReferenceCache:
 
     def scores(self, samples: Sequence[Sample], device: torch.device) -> Tensor:
         """``L`` of the samples' responses under the reference: float64 ``[2 * samples]``, chosen before rejected."""
-        return torch.from_numpy(self._look_up(samples).reshape(-1)).to(device)
+        return to_device(torch.from_numpy(self._look_up(samples).reshape(-1)), device)
 
 
 class CacheWriter:

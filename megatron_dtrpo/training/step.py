@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,39 +21,61 @@ from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_atten
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.context_parallel import add_up
 from megatron_dtrpo.objectives.preference import response_log_likelihoods
+from megatron_dtrpo.runtime.transfer import pinned, to_device
 from megatron_dtrpo.training.objectives import Objective, Outcome
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """Resolves ``attention_backend``."""
-    return name if name != "auto" else "flex" if device.type == "cuda" else "sdpa"
+@dataclass(frozen=True)
+class HostBatch:
+    """A micro-batch that only has to be copied: padded, in page-locked memory, and cut for context parallelism.
+
+    ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism; then ``keys``
+    are the coordinates ``[S]`` of all ranks' rows in the order in which their keys are gathered.
+    """
+
+    batch: MicroBatch
+    part: PackedSequence
+    keys: Coordinates | None
+    tokens: int
+    """Of the packed sequence, without padding."""
+
+
+def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int = 1) -> HostBatch:
+    """Does on the CPU, on whatever thread, all that needs no device. ``multiple``: of `DeviceBatch`."""
+    block_size, group = batch.sequence.block_size, _context_group()
+    step = math.lcm(block_size, multiple) if group.size() == 1 else block_size
+    length = round_up(BACKENDS[backend].padded(len(batch.sequence)), step)
+    tokens, batch = len(batch.sequence), replace(batch, sequence=pad_to(batch.sequence, length, pad_id=0))
+    pin = partial(pinned, device=device)
+    whole = batch.map_tensors(pin)
+    if group.size() == 1:
+        return HostBatch(whole, whole.sequence, None, tokens)
+    part, keys = _share(batch.sequence, group.rank(), group.size(), multiple)
+    return HostBatch(whole, part.map_tensors(pin), Coordinates(*map(pin, keys)), tokens)
 
 
 class DeviceBatch:
     """A micro-batch on the device, with its attention plan, shared by the reference's and the policy's pass.
 
-    ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism. On the last
-    stage ``reference`` holds the reference's ``L`` per response, ``[responses]``.
+    ``part`` is what this process runs (see `HostBatch`). On the last stage ``reference`` holds the reference's ``L``
+    per response, ``[responses]``.
     """
 
-    def __init__(self, batch: MicroBatch, device: torch.device, backend: str, width: int, multiple: int = 1):
+    def __init__(
+        self, batch: MicroBatch | HostBatch, device: torch.device, backend: str, width: int, multiple: int = 1
+    ):
         """``multiple``: the tokens of ``part`` are padded to a multiple of it (FP8 asks for one)."""
-        block_size = batch.sequence.block_size
-        group = parallel_state.get_context_parallel_group()
-        step = math.lcm(block_size, multiple) if group.size() == 1 else block_size
-        length = round_up(BACKENDS[backend].padded(len(batch.sequence)), step)
-        batch = replace(batch, sequence=pad_to(batch.sequence, length, pad_id=0))
-        self.batch = batch.to(device)
-        self.part: PackedSequence = self.batch.sequence
+        host = batch if isinstance(batch, HostBatch) else prepare(batch, device, backend, multiple)
+        move = partial(to_device, device=device)
+        self.batch = host.batch.map_tensors(move)
+        self.part = self.batch.sequence if host.keys is None else host.part.map_tensors(move)
         self.reference: Tensor | None = None
         self._made_for = (device, backend, width, multiple)
-        if group.size() == 1:
-            self.attention: PackedAttention = plan_attention(self.part.coordinates(), block_size, backend, width)
-            return
-        part, keys = _share(batch.sequence, group.rank(), group.size(), multiple)
-        self.part = part.map_tensors(lambda t: t.to(device, non_blocking=True))
-        keys = Coordinates(*(field.to(device, non_blocking=True) for field in keys))
-        self.attention = plan_attention(self.part.coordinates(), block_size, backend, width, keys, group)
+        keys, group = (None, None) if host.keys is None else (Coordinates(*map(move, host.keys)), _context_group())
+        block_size = host.part.block_size
+        self.attention: PackedAttention = plan_attention(
+            self.part.coordinates(), block_size, backend, width, keys, group
+        )
 
     def of_padding(self) -> DeviceBatch:
         """A micro-batch without a response, for the same device: it weighs nothing and costs next to nothing."""
@@ -62,6 +84,10 @@ class DeviceBatch:
         padding = DeviceBatch(MicroBatch(sequence, [], torch.zeros(0, dtype=torch.long)), *self._made_for)
         padding.reference = torch.zeros(0, dtype=torch.float64, device=self._made_for[0])
         return padding
+
+
+def _context_group():
+    return parallel_state.get_context_parallel_group()
 
 
 def _share(sequence: PackedSequence, rank: int, ranks: int, multiple: int) -> tuple[PackedSequence, Coordinates]:

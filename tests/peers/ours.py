@@ -13,12 +13,12 @@ from megatron_dtrpo.data.packing import pack
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.estimators import EstimatorOptions
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate
-from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.model.provider import build_model
 from megatron_dtrpo.training.objectives import preference_objective
 from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dtrpo.training.reference import ReferencePolicy
-from megatron_dtrpo.training.step import DeviceBatch, choose_backend, score, train_pass
+from megatron_dtrpo.training.step import DeviceBatch, score, train_pass
 from tests.peers.pairs import Pair
 from tests.peers.weights import Learner, copy_into, settings_of
 

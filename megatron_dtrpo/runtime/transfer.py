@@ -1,0 +1,23 @@
+"""Host tensors to the device without waiting for it.
+
+A copy from ordinary host memory first waits for all the work that the device was given before. One from page-locked
+memory is queued behind that work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` in page-locked memory, where ``device`` is a GPU. May be called on any thread."""
+    if device.type != "cuda" or tensor.is_pinned():
+        return tensor
+    with torch.cuda.device(device):  # a new thread starts on the first GPU, and would open it for every process
+        return tensor.pin_memory()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host ``tensor`` on ``device`` (itself where that is the host), in the order of the current stream."""
+    return pinned(tensor, device).to(device, non_blocking=True)

@@ -101,6 +101,11 @@ def validate(config: Config, world_size: int) -> int:
         f"estimator {objective.estimator} does not fit objective {objective.objective}: leave it out or choose another",
     )
     _demand(
+        objective.block_start in estimator.block_starts,
+        f"estimator {objective.estimator} with block_start {objective.block_start} is biased: it would read a block's "
+        "first token from a block that is itself half masked, which no decoding does: leave block_start at clean",
+    )
+    _demand(
         estimator.is_random or objective.num_views == 1,
         f"num_views is {objective.num_views}: estimator {objective.estimator} has no noise to average over views: "
         "leave num_views at 1",

@@ -202,6 +202,7 @@ class Estimator:
         is_random: whether averaging several views means anything.
         independent_reference: the reference's noise is drawn apart from the policy's.
         needs_steps: it reads a recorded decoding.
+        block_starts: where it may read a block's first token; where ``"noisy"`` is missing, that would be biased.
     """
 
     draw: Callable[[NoiseRequest], Noise]
@@ -211,14 +212,15 @@ class Estimator:
     is_random: bool = True
     independent_reference: bool = False
     needs_steps: bool = False
+    block_starts: tuple[str, ...] = ("clean", "noisy")
 
 
 ESTIMATORS: dict[str, Estimator] = {
-    "dtrpo": Estimator(dtrpo, ("steps_per_block",)),
+    "dtrpo": Estimator(dtrpo, ("steps_per_block",), block_starts=("clean",)),
     "elbo": Estimator(elbo, independent_reference=True),
     "vrpo": Estimator(vrpo),
     "mean_field": Estimator(mean_field, is_random=False),
-    "trajectory": Estimator(trajectory, needs_steps=True),
+    "trajectory": Estimator(trajectory, needs_steps=True, block_starts=("clean",)),
     "sft": Estimator(sft, ("complementary", "min_timestep"), objective="sft", pairs_views=True),
 }
 

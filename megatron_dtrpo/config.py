@@ -111,8 +111,13 @@ class ParallelSettings:
     num_layers_at_start_in_bf16: int = _setting(1, "How many of the first.", at_least=0)
     num_layers_at_end_in_bf16: int = _setting(1, "How many of the last.", at_least=0)
     attention_backend: str = _setting("auto", "auto: flex on CUDA, sdpa elsewhere.", ("auto", "flex", "sdpa"))
-    gradient_accumulation_fusion: bool = _setting(
-        False, "Add weight gradients into the fp32 gradient in the matrix product; needs Apex's CUDA extension."
+    gradient_accumulation_fusion: bool | None = _setting(
+        None,
+        "Add weight gradients into the fp32 gradient in the matrix product. Default: where Transformer Engine's layers "
+        "or Apex's CUDA extension can; without that extension the output layer does not.",
+    )
+    apply_rope_fusion: bool | None = _setting(
+        None, "Rotate queries and keys in one kernel of Transformer Engine's. Default: where it is there."
     )
     recompute_granularity: str | None = _setting(
         None, "Recompute activations in the backward pass: whole layers or some modules.", ("full", "selective")

@@ -27,6 +27,8 @@ class _ExtraState:
 class FusedNormLinear(_ExtraState, ColumnParallelLinear):
     """`TELayerNormColumnParallelLinear`: the norm's weight is a parameter of the layer that it feeds."""
 
+    fuse_wgrad_accumulation = False
+
     def __init__(self, input_size, output_size, *, config, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size, dtype=config.params_dtype))
@@ -46,6 +48,8 @@ class FusedNormLinear(_ExtraState, ColumnParallelLinear):
 
 class FusedRowLinear(_ExtraState, RowParallelLinear):
     """`TERowParallelLinear`."""
+
+    fuse_wgrad_accumulation = False
 
 
 class FusedNorm(_ExtraState, RMSNorm):

@@ -37,11 +37,18 @@ SIZES = {
                  vocab_size=512),
 }  # fmt: skip
 FORMATS = {
-    "fp32": ParallelSettings(transformer_impl="local", attention_backend="sdpa"),
-    "bf16": ParallelSettings(bf16=True),
+    "fp32": ParallelSettings(
+        transformer_impl="local", attention_backend="sdpa", apply_rope_fusion=False, gradient_accumulation_fusion=False
+    ),
+    # Gradients are read from the parameters; only the trainer has the fp32 gradients that others are added into.
+    "bf16": ParallelSettings(bf16=True, gradient_accumulation_fusion=False),
     **{
         recipe: ParallelSettings(
-            bf16=True, transformer_impl="transformer_engine", fp8_format="hybrid", fp8_recipe=recipe
+            bf16=True,
+            transformer_impl="transformer_engine",
+            fp8_format="hybrid",
+            fp8_recipe=recipe,
+            gradient_accumulation_fusion=False,
         )
         for recipe in RECIPES
     },

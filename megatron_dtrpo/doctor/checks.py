@@ -170,7 +170,8 @@ def transformer_engine(facts: Facts, needs: Needs) -> Iterator[Line]:
 
 def apex(facts: Facts, needs: Needs) -> Iterator[Line]:
     fused = "fused_weight_gradient_mlp_cuda"
-    lacking = needs.fuses_gradients and fused not in facts.apex_extensions
+    by_layers = "transformer-engine" in facts.versions and needs.transformer_impl != "local"
+    lacking = needs.fuses_gradients and fused not in facts.apex_extensions and not by_layers
     has_adam = "transformer-engine" in facts.versions or (facts.apex == "nvidia" and "amp_C" in facts.apex_extensions)
     lacks_adam = needs.distributed_optimizer and bool(facts.gpus) and not has_adam
     source = "build it from https://github.com/NVIDIA/apex (PyPI's apex is something else), or " + CONTAINER
@@ -178,7 +179,9 @@ def apex(facts: Facts, needs: Needs) -> Iterator[Line]:
         status = _unless(lacking or lacks_adam, WRONG)
         yield Line(status, "Apex", "this is PyPI's web toolkit, not NVIDIA's", "pip uninstall apex")
     elif lacking:
-        yield Line(MISSING, "Apex", f"gradient_accumulation_fusion needs its extension {fused}", source)
+        yield Line(
+            MISSING, "Apex", f"gradient_accumulation_fusion needs its extension {fused}, or Transformer Engine", source
+        )
     elif lacks_adam:
         detail = "no fused Adam, nor Transformer Engine's: the distributed optimizer cannot resume on a GPU"
         yield Line(MISSING, "Apex", detail, source)

@@ -29,7 +29,7 @@ class Needs:
     transformer_impl: str | None = None
     offloads: bool = False  # optimizer state, to the host
     attention_backend: str = "auto"
-    fuses_gradients: bool = False
+    fuses_gradients: bool = False  # asked for, not merely where it can be had
     distributed_optimizer: bool = False
     tokenizer: str | None = None  # HuggingFaceTokenizer, ...
     paths: tuple[tuple[str, str, bool], ...] = ()  # (setting, path that must exist, whether it does)
@@ -80,7 +80,7 @@ def _of(config, configured: bool) -> Needs:
         transformer_impl=parallel.transformer_impl,
         offloads=parallel.optimizer_cpu_offload,
         attention_backend=parallel.attention_backend,
-        fuses_gradients=parallel.gradient_accumulation_fusion,
+        fuses_gradients=bool(parallel.gradient_accumulation_fusion),
         distributed_optimizer=parallel.use_distributed_optimizer,
         tokenizer=data.tokenizer_type,
         paths=_paths(config),

@@ -11,7 +11,7 @@ from megatron_dtrpo.config import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.layer_spec import block_diffusion_block_spec
-from megatron_dtrpo.runtime.precision import transformer_precision
+from megatron_dtrpo.runtime.precision import fused_gradients, fuses_rotary, transformer_precision
 
 
 def _leave(tensor: Tensor) -> Tensor:
@@ -67,11 +67,12 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         recompute_modules=parallel.recompute_modules,
-        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
+        # Asks Apex of every layer that is megatron-core's own; the output layer always is.
+        gradient_accumulation_fusion=fused_gradients(parallel) == "apex",
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=True,  # keeps half of what the MLP would keep for its backward pass
-        apply_rope_fusion=False,
+        apply_rope_fusion=fuses_rotary(parallel),
         persist_layer_norm=False,
         **transformer_precision(parallel),
     )
@@ -81,7 +82,19 @@ def build_chunks(model: ModelSettings, parallel: ParallelSettings) -> list[Block
     """This rank's part of the model, with uninitialised weights: load a checkpoint or call `initialize_weights`. One
     stage, or under interleaving so many virtual ones, in the order of their layers."""
     config, count = transformer_config(model, parallel), parallel.num_virtual_stages_per_pipeline_rank
-    return [_build_stage(model, config, stage) for stage in (range(count) if count > 1 else [None])]
+    chunks = [_build_stage(model, config, stage) for stage in (range(count) if count > 1 else [None])]
+    if fused_gradients(parallel) == "transformer_engine":
+        for chunk in chunks:
+            _fuse_gradients_of_layers(chunk)
+    return chunks
+
+
+def _fuse_gradients_of_layers(chunk: BlockDiffusionGPTModel) -> None:
+    """megatron-core's setting would ask the output layer too, which cannot without Apex. Transformer Engine's layers
+    look at an attribute of theirs in every pass."""
+    for module in chunk.decoder.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def build_model(model: ModelSettings, parallel: ParallelSettings) -> BlockDiffusionGPTModel:

@@ -27,7 +27,7 @@ class Plan:
     optimizer: int
     reference: int
     activations: int
-    logits: int
+    head: int
     overhead: int = OVERHEAD_BYTES
 
     @property
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.states + self.activations + self.logits + self.overhead
+        return self.states + self.activations + self.head + self.overhead
 
 
 def plan_stage(config: Config, data_parallel: int, stage: int) -> Plan:
@@ -59,7 +59,7 @@ def plan_stage(config: Config, data_parallel: int, stage: int) -> Plan:
         optimizer=optimizer_bytes(count, parallel, shards),
         reference=weights if has_reference else 0,
         activations=stage_activation_bytes(model, parallel, tokens, stage, micro_batches),
-        logits=logit_bytes(model, parallel, tokens) if stage == pp - 1 else 0,
+        head=head_bytes(model, parallel, tokens) if stage == pp - 1 else 0,
     )
 
 
@@ -97,7 +97,8 @@ class LayerActivations:
     attention: int
     """Rotated queries and keys, values, the attention's output and its log-sum-exp."""
     rotary: int
-    """Cosines and sines, made anew for queries and for keys in every layer."""
+    """Cosines and sines, made anew for queries and for keys in every layer; the fused kernel keeps the angles, of which
+    all layers have one copy. (Left to the machine, it is not counted on.)"""
     mlp: int
     """Gate and up as one tensor, and the activated product."""
 
@@ -119,7 +120,7 @@ def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: 
         inputs=width * local * h,
         norms=2 * narrow * local * h + width * local * h,
         attention=(width * tokens * (2 * q + 2 * k) + 4 * tokens * heads) // tp,
-        rotary=4 * width * tokens * model.kv_channels,
+        rotary=0 if parallel.apply_rope_fusion else 4 * width * tokens * model.kv_channels,
         mlp=(width * tokens * 2 * f + narrow * tokens * f) // tp,
     )
 
@@ -137,12 +138,12 @@ def stage_activation_bytes(
     model: ModelSettings, parallel: ParallelSettings, tokens: int, stage: int, micro_batches: int
 ) -> int:
     """Peak over a step: what all micro-batches in flight keep, and one layer (or recomputed chunk) in its backward pass
-    with as much again for the gradients of its widest part."""
+    with as much again for the gradients of its widest part, and the gradient of its largest weight."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     per_chunk = parameters.stage_layers(model, pp) // virtual
     layer = layer_activations(model, parallel, tokens)
     in_flight = chunks_in_flight(pp, virtual, stage, micro_batches)
-    working = layer.mlp
+    working = layer.mlp + largest_weight_gradient(model, parallel)
     if parallel.recompute_granularity != "full":
         if kept_bytes(layer, parallel) < layer.total:
             working += layer.mlp  # the recomputed one
@@ -155,6 +156,20 @@ def stage_activation_bytes(
     return in_flight * kept + layer.total + working
 
 
+def largest_weight_gradient(model: ModelSettings, parallel: ParallelSettings) -> int:
+    """Of the gate and up matrix, in the activations' format, until it is added to the fp32 gradient; none where the
+    matrix product does that."""
+    if parallel.gradient_accumulation_fusion:
+        return 0
+    return (
+        (2 if parallel.bf16 else 4)
+        * model.hidden_size
+        * 2
+        * model.ffn_hidden_size
+        // parallel.tensor_model_parallel_size
+    )
+
+
 def chunks_in_flight(pp: int, virtual: int, stage: int, micro_batches: int) -> int:
     """Forward passes of a (virtual) stage that wait for their backward pass at most: pp - stage in the plain schedule;
     in the interleaved one 2 (pp - stage - 1) + (virtual - 1) pp + 1."""
@@ -165,9 +180,16 @@ def chunks_in_flight(pp: int, virtual: int, stage: int, micro_batches: int) -> i
     return min(2 * (pp - stage - 1) + (virtual - 1) * pp + 1, virtual * micro_batches)
 
 
-def logit_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> int:
-    """Peak of the head on min(t, LOGIT_ROWS) target rows (more are cut into chunks and recomputed): logits, their
-    fp32 copy and the fp32 probabilities."""
+def head_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> int:
+    """Peak of the head: the gathered hidden states and the rows read from them, and the larger of two moments on R =
+    min(t, LOGIT_ROWS) target rows (more are cut into chunks and recomputed). Going forward there are logits, their fp32
+    copy, fp32 probabilities and their copy that is kept; going backward that copy, its gradient and the gradient of
+    the output matrix. With several chunks the gradient of the chunks before is there as well: autograd adds them up
+    before the fp32 gradient gets any."""
+    width = 2 if parallel.bf16 else 4
     rows = min(tokens, LOGIT_ROWS)
-    width = 2 + 4 + 4 if parallel.bf16 else 4 + 4
-    return rows * model.padded_vocab_size // parallel.tensor_model_parallel_size * width
+    logits = rows * model.padded_vocab_size // parallel.tensor_model_parallel_size
+    gradient = width * parameters.vocabulary_parameters(model, parallel.tensor_model_parallel_size)
+    earlier = gradient if tokens > LOGIT_ROWS else 0
+    forward = logits * (2 + 4 + 4 + 2 if parallel.bf16 else 4 + 4)
+    return 2 * width * tokens * model.hidden_size + earlier + max(forward, 2 * width * logits + gradient)

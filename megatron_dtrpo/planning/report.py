@@ -16,7 +16,7 @@ _PARTS = {
     "optimizer": "optimizer",
     "reference": "reference copy",
     "activations": "activations",
-    "logits": "logits",
+    "head": "head, logits",
     "overhead": "overhead (assumed)",
 }
 assert set(_PARTS) == {f.name for f in fields(Plan)}
@@ -40,7 +40,7 @@ def memory_table(plans: Sequence[Plan]) -> list[str]:
 def layout_table(layouts: Sequence[Layout]) -> list[str]:
     """One line a layout: GiB on the GPU of the stage that needs most, seconds a step."""
     rows = [
-        ("", "TP", "PP", "CP", "DP", "recompute", "weights", "grads", "optim", "ref", "activ", "logits",
+        ("", "TP", "PP", "CP", "DP", "recompute", "weights", "grads", "optim", "ref", "activ", "head",
          "total GiB", "s/step", "bubble"),
     ]  # fmt: skip
     for layout in layouts:
@@ -51,7 +51,7 @@ def layout_table(layouts: Sequence[Layout]) -> list[str]:
                 *map(str, layout.sizes),
                 layout.recomputation,
                 gib(plan.weights + plan.fp8_weights),
-                *map(gib, (plan.gradients, plan.optimizer, plan.reference, plan.activations, plan.logits, plan.total)),
+                *map(gib, (plan.gradients, plan.optimizer, plan.reference, plan.activations, plan.head, plan.total)),
                 f"{seconds.total:.2f}",
                 f"{seconds.bubble / seconds.total:.0%}",
             )

@@ -45,6 +45,22 @@ def transformer_precision(parallel: ParallelSettings) -> dict:
     return common | {"transformer_impl": transformer_impl(parallel)} | _fp8(parallel)
 
 
+def fuses_rotary(parallel: ParallelSettings) -> bool:
+    """Resolves ``apply_rope_fusion``. Transformer Engine's kernel takes angles ``[s, 1, 1, d]`` of each row's own
+    position, as ours are, in fp32."""
+    return transformer_engine_is_usable() if parallel.apply_rope_fusion is None else parallel.apply_rope_fusion
+
+
+def fused_gradients(parallel: ParallelSettings) -> str | None:
+    """Resolves ``gradient_accumulation_fusion``: who adds weight gradients into the fp32 gradient, ``"apex"`` in every
+    layer, ``"transformer_engine"`` in its own layers, or nobody."""
+    if parallel.gradient_accumulation_fusion is False:
+        return None
+    if torch.cuda.is_available() and find_spec("fused_weight_gradient_mlp_cuda") is not None:
+        return "apex"
+    return "transformer_engine" if transformer_impl(parallel) == "transformer_engine" else None
+
+
 def _fp8(parallel: ParallelSettings) -> dict:
     if parallel.fp8_format is None:
         return {}
@@ -81,6 +97,12 @@ def check_machine(parallel: ParallelSettings) -> None:
     if parallel.transformer_impl == "transformer_engine" and not transformer_engine_is_usable():
         lacking = "a GPU" if not torch.cuda.is_available() else "the package transformer_engine"
         raise UserError(f"transformer_impl transformer_engine needs {lacking}: leave it out, or give local")
+    if parallel.apply_rope_fusion and not transformer_engine_is_usable():
+        raise UserError("apply_rope_fusion needs a GPU and Transformer Engine: leave it out here")
+    if parallel.gradient_accumulation_fusion and fused_gradients(parallel) is None:
+        raise UserError(
+            "gradient_accumulation_fusion needs Transformer Engine's layers or Apex's CUDA extension: leave it out"
+        )
     if parallel.fp8_format is None:
         return
     if not transformer_engine_is_usable():

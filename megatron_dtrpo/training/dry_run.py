@@ -62,10 +62,9 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     processes = f"{world_size} processes" + (f" ({here} here)" if here not in (1, world_size) else "")
     lines = [f"dry run of {processes}: TP {tp}, PP {stages}, CP {cp}, DP {data_parallel}"]
     # Its own checks; on this machine the layers of Transformer Engine cannot be built, but theirs have the same shapes.
-    transformer_config(model, parallel)
-    here_buildable = dataclasses.replace(
-        parallel, transformer_impl="local", fp8_format=None, fp8_param_gather=False, gradient_accumulation_fusion=False
-    )
+    unfused = dataclasses.replace(parallel, gradient_accumulation_fusion=False, apply_rope_fusion=False)
+    transformer_config(model, unfused)
+    here_buildable = dataclasses.replace(unfused, transformer_impl="local", fp8_format=None, fp8_param_gather=False)
     for stage in range(stages):
         # Pipeline stages are the slowest dimension of megatron-core's order of ranks.
         with pretend.rank_of(here_buildable, stage * world_size // stages, world_size), pretend.without_memory():
@@ -82,11 +81,11 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     plans = stage_plans(config, data_parallel)
     most = max(plan.total for plan in plans)
     verdict = "fits" if fits_in(plans, int(gpu_memory * GIB)) else "does not fit"
-    examples, most = examples_of_step(config, data_parallel), config.data.micro_batch_size
+    examples, together = examples_of_step(config, data_parallel), config.data.micro_batch_size
     lines.append(
         f"a step: {config.data.global_batch_size} examples, {examples} on each of {data_parallel} data-parallel "
-        f"processes, in {micro_batches_of_step(config, data_parallel)} packed sequences of at most {most}"
-        + (": not full, a larger global_batch_size would cost little more" if examples < most else "")
+        f"processes, in {micro_batches_of_step(config, data_parallel)} packed sequences of at most {together}"
+        + (": not full, a larger global_batch_size would cost little more" if examples < together else "")
     )
     return [
         *lines,

@@ -11,7 +11,6 @@ import dataclasses
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -207,8 +206,6 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
             raise UserError("attention_backend flex has no backward pass on a CPU: leave it at auto")
         if config.parallel.optimizer_cpu_offload and not transformer_engine_is_usable():
             raise UserError("optimizer_cpu_offload needs a GPU and Transformer Engine: leave it out here")
-        if config.parallel.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
-            raise UserError("gradient_accumulation_fusion needs Apex with its CUDA extension: leave it out")
         check_logging(config.run)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)

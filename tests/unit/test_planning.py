@@ -4,6 +4,7 @@ autograd saves. And its choices: the layout of examples/dtrpo_7b.yaml is the one
 from __future__ import annotations
 
 import copy
+import json
 import runpy
 from dataclasses import replace
 
@@ -179,6 +180,47 @@ def test_activations_are_what_autograd_saves(recompute):
         each = memory.kept_bytes(layer, parallel) + scales - made_again - layer.rotary
         expected = SMALL.num_layers * each + cos_sin + final
     assert expected == pytest.approx(measured, rel=0.01)
+
+
+def peak_bytes(function, trace) -> int:
+    """The most that ``function`` has allocated at once, from the profiler's record of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    profile.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    first, totals = events[0]["args"], [event["args"]["Total Allocated"] for event in events]
+    return max(totals) - (first["Total Allocated"] - first["Bytes"])
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_the_head_needs_what_it_allocates(bf16, chunks, monkeypatch, tmp_path):
+    from megatron_dtrpo.model import gpt
+    from megatron_dtrpo.model.initialization import initialize_weights
+    from megatron_dtrpo.model.provider import build_model
+
+    rows = 256
+    monkeypatch.setattr(gpt, "LOGIT_ROWS", rows)
+    monkeypatch.setattr(memory, "LOGIT_ROWS", rows)
+    settings, parallel = replace(SMALL, num_layers=1, vocab_size=8192), ParallelSettings(bf16=bf16)
+    initialize.start(parallel, 1)
+    try:
+        model = build_model(settings, parallel)
+        initialize_weights(model, 1)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        hidden = torch.randn(rows * chunks, settings.hidden_size, dtype=dtype, requires_grad=True)
+        target = torch.randint(settings.vocab_size, (rows * chunks,))
+
+        def step():
+            model._target_log_probs(hidden * 1, target).sum().backward()
+            hidden.grad = model.output_layer.weight.grad = None
+
+        step()
+        measured = peak_bytes(step, tmp_path / "trace.json")
+    finally:
+        initialize.stop()
+    assert memory.head_bytes(settings, parallel, rows * chunks) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("pp, virtual", [(2, 1), (4, 1), (2, 2), (4, 3)])

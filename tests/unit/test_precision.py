@@ -371,11 +371,11 @@ def alone():
     initialize.stop()
 
 
-def build(transformer_impl: str, seed: int = 1):
+def build(transformer_impl: str, seed: int = 1, **settings):
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model
 
-    model = build_model(MODEL, ParallelSettings(transformer_impl=transformer_impl))
+    model = build_model(MODEL, ParallelSettings(transformer_impl=transformer_impl, **settings))
     initialize_weights(model, seed)
     return model
 
@@ -448,6 +448,57 @@ def test_either_backend_reads_the_others_checkpoint(fused, alone, tmp_path, writ
     torch.testing.assert_close(log_probs(read), log_probs(written), rtol=0, atol=1e-4)  # different fp32 products
     keys = (tmp_path / "iter_0000001" / ".metadata").read_bytes()
     assert (b"final_layernorm._extra_state" in keys) == (writer == "transformer_engine")
+
+
+def test_gradients_are_fused_by_whoever_can(fused, alone, monkeypatch):
+    """Transformer Engine's layers without megatron-core's output layer, which asks for Apex; with Apex everything."""
+    who = precision.fused_gradients
+    assert who(ParallelSettings()) is None and who(ParallelSettings(transformer_impl="local")) is None
+    engine = ParallelSettings(transformer_impl="transformer_engine")
+    assert who(engine) == "transformer_engine"
+    assert who(replace(engine, gradient_accumulation_fusion=False)) is None
+    for asked, fuses in ((None, True), (False, False)):
+        model = build("transformer_engine", gradient_accumulation_fusion=asked)
+        flags = [m.fuse_wgrad_accumulation for m in model.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+        assert flags == [fuses] * 4 * MODEL.num_layers
+        assert not model.output_layer.gradient_accumulation_fusion
+    with pytest.raises(UserError, match="gradient_accumulation_fusion needs"):
+        precision.check_machine(ParallelSettings(gradient_accumulation_fusion=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "find_spec", lambda name: name == "fused_weight_gradient_mlp_cuda" or None)
+    assert who(ParallelSettings(transformer_impl="local")) == who(engine) == "apex"
+
+
+def test_the_fused_rotary_embedding_gets_each_rows_own_angles(alone, monkeypatch):
+    """What Transformer Engine's kernel expects, in a stand-in that rotates complex numbers: queries and keys
+    ``[s, 1, heads, d]``, fp32 angles ``[s, 1, 1, d]`` whose halves are alike. The numbers are those of the unfused."""
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import attention
+
+    calls = []
+
+    def rotate(t, freqs, interleaved=False):
+        calls.append(t.shape)
+        assert t.dim() == 4 and t.shape[1] == 1 and not interleaved
+        assert freqs.shape == (t.shape[0], 1, 1, t.shape[-1]) and freqs.dtype == torch.float32 and freqs.is_contiguous()
+        first, second = freqs.chunk(2, -1)
+        assert torch.equal(first, second)
+        turned = torch.complex(*t.chunk(2, -1)) * torch.polar(torch.ones_like(first), first)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    expected = log_probs(build("local"))
+    monkeypatch.setattr(attention, "apply_rotary_pos_emb", rope_utils.apply_rotary_pos_emb)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", rotate)
+    monkeypatch.setattr(precision, "transformer_engine_is_usable", lambda: True)
+    found = log_probs(build("local"))
+    assert len(calls) == 2 * MODEL.num_layers
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    count = len(calls)
+    log_probs(build("local", apply_rope_fusion=False))
+    assert len(calls) == count
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="apply_rope_fusion needs a GPU"):
+        precision.check_machine(ParallelSettings(apply_rope_fusion=True))
 
 
 def test_nothing_but_extra_state_may_be_missing(alone, tmp_path):

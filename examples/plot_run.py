@@ -99,8 +99,7 @@ def read_runs(directories: list[Path]) -> list[Run]:
 def _without_anchor(runs: list[Run]) -> list[Run]:
     """With a likelihood anchor `loss` is more than the preference loss, which then has a key of its own."""
     return [
-        replace(run, rows=[{**row, "loss": row.get("preference_loss", row["loss"])} for row in run.rows])
-        for run in runs
+        replace(run, rows=[{**row, "loss": row.get("loss/sigmoid", row["loss"])} for row in run.rows]) for run in runs
     ]
 
 

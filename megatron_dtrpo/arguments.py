@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -35,6 +35,10 @@ _OTHER_NAMES = {
     "output_dir": "save",
     "per_device_train_batch_size": "micro_batch_size",
 }
+# Settings that are gone, and what does the same now.
+_FORMER = {
+    "rpo_alpha": "the likelihood anchor is a loss of its own: give loss_type sigmoid sft with loss_weights 1.0 ALPHA",
+}
 # Two ways to say one thing: a flag replaces what the file says in the other way.
 _ALTERNATIVES = (("train_iters", "num_epochs"), ("num_epochs", "train_iters"))
 FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind)}
@@ -42,6 +46,8 @@ FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind
 
 def _unknown(kind: str, given: str, known) -> UserError:
     name = given.lstrip("-").replace("-", "_")
+    if name in _FORMER:
+        return UserError(f"{kind} {given} is gone: {_FORMER[name]}")
     if name in _OTHER_NAMES:
         near = given.replace(given.lstrip("-"), _OTHER_NAMES[name])
         near = near.replace("_", "-") if near.startswith("-") else near
@@ -88,7 +94,10 @@ def _add_settings(parser: argparse.ArgumentParser, groups: Iterable[str]) -> Non
             if hint is bool:
                 section.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
             elif typing.get_origin(hint) is list:
-                section.add_argument(flag, nargs="+", metavar="PATTERN", **common)
+                (item,) = typing.get_args(hint)
+                choices = f.metadata["choices"] or None
+                shown = None if choices else "PATTERN" if item is str else item.__name__.upper()
+                section.add_argument(flag, nargs="+", type=item, choices=choices, metavar=shown, **common)
             else:
                 section.add_argument(
                     flag, type=hint, choices=f.metadata["choices"] or None,
@@ -96,8 +105,9 @@ def _add_settings(parser: argparse.ArgumentParser, groups: Iterable[str]) -> Non
                 )  # fmt: skip
 
 
-def read_yaml(path: str | Path) -> dict:
-    """Reads and type-checks a flat YAML file of settings. Raises UserError naming file and key."""
+def read_yaml(path: str | Path, update: Callable[[dict], dict] = dict) -> dict:
+    """Reads and type-checks a flat YAML file of settings; ``update`` turns what an earlier version wrote into what this
+    one reads. Raises UserError naming file and key."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -112,6 +122,7 @@ def read_yaml(path: str | Path) -> dict:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected 'key: value' lines")
+    values = update(values)
     for key in values:
         if key not in TYPES:
             raise _unknown(f"key in {path}:", str(key), TYPES)
@@ -125,12 +136,9 @@ def _coerce(path: Path, key: str, value):
         if field.default is None:
             return None
         raise UserError(f"{path}: {key} has no value")
-    wanted = "a list of texts" if typing.get_origin(hint) is list else hint.__name__
-    mistake = UserError(f"{path}: {key} is {value!r}: it must be {wanted}")
     if typing.get_origin(hint) is list:
-        if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise mistake
-        return value
+        return _coerce_list(path, key, value)
+    mistake = UserError(f"{path}: {key} is {value!r}: it must be {hint.__name__}")
     if isinstance(value, bool) != (hint is bool) or isinstance(value, (list, dict)):
         raise mistake
     if hint is int and isinstance(value, float) and not value.is_integer():
@@ -139,9 +147,31 @@ def _coerce(path: Path, key: str, value):
         converted = hint(value)
     except (TypeError, ValueError, OverflowError):
         raise mistake from None
-    if field.metadata["choices"] and converted not in field.metadata["choices"]:
-        raise UserError(f"{path}: {key} is {value!r}: choose one of {', '.join(field.metadata['choices'])}")
+    _check_choice(path, key, converted)
     return converted
+
+
+def _coerce_list(path: Path, key: str, value) -> list:
+    """A single value is a list of one, as TRL has it."""
+    (item,) = typing.get_args(TYPES[key])
+    values = value if isinstance(value, list) else [value]
+    kinds, words = {str: (str, "texts"), float: ((int, float, str), "numbers")}[item]
+    mistake = UserError(f"{path}: {key} is {value!r}: it must be a list of {words}")
+    if not values or any(isinstance(v, bool) or not isinstance(v, kinds) for v in values):
+        raise mistake
+    try:
+        converted = [item(v) for v in values]
+    except ValueError:
+        raise mistake from None
+    for each in converted:
+        _check_choice(path, key, each)
+    return converted
+
+
+def _check_choice(path: Path, key: str, value) -> None:
+    choices = FIELDS[key].metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{path}: {key} is {value!r}: choose one of {', '.join(choices)}")
 
 
 def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.fp8 import RECIPES
+from megatron_dtrpo.objectives.preference import LOSSES, reads_reference
 
 RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transformer Engine
 
@@ -177,25 +178,47 @@ class ObjectiveSettings:
         "noisy view, as Fast-dLLM v2 trains (default for sft).",
         ("clean", "noisy"),
     )
-    num_views: int = _setting(
-        1, "K, independent noisy views per response (pairs of views if complementary).", at_least=1
+    num_views: int | None = _setting(
+        None,
+        "K, independent noisy views per response (pairs of views if complementary). Default: 8 for vrpo, whose levels "
+        "are stratified over views, 1 for the others.",
+        at_least=1,
     )
     steps_per_block: int = _setting(8, "T_B, decoding steps per block that the dtrpo estimator assumes.", at_least=1)
     complementary: bool = _setting(True, "sft: a second view masks what the first left visible.")
-    min_timestep: float = _setting(1e-3, "sft: least masking probability.", at_least=0, at_most=1)
-    loss_type: str = _setting("sigmoid", "Preference loss.", ("sigmoid", "ipo"))
+    min_timestep: float = _setting(
+        1e-3, "sft: least masking probability; the default is Fast-dLLM v2's.", at_least=0, at_most=1
+    )
+    loss_type: list[str] | None = _setting(
+        None,
+        "Preference losses, see docs/method.md; several are added up. sft is the likelihood anchor: mean -log p of the "
+        "chosen's tokens. Default: sigmoid.",
+        tuple(LOSSES),
+    )
+    loss_weights: list[float] | None = _setting(None, "A weight for each of loss_type. Default: 1 each.", at_least=0)
+    length_normalization: bool = _setting(
+        False, "Losses see log-likelihoods divided by their responses' tokens, as ipo, simpo and sft always do."
+    )
     beta: float = _setting(0.5, "Strength of the preference: the paper's lambda, DPO's beta.", at_least=0)
     label_smoothing: float = _setting(
-        0.0, "Probability that a preference label is wrong (sigmoid loss).", at_least=0, at_most=1
+        0.0, "sigmoid, robust, simpo: probability that a preference label is wrong.", at_least=0, at_most=0.5
     )
-    rpo_alpha: float = _setting(
-        0.0, "Weight of the likelihood anchor: mean -log p of chosen tokens. 0: no anchor.", at_least=0
-    )
+    simpo_gamma: float = _setting(0.5, "simpo: the reward margin that is aimed at.", at_least=0)
     trainable_modules: list[str] | None = _setting(
         None,
         "Train only modules of these names, e.g. mlp linear_proj; wildcards match parts of a name ('*norm'). Default: "
         "all.",
     )
+
+    def losses(self) -> dict[str, float]:
+        """Preference losses and their weights."""
+        names = self.loss_type or ["sigmoid"]
+        return dict(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares the policy with a reference."""
+        return self.objective == "preference" and reads_reference(self.loss_type or ["sigmoid"])
 
 
 @dataclass

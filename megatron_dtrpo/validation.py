@@ -9,6 +9,7 @@ from megatron_dtrpo.config import RECOMPUTABLE, Config, ObjectiveSettings, Paral
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import check_cached_reference, check_fp8, check_live_reference
+from megatron_dtrpo.objectives.preference import LOSSES
 
 
 def _demand(condition, message: str) -> None:
@@ -26,6 +27,9 @@ def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
 def fill_objective_defaults(objective: ObjectiveSettings) -> None:
     objective.estimator = objective.estimator or {"preference": "dtrpo", "sft": "sft"}[objective.objective]
     objective.block_start = objective.block_start or {"preference": "clean", "sft": "noisy"}[objective.objective]
+    objective.loss_type = objective.loss_type or ["sigmoid"]
+    if objective.num_views is None:
+        objective.num_views = ESTIMATORS[objective.estimator].default_views
 
 
 def _fill_defaults(config: Config) -> None:
@@ -110,11 +114,32 @@ def validate(config: Config, world_size: int) -> int:
         f"num_views is {objective.num_views}: estimator {objective.estimator} has no noise to average over views: "
         "leave num_views at 1",
     )
-    _demand(
-        objective.loss_type == "sigmoid" or objective.label_smoothing == 0,
-        f"label_smoothing is defined for loss_type sigmoid only: set it to 0 for {objective.loss_type}",
-    )
+    _check_losses(objective)
     return data_parallel
+
+
+def _check_losses(objective: ObjectiveSettings) -> None:
+    names, weights = objective.loss_type, objective.loss_weights
+    for name in names:
+        _demand(name in LOSSES, f"loss_type: {name!r} is none of {', '.join(LOSSES)}")
+        _demand(names.count(name) == 1, f"loss_type has {name} twice: give it once, with loss_weights")
+    if weights is not None:
+        _demand(
+            len(weights) == len(names),
+            f"loss_weights has {len(weights)} weights, loss_type {len(names)} losses: give as many of both",
+        )
+        _demand(any(weights), "loss_weights are all 0: there is nothing to learn")
+    knobs = {knob for name in names for knob in LOSSES[name].knobs}
+    for knob in ("label_smoothing", "simpo_gamma"):
+        readers = [name for name, loss in LOSSES.items() if knob in loss.knobs]
+        _demand(
+            knob in knobs or getattr(objective, knob) == getattr(ObjectiveSettings, knob),
+            f"{knob} belongs to loss_type {', '.join(readers)}: leave it out with {', '.join(names)}",
+        )
+    _demand(
+        "robust" not in names or objective.label_smoothing < 0.5,
+        "label_smoothing 0.5 with loss_type robust: half of the labels wrong say nothing; give less",
+    )
 
 
 def validate_data(config: Config) -> None:
@@ -126,13 +151,10 @@ def validate_training(config: Config, data_parallel: int) -> None:
     """Checks what only training needs; after `validate`. Raises UserError."""
     optimizer = config.optimizer
     _demand(config.run.save, "save is missing: give --save DIR, the run folder")
-    _demand(
-        config.run.reference_cache is None or config.objective.objective == "preference",
-        f"reference_cache: objective {config.objective.objective} has no reference: leave it out",
-    )
     if config.run.reference_cache is not None:
+        _demand(config.objective.has_reference, f"reference_cache: {_no_reference(config.objective)}: leave it out")
         check_cached_reference(config.parallel)
-    elif config.objective.objective == "preference":
+    elif config.objective.has_reference:
         check_live_reference(config.parallel)
     _check_length(config, data_parallel)
     _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
@@ -150,10 +172,16 @@ def validate_decoding(config: Config) -> None:
     )
 
 
+def _no_reference(objective: ObjectiveSettings) -> str:
+    if objective.objective != "preference":
+        return f"objective {objective.objective} has no reference"
+    return f"loss_type {', '.join(objective.loss_type)} has no reference"
+
+
 def validate_precomputing(config: Config, data_parallel: int) -> None:
     """Checks what only the reference's scores of a coming run need; after `validate`. Raises UserError."""
-    objective = config.objective.objective
-    _demand(objective == "preference", f"objective {objective} has no reference: there is nothing to precompute")
+    objective = config.objective
+    _demand(objective.has_reference, f"{_no_reference(objective)}: there is nothing to precompute")
     check_cached_reference(config.parallel)
     _check_length(config, data_parallel)
 
@@ -199,9 +227,8 @@ def _check_recompute(parallel: ParallelSettings, layers: int, stage: str) -> Non
 
 def _check_ranges(group) -> None:
     for f in dataclasses.fields(group):
-        value, low, high = getattr(group, f.name), f.metadata["at_least"], f.metadata["at_most"]
-        if value is None:
-            continue
-        _demand(not isinstance(value, float) or math.isfinite(value), f"{f.name} is {value}: it must be finite")
-        _demand(low is None or value >= low, f"{f.name} is {value}: it must be at least {low}")
-        _demand(high is None or value <= high, f"{f.name} is {value}: it must be at most {high}")
+        given, low, high = getattr(group, f.name), f.metadata["at_least"], f.metadata["at_most"]
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            _demand(not isinstance(value, float) or math.isfinite(value), f"{f.name} is {value}: it must be finite")
+            _demand(low is None or value >= low, f"{f.name} is {value}: it must be at least {low}")
+            _demand(high is None or value <= high, f"{f.name} is {value}: it must be at most {high}")

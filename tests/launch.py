@@ -46,7 +46,7 @@ def flags(settings: dict) -> list[str]:
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
-            words += [flag, *value]
+            words += [flag, *map(str, value)]
         else:
             words += [flag, str(value)]
     return words

@@ -147,8 +147,9 @@ def elbo(request: NoiseRequest) -> Noise:
 
 
 def vrpo(request: NoiseRequest) -> Noise:
-    """As `elbo`, with less variance (VRPO, arXiv 2505.19223): policy and reference share every draw, and the levels of
-    a block's K views are stratified: view k's is drawn from ``[(k - 1) / K, k / K)``."""
+    """As `elbo`, with less variance: K views of other levels each, and policy and reference share every draw (VRPO,
+    arXiv 2505.19223). The levels of a block's views are stratified, as in Variational Diffusion Models (arXiv
+    2107.00630) and not in VRPO: view k's is drawn from ``[(k - 1) / K, k / K)``."""
     views = len(request.generators)
     levels = [
         (k + torch.rand(len(request.maskable), generator=generator, dtype=torch.float64)) / views
@@ -177,9 +178,9 @@ def mean_field(request: NoiseRequest) -> Noise:
 
 
 def sft(request: NoiseRequest) -> Noise:
-    """Fast-dLLM v2's training noise: one ``t ~ U(min_timestep, 1)`` per block, each token masked with probability t,
-    read with weight 1 where masked. With ``complementary`` each view is followed by one that masks the rest, so that
-    every token is learnt once per pair of views."""
+    """Fast-dLLM v2's training noise: one ``t ~ U(min_timestep, 1)`` per block, each token masked with probability t and
+    read where masked. With ``complementary`` each view is followed by one that masks the rest. Every token weighs 1 in
+    all: with ``complementary`` exactly, without it on average over t."""
     maskable, options = request.maskable, request.options
     views = []
     for generator in request.generators:
@@ -188,7 +189,8 @@ def sft(request: NoiseRequest) -> Noise:
         hidden = maskable & (torch.rand(maskable.shape, generator=generator, dtype=torch.float64) < timestep)
         views += [hidden, maskable & ~hidden] if options.complementary else [hidden]
     masked = torch.stack(views)
-    return Noise(masked, masked.double())
+    share = 1.0 if options.complementary else (1 + options.min_timestep) / 2  # of a view, or a pair of them, masked
+    return Noise(masked, masked.double() / (len(request.generators) * share))
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class Estimator:
         options: the fields of `EstimatorOptions` that it reads.
         objective: the objective it belongs to.
         pairs_views: with the option ``complementary`` it lays out two views per generator.
+        default_views: K where none is given.
         is_random: whether averaging several views means anything.
         independent_reference: the reference's noise is drawn apart from the policy's.
         needs_steps: it reads a recorded decoding.
@@ -209,6 +212,7 @@ class Estimator:
     options: tuple[str, ...] = ()
     objective: str = "preference"
     pairs_views: bool = False
+    default_views: int = 1
     is_random: bool = True
     independent_reference: bool = False
     needs_steps: bool = False
@@ -218,7 +222,7 @@ class Estimator:
 ESTIMATORS: dict[str, Estimator] = {
     "dtrpo": Estimator(dtrpo, ("steps_per_block",), block_starts=("clean",)),
     "elbo": Estimator(elbo, independent_reference=True),
-    "vrpo": Estimator(vrpo),
+    "vrpo": Estimator(vrpo, default_views=8),
     "mean_field": Estimator(mean_field, is_random=False),
     "trajectory": Estimator(trajectory, needs_steps=True, block_starts=("clean",)),
     "sft": Estimator(sft, ("complementary", "min_timestep"), objective="sft", pairs_views=True),

@@ -69,8 +69,9 @@ class PeriodicEvaluation:
         ]
 
     def remember_reference(self, model) -> None:
-        """Scores the held-out pairs under ``model``, the run's starting point; nothing for SFT. Collective."""
-        if self.config.objective.objective == "preference":
+        """Scores the held-out pairs under ``model``, the run's starting point, where the objective reads a reference.
+        Collective."""
+        if self.objective.reads_reference:
             builder = self.data.reference_batches(self.config, self.replica, self.replicas)
             self.reference = score_pairs(model, builder, self.indices, self.device, self.backend)
 

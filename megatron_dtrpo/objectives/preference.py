@@ -1,13 +1,15 @@
-"""The preference loss on pairs of responses, and its metrics under TRL's names.
+"""Preference losses on pairs of responses, and their metrics under TRL's names.
 
-``L(y)`` is an estimator's surrogate log-likelihood of a response, ``S(y) = L_policy(y) - L_reference(y)`` and a pair's
-margin is ``S(chosen) - S(rejected)``; the steps per block are inside L. Legend: N targets, P pairs. Responses are
-ordered chosen, rejected, chosen, rejected, ...
+``L(y)`` is an estimator's surrogate log-likelihood of a response and ``S(y) = L_policy(y) - L_reference(y)`` its gain;
+the steps per block are inside L. Names and formulae are TRL's. Legend: N targets, P pairs. Responses are ordered
+chosen, rejected, chosen, rejected, ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,57 +23,149 @@ def response_log_likelihoods(log_probs: Tensor, weight: Tensor, response: Tensor
     return weight.new_zeros(responses).index_add(0, response, log_probs.to(weight.dtype) * weight)
 
 
-def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """dTRPO's and DPO's loss per pair, with conservative-DPO label smoothing: ``[P] -> [P]``."""
-    right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong
+class Pairs(NamedTuple):
+    """What a loss may look at, ``[P]`` each: ``L`` under the policy, and ``S``. Where there is no reference, ``S`` is
+    ``L`` per token."""
+
+    chosen_policy: Tensor
+    rejected_policy: Tensor
+    chosen_gain: Tensor
+    rejected_gain: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        return self.chosen_gain - self.rejected_gain
 
 
-def ipo_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """IPO (arXiv 2310.12036): the margin is regressed to ``1 / (2 beta)``: ``[P] -> [P]``. ``label_smoothing`` must
-    be 0, which the configuration checks."""
-    return (margin - 1 / (2 * beta)) ** 2
+@dataclass(frozen=True)
+class LossOptions:
+    """Knobs of the losses; the table says which loss reads which."""
+
+    beta: float = 0.5
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
 
 
-LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {"sigmoid": sigmoid_loss, "ipo": ipo_loss}
+def sigmoid(pairs: Pairs, options: LossOptions) -> Tensor:
+    """dTRPO's and DPO's loss (arXiv 2305.18290), with conservative DPO's label smoothing."""
+    return _smoothed(options.beta * pairs.margin, options.label_smoothing)
+
+
+def _smoothed(reward_margin: Tensor, wrong: float) -> Tensor:
+    """Cross-entropy of preferring the chosen, where labels are ``wrong`` with this probability: ``[P] -> [P]``."""
+    return -(1 - wrong) * F.logsigmoid(reward_margin) - wrong * F.logsigmoid(-reward_margin)
+
+
+def robust(pairs: Pairs, options: LossOptions) -> Tensor:
+    """Robust DPO (arXiv 2403.00409): without bias under labels that are wrong with probability ``label_smoothing``."""
+    reward_margin, wrong = options.beta * pairs.margin, options.label_smoothing
+    right = -(1 - wrong) * F.logsigmoid(reward_margin) + wrong * F.logsigmoid(-reward_margin)
+    return right / (1 - 2 * wrong)
+
+
+def hinge(pairs: Pairs, options: LossOptions) -> Tensor:
+    """SLiC's loss (arXiv 2305.10425); zero, and without gradient, from a reward margin of 1 on."""
+    return F.relu(1 - options.beta * pairs.margin)
+
+
+def ipo(pairs: Pairs, options: LossOptions) -> Tensor:
+    """IPO (arXiv 2310.12036): the margin per token is regressed to ``1 / (2 beta)``."""
+    return (pairs.margin - 1 / (2 * options.beta)) ** 2
+
+
+def apo_zero(pairs: Pairs, options: LossOptions) -> Tensor:
+    """APO-zero (arXiv 2408.06266): the chosen becomes likelier and the rejected less likely, each by itself."""
+    return F.sigmoid(-options.beta * pairs.chosen_gain) + F.sigmoid(options.beta * pairs.rejected_gain)
+
+
+def simpo(pairs: Pairs, options: LossOptions) -> Tensor:
+    """SimPO (arXiv 2405.14734): the policy's log-likelihoods per token differ by ``simpo_gamma / beta`` at least."""
+    difference = pairs.chosen_policy - pairs.rejected_policy
+    return _smoothed(options.beta * difference - options.simpo_gamma, options.label_smoothing)
+
+
+def sft(pairs: Pairs, options: LossOptions) -> Tensor:
+    """The likelihood anchor: mean ``-log p`` of the chosen's tokens. A preference loss alone is content when both
+    log-likelihoods sink, as long as the rejected sinks faster."""
+    return -pairs.chosen_policy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what its callers need to know of it.
+
+    Attributes:
+        of: ``(pairs, options) -> [P]``.
+        knobs: the fields of `LossOptions` that it reads.
+        per_token: it sees log-likelihoods divided by their responses' tokens, whatever ``length_normalization`` is.
+        reads_reference: it looks at ``S``.
+    """
+
+    of: Callable[[Pairs, LossOptions], Tensor]
+    knobs: tuple[str, ...] = ("beta",)
+    per_token: bool = False
+    reads_reference: bool = True
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(sigmoid, ("beta", "label_smoothing")),
+    "hinge": Loss(hinge),
+    "ipo": Loss(ipo, per_token=True),
+    "robust": Loss(robust, ("beta", "label_smoothing")),
+    "apo_zero": Loss(apo_zero),
+    "simpo": Loss(simpo, ("beta", "label_smoothing", "simpo_gamma"), per_token=True, reads_reference=False),
+    "sft": Loss(sft, (), per_token=True, reads_reference=False),
+}
+
+
+def reads_reference(losses: Sequence[str]) -> bool:
+    """Whether one of these losses looks at a reference policy."""
+    return any(LOSSES[name].reads_reference for name in losses)
 
 
 def preference_loss(
     policy: Tensor,
-    reference: Tensor,
-    chosen_length: Tensor,
+    reference: Tensor | None,
+    length: Tensor,
     *,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    rpo_alpha: float,
+    losses: dict[str, float],
+    options: LossOptions,
+    length_normalization: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of every pair.
 
     Args:
-        policy, reference: ``L`` of the responses under each model, ``[2 P]``.
-        chosen_length: tokens of the chosen responses, ``[P]``.
-        rpo_alpha: weight of the likelihood anchor ``-L_policy(chosen) / chosen_length`` (TRL's ``rpo_alpha``): the
-            preference loss alone is content when both log-likelihoods sink, as long as the rejected sinks faster.
+        policy, reference: ``L`` of the responses under each model, ``[2 P]``; no reference where no loss reads one.
+        length: tokens of the responses, ``[2 P]``.
+        losses: name -> weight; the loss is their weighted sum.
+        length_normalization: whether every loss sees log-likelihoods per token.
 
     Returns:
-        The loss ``[P]``, and the metrics, each ``[P]`` and without gradient.
+        The loss ``[P]``, and the metrics, each ``[P]`` and without gradient. With several losses ``loss/NAME`` is one
+        of them, without its weight.
     """
-    policy_chosen, policy_rejected = policy.view(-1, 2).unbind(1)
-    gain_chosen, gain_rejected = (policy - reference).view(-1, 2).unbind(1)
-    margin = gain_chosen - gain_rejected
-    preference = LOSSES[loss_type](margin, beta, label_smoothing)
-    nll = -policy_chosen / chosen_length
-    loss = preference + rpo_alpha * nll
+    gain = policy / length if reference is None else policy - reference
+    pairs, per_token = _pairs(policy, gain), _pairs(policy / length, gain if reference is None else gain / length)
+    values = {
+        name: LOSSES[name].of(per_token if LOSSES[name].per_token or length_normalization else pairs, options)
+        for name in losses
+    }
+    loss = sum(weight * values[name] for name, weight in losses.items())
+    margin = pairs.margin
     metrics = {
         "loss": loss,
-        "preference_loss": preference,
-        "nll_loss": nll,
-        "rewards/chosen": beta * gain_chosen,
-        "rewards/rejected": beta * gain_rejected,
-        "rewards/accuracies": (margin > 0).to(margin.dtype),
-        "rewards/margins": beta * margin,
-        "logps/chosen": policy_chosen,
-        "logps/rejected": policy_rejected,
+        "rewards/chosen": options.beta * pairs.chosen_gain,
+        "rewards/rejected": options.beta * pairs.rejected_gain,
+        "rewards/accuracies": (margin.sign() + 1) / 2,  # a tie counts half
+        "rewards/margins": options.beta * margin,
+        "logps/chosen": pairs.chosen_policy,
+        "logps/rejected": pairs.rejected_policy,
     }
+    if len(losses) > 1:
+        metrics |= {f"loss/{name}": value for name, value in values.items()}
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _pairs(policy: Tensor, gain: Tensor) -> Pairs:
+    """``[2 P]`` each."""
+    return Pairs(*policy.view(-1, 2).unbind(1), *gain.view(-1, 2).unbind(1))

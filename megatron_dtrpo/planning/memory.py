@@ -46,7 +46,7 @@ def plan_stage(config: Config, data_parallel: int, stage: int) -> Plan:
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     count = parameters.stage_parameters(model, tp, pp, stage)
-    has_reference = config.objective.objective == "preference" and config.run.reference_cache is None
+    has_reference = config.objective.has_reference and config.run.reference_cache is None
     shards = data_parallel * parallel.context_parallel_size
     matrices = parameters.stage_layers(model, pp) * parameters.matrix_parameters(model, tp)
     weights = weight_bytes(count, matrices, parallel)

@@ -64,7 +64,7 @@ def step_time(config: Config, data_parallel: int) -> StepTime:
         parallel.context_parallel_size,
     )
     micro_batches = micro_batches_of_step(config, data_parallel)
-    has_reference = config.objective.objective == "preference" and config.run.reference_cache is None
+    has_reference = config.objective.has_reference and config.run.reference_cache is None
     passes = 3 + has_reference + recomputed_share(model, parallel)
     tokens = data.seq_length // cp
     rate = PEAK_FLOPS * REACHED * (FP8_GAIN if parallel.fp8_format else 1) * tokens / (tokens + FULL_TOKENS)

@@ -59,7 +59,8 @@ class Trainer:
         self.stop_requested, self.stop_signal = False, "a signal to another process"
         self.cache = self._open_cache()
         # The reference has batches of its own where it is run, and on other noise than the policy.
-        runs_alone = ESTIMATORS[config.objective.estimator].independent_reference and self.cache is None
+        self.reads_reference_live = self.objective.reads_reference and self.cache is None
+        runs_alone = ESTIMATORS[config.objective.estimator].independent_reference and self.reads_reference_live
         self.reference_batches = self.data.reference_batches(config, rank, data_parallel_size) if runs_alone else None
         self._build(tokenizer)
 
@@ -83,8 +84,7 @@ class Trainer:
         if self.evaluation is not None:
             with without_fp8(self.chunks):
                 self.evaluation.remember_reference(self.chunks)
-        live = config.objective.objective == "preference" and self.cache is None
-        self.reference = ReferencePolicy(self.chunks) if live else None
+        self.reference = ReferencePolicy(self.chunks) if self.reads_reference_live else None
         if self.cache is not None:
             self.cache.require({"weights": weights_fingerprint(self.chunks)})
         self.wrapped = wrap_data_parallel(self.chunks, config)

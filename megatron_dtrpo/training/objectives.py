@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dtrpo.config import ObjectiveSettings
 from megatron_dtrpo.data.batches import MicroBatch
-from megatron_dtrpo.objectives.preference import preference_loss
+from megatron_dtrpo.objectives.preference import LossOptions, preference_loss
 
 
 class Outcome(NamedTuple):
@@ -30,44 +30,45 @@ class Outcome(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """``metric_names`` are in the order of ``Outcome.metrics``; the first is ``loss``."""
+    """``metric_names`` are in the order of ``Outcome.metrics``; the first is ``loss``. ``evaluate`` is given ``L`` per
+    response under the policy, fp64 ``[responses]``, and under the reference, if ``reads_reference``."""
 
     metric_names: tuple[str, ...]
     evaluate: Callable[[Tensor, MicroBatch, Tensor | None], Outcome]
-    """``L`` per response under the policy, fp64 ``[responses]``, and under the reference, if there is one."""
+    reads_reference: bool = False
 
 
 def preference_objective(settings: ObjectiveSettings) -> Objective:
     """Mean preference loss over pairs."""
+    losses = settings.losses()
     names = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
     names += ["logps/chosen", "logps/rejected"]
-    if settings.rpo_alpha:
-        names += ["preference_loss", "nll_loss"]
+    names += [f"loss/{name}" for name in losses] if len(losses) > 1 else []
+    options = LossOptions(settings.beta, settings.label_smoothing, settings.simpo_gamma)
 
     def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         loss, metrics = preference_loss(
             policy,
             reference,
-            batch.response_length[::2],
-            loss_type=settings.loss_type,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            rpo_alpha=settings.rpo_alpha,
+            batch.response_length,
+            losses=losses,
+            options=options,
+            length_normalization=settings.length_normalization,
         )
         sums = torch.stack([metrics[name].double().sum() for name in names])
         count = torch.full((), loss.numel(), dtype=torch.int, device=loss.device)
         return Outcome(loss.sum(), count, sums, loss.detach())
 
-    return Objective(tuple(names), evaluate)
+    return Objective(tuple(names), evaluate, settings.has_reference)
 
 
 def sft_objective(settings: ObjectiveSettings) -> Objective:
-    """Mean cross-entropy over all predicted tokens of the global batch."""
+    """Mean cross-entropy over all response tokens of the global batch, each of which weighs 1 in all its views."""
 
     def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         per_example = -policy
         loss = per_example.sum()
-        count = torch.full((), batch.sequence.target_row.numel(), dtype=torch.int, device=loss.device)
+        count = batch.response_length.sum().int()
         return Outcome(loss, count, loss.detach().double()[None], per_example.detach())
 
     return Objective(("loss",), evaluate)

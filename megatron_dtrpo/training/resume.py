@@ -21,7 +21,7 @@ RUN_CONFIG = "run_config.yaml"
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.
 _PINNED = ("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16")
-_PINNED += ("fp8_format", "fp8_recipe", "fp8_reference")
+_PINNED += ("length_normalization", "fp8_format", "fp8_recipe", "fp8_reference")
 _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
 # What a checkpoint records of the data, and how a message says it.
@@ -30,6 +30,20 @@ _DATA_FACTS = {
     "tokenizer": "has another tokenizer",
     "usable_examples": "visits another number of examples an epoch (seq_length decides which are skipped)",
 }
+
+
+def read_record(path: str | Path) -> dict:
+    """The settings that a run was started with, in the words of this version. Raises UserError."""
+    return read_yaml(path, update=_in_new_words)
+
+
+def _in_new_words(record: dict) -> dict:
+    """The anchor was a setting of its own, ``rpo_alpha``, with 0 for none, and is a loss now."""
+    record = dict(record)
+    weight = record.pop("rpo_alpha", 0)
+    if weight:
+        record |= {"loss_type": [record["loss_type"], "sft"], "loss_weights": [1.0, weight]}
+    return record
 
 
 def return_to_first_start(config: Config) -> None:
@@ -42,7 +56,7 @@ def return_to_first_start(config: Config) -> None:
         raise UserError(
             f"{run.save}: holds a checkpoint but no {RUN_CONFIG}: give the run a folder of its own with --save"
         )
-    first = read_yaml(record)
+    first = read_record(record)
     same_folder = run.load is not None and Path(run.load).resolve() == Path(run.save).resolve()
     if run.load is None or same_folder:  # Megatron-LM's habit: --load and --save name the run
         run.load = first["load"]

@@ -17,7 +17,6 @@ import numpy as np
 import torch.distributed as dist
 import yaml
 
-from megatron_dtrpo.arguments import read_yaml
 from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_steps
@@ -52,7 +51,7 @@ def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
     """Settings of the objective and of packing that were not ``given`` become those of the preference run in
     ``folder``, so that it is scored as it was trained."""
     record = Path(folder) / resume.RUN_CONFIG
-    first = read_yaml(record) if record.exists() else {}
+    first = resume.read_record(record) if record.exists() else {}
     if first.get("objective") != "preference":
         return
     for group, keys in (
@@ -218,7 +217,7 @@ def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
     """What makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
     folder = Path(config.run.save)
     record = folder / resume.RUN_CONFIG
-    changes = resume.changes_since(config, read_yaml(record)) if record.exists() else []
+    changes = resume.changes_since(config, resume.read_record(record)) if record.exists() else []
     checkpoint.save_model_config(folder, config.model)
     if not (folder / checkpoint.TOKENIZER).exists():
         tokenizer.save(folder / checkpoint.TOKENIZER)

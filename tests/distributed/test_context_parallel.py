@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("context_worker.py")
 CP2 = {"context_parallel_size": 2}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
-ANCHOR, BF16 = {"rpo_alpha": 0.5}, {"bf16": True}
+ANCHOR, BF16 = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {"bf16": True}
 
 LAYOUTS = {
     "one process": Layout(1, same_as=None),

@@ -31,6 +31,7 @@ RECOMPUTE = {"recompute_granularity": "full"}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 MLP_ONLY = {"trainable_modules": ["mlp"]}
 ELBO, VRPO = {"estimator": "elbo"}, {"estimator": "vrpo"}
+SIMPO = {"loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5]}  # has no reference
 TIED = {"untie_embeddings_and_output_weights": False}
 
 
@@ -72,6 +73,8 @@ LAYOUTS = {
     "elbo, DP2": Layout(2, {**ELBO, **SHARDED, "seq_length": 1000}, "elbo"),
     "vrpo": Layout(1, VRPO, None),
     "vrpo, TP2 SP": Layout(2, {**VRPO, **TP2, "sequence_parallel": True, "micro_batch_size": 1}, "vrpo"),
+    "simpo": Layout(1, SIMPO, None),
+    "simpo, TP2 x PP2": Layout(4, {**SIMPO, **TP2, **PP2, "micro_batch_size": 3}, "simpo"),
 }
 
 
@@ -86,7 +89,7 @@ def metrics_of(folder, server) -> Callable[[str], list[dict]]:
     return layout_metrics(server.train, folder, LAYOUTS, **PREFERENCE, overlong="error")
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "elbo" not in name])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "elbo" not in name and "simpo" not in name])
 def test_first_loss_is_ln_2(metrics_of, name):
     """Policy and reference are equal before the first step, and share their noise."""
     first = metrics_of(name)[0]
@@ -103,7 +106,7 @@ def test_the_runs_trained(metrics_of):
     """Agreement would be cheap if nothing moved, or if both ways to train were one."""
     rows = metrics_of("one process")
     assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
-    assert all(disagreements(rows, metrics_of(other)) for other in ("MLP only", "tied", "elbo", "vrpo"))
+    assert all(disagreements(rows, metrics_of(other)) for other in ("MLP only", "tied", "elbo", "vrpo", "simpo"))
     assert abs(metrics_of("elbo")[0]["rewards/margins"]) > 1e-3  # its reference has other noise
 
 

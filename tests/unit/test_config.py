@@ -158,10 +158,14 @@ def test_unknown_keys_name_file_and_nearest(tmp_path):
         ("bf16: 1", "bf16", "bool"),
         ("bf16: 'true'", "bf16", "bool"),
         ("save: true", "save", "str"),
-        ("trainable_modules: mlp", "trainable_modules", "list"),
+        ("trainable_modules: {mlp: 1}", "trainable_modules", "list"),
+        ("trainable_modules: []", "trainable_modules", "list"),
         ("trainable_modules: [1]", "trainable_modules", "list"),
         ("estimator: dtrop", "estimator", "dtrpo"),
-        ("loss_type: hinge", "loss_type", "sigmoid, ipo"),
+        ("loss_type: dpo", "loss_type", "sigmoid, hinge"),
+        ("loss_type: [sigmoid, nll]", "loss_type", "sigmoid, hinge"),
+        ("loss_weights: [1.0, high]", "loss_weights", "a list of numbers"),
+        ("loss_weights: [true]", "loss_weights", "a list of numbers"),
     ],
 )
 def test_wrong_types_name_file_and_key(tmp_path, line, key, wanted):
@@ -177,7 +181,9 @@ def test_wrong_types_name_file_and_key(tmp_path, line, key, wanted):
     [
         (["--num-layers", "many"], ["--num-layers", "many"]),
         (["--num-layers"], ["--num-layers", "expected one argument"]),
-        (["--loss-type", "hinge"], ["--loss-type", "hinge", "sigmoid"]),
+        (["--loss-type", "sigmoid", "dpo"], ["--loss-type", "dpo", "sigmoid"]),
+        (["--loss-weights", "1", "x"], ["--loss-weights", "float", "x"]),
+        (["--rpo-alpha", "0.5"], ["flag --rpo-alpha is gone", "loss_type sigmoid sft", "loss_weights"]),
         (["pairs.jsonl"], ["pairs.jsonl", "--flag value"]),
         (["--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml", "no such"]),
     ],
@@ -314,11 +320,20 @@ def test_what_is_missing_is_named(key):
         (1, dict(estimator="trajectory", block_start="noisy"), ["estimator trajectory with block_start noisy"]),
         (1, dict(estimator="mean_field", num_views=3), ["num_views is 3", "mean_field has no noise to average"]),
         (1, dict(objective="sft", reference_cache="scores"), ["reference_cache", "objective sft has no reference"]),
-        (1, dict(loss_type="ipo", label_smoothing=0.1), ["label_smoothing", "ipo"]),
+        (1, dict(loss_type=["ipo"], label_smoothing=0.1), ["label_smoothing", "sigmoid, robust, simpo", "ipo"]),
+        (1, dict(simpo_gamma=0.1), ["simpo_gamma belongs to loss_type simpo", "sigmoid"]),
+        (1, dict(loss_type=["dpo"]), ["loss_type: 'dpo'", "sigmoid, hinge"]),
+        (1, dict(loss_type=["sft", "sft"]), ["loss_type has sft twice"]),
+        (1, dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), ["loss_weights has 1 weights, loss_type 2 losses"]),
+        (1, dict(loss_weights=[0.0]), ["loss_weights are all 0"]),
+        (1, dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, -1.0]), ["loss_weights is -1.0", "at least 0"]),
+        (1, dict(loss_weights=[float("inf")]), ["loss_weights is inf", "finite"]),
+        (1, dict(loss_type=["robust"], label_smoothing=0.5), ["label_smoothing 0.5 with loss_type robust"]),
+        (1, dict(loss_type=["simpo"], reference_cache="scores"), ["reference_cache", "simpo has no reference"]),
         (1, dict(num_epochs=2.0), ["exactly one", "train_iters", "num_epochs"]),
         (1, dict(train_iters=None), ["exactly one", "train_iters", "num_epochs"]),
         (1, dict(lr=1e-5, min_lr=1e-4), ["min_lr 0.0001", "lr 1e-05"]),
-        (1, dict(label_smoothing=1.5), ["label_smoothing is 1.5", "at most 1"]),
+        (1, dict(label_smoothing=1.5), ["label_smoothing is 1.5", "at most 0.5"]),
         (1, dict(num_views=0), ["num_views is 0", "at least 1"]),
         (1, dict(steps_per_block=-1), ["steps_per_block is -1", "at least 1"]),
         (1, dict(lr=float("nan")), ["lr is nan"]),
@@ -328,6 +343,34 @@ def test_what_is_missing_is_named(key):
 def test_what_does_not_fit_is_named(world_size, changes, words):
     message = refused(world_size, **changes)
     assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_losses_are_given_as_trl_has_them(tmp_path):
+    path = write(tmp_path, "loss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]\n")
+    assert parsed("--config", path)[0].objective.losses() == {"sigmoid": 1.0, "sft": 0.5}
+    config, _ = parsed("--config", path, "--loss-type", "simpo", "sft", "--loss-weights", "2", "1e-1")
+    assert config.objective.losses() == {"simpo": 2.0, "sft": 0.1}
+    config, _ = parsed("--config", write(tmp_path, "loss_type: ipo\n"))  # one text is a list of one
+    assert config.objective.losses() == {"ipo": 1.0}
+    assert parsed()[0].objective.losses() == {"sigmoid": 1.0}
+
+
+def test_the_anchors_old_key_names_the_new_form(tmp_path):
+    path = write(tmp_path, "rpo_alpha: 0.5\n")
+    with pytest.raises(UserError) as caught:
+        parsed("--config", path)
+    message = str(caught.value)
+    assert path in message and "rpo_alpha is gone" in message
+    assert "loss_type" in message and "sft" in message and "loss_weights" in message
+
+
+@pytest.mark.parametrize(
+    "changes, views", [({}, 1), ({"estimator": "vrpo"}, 8), ({"estimator": "vrpo", "num_views": 2}, 2)]
+)
+def test_vrpo_has_eight_views_unless_told_otherwise(changes, views):
+    config = config_of(**changes)
+    validate(config, 1)
+    assert config.objective.num_views == views
 
 
 def test_context_parallel_processes_share_their_examples():

@@ -231,7 +231,7 @@ def test_a_micro_batch_holds_the_examples_it_names(stores, tokenizer, kind):
             assert set(targets) <= set(response.tolist())
         if kind == "sft":  # complementary views: every token of the response once per pair of views
             assert sorted(target_token) == sorted(2 * example.responses[0].tolist())
-            assert set(target_weight) == {1.0}
+            assert set(target_weight) == {0.5}
 
 
 def test_chosen_and_rejected_have_noise_of_their_own(tokenizer):

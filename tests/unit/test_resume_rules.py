@@ -50,7 +50,9 @@ def test_it_starts_where_it_started(run):
         ("estimator", "vrpo", "dtrpo"),
         ("steps_per_block", 4, 8),
         ("block_start", "noisy", "clean"),
-        ("loss_type", "ipo", "sigmoid"),
+        ("loss_type", ["ipo"], ["sigmoid"]),
+        ("loss_type", ["sigmoid", "sft"], ["sigmoid"]),
+        ("length_normalization", True, False),
         ("trainable_modules", ["mlp"], None),
         ("bf16", True, False),
     ],
@@ -59,6 +61,20 @@ def test_what_it_is_stays(run, key, value, first):
     changes = {key: value} if key != "objective" else {key: value, "estimator": None}
     with pytest.raises(UserError, match=re.escape(f"{run}: this run has {key} {first}, not {value}")):
         again(run, **changes)
+
+
+@pytest.mark.parametrize(
+    "weight, now", [(0.0, {}), (0.25, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.25]})]
+)
+def test_a_record_of_before_the_anchor_was_a_loss(run, weight, now):
+    """It had one loss as a text and ``rpo_alpha``."""
+    first = yaml.safe_load((run / RUN_CONFIG).read_text())
+    for key in ("loss_weights", "length_normalization", "simpo_gamma"):
+        del first[key]
+    (run / RUN_CONFIG).write_text(yaml.safe_dump({**first, "loss_type": "sigmoid", "rpo_alpha": weight}))
+    again(run, **now)
+    with pytest.raises(UserError, match="this run has loss_type"):
+        again(run, loss_type=["hinge"])
 
 
 def test_the_rest_may_change_and_is_named(run):

@@ -47,7 +47,8 @@ class Session:
         """A `BlockDecoder` that stops at the tokenizer's end token and at ``end_ids``."""
         from megatron_dtrpo.inference.decoder import make_decoder
 
-        return make_decoder(self.model, self.config.model, self.tokenizer, end_ids)
+        backend = self.config.parallel.attention_backend
+        return make_decoder(self.model, self.config.model, self.tokenizer, end_ids, backend)
 
     def gather(self, results: dict) -> dict:
         """Joins what the processes found, on every process; collective."""

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dtrpo.diffusion.layout import CLEAN, Coordinates
-from megatron_dtrpo.model.attention import PackedAttention
-from megatron_dtrpo.model.segmented_sdpa import plan_chunks, segmented_sdpa
+from megatron_dtrpo.diffusion.layout import CLEAN, PADDING_DOCUMENT, Coordinates
+from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention, round_up
 
 
 class KeyValueCache:
@@ -53,15 +52,21 @@ class KeyValueCache:
 
 @dataclass
 class PrefillAttention(PackedAttention):
-    """Attention of clean tokens from position 0 on, of several sequences one after the other, which it also caches."""
+    """Attention of clean tokens from position 0 on, of several sequences one after the other, which it also caches. The
+    plan is for ``padding`` more tokens: FlexAttention's kernels are for few lengths, and the model's tokens need not
+    be."""
 
     cache: Any = None
     slot: Tensor | None = None  # [s]
     position: Tensor | None = None  # [s]
+    padding: int = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         self.cache.write(layer, self.slot, self.position, key, value)
-        return segmented_sdpa(query, key, value, self.plan, scale)
+        count = query.shape[0]
+        if self.padding:
+            query, key, value = (F.pad(t, (0, 0, 0, 0, 0, self.padding)) for t in (query, key, value))
+        return BACKENDS[self.backend].attend(query, key, value, self.plan, scale)[:count]
 
 
 @dataclass
@@ -95,51 +100,51 @@ class BlockAttention(PackedAttention):
 
 
 def prefill_attention(
-    cache: KeyValueCache,
-    slots: Sequence[int],
-    lengths: Sequence[int],
-    block_size: int,
-    width: int,
-    device: torch.device,
+    cache: KeyValueCache, slot: Tensor, position: Tensor, block_size: int, width: int, backend: str
 ) -> PrefillAttention:
-    """For the packed tokens ``0 .. length - 1`` of each slot; lengths are multiples of the block size.
+    """For the packed tokens ``0 .. length - 1`` of some slots; lengths are multiples of the block size.
 
     Args:
-        width: of `model.attention.attention_width`.
+        slot, position: int64 ``[s]`` of every token, on the device.
+        width: of `model.attention.attention_width`; backend: of `model.attention.BACKENDS`.
     """
-    slot = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
-    position = torch.cat([torch.arange(length) for length in lengths])
-    shared = torch.zeros_like(slot)
-    coordinates = Coordinates(slot, shared, torch.full_like(slot, CLEAN), position // block_size)
-    coordinates = Coordinates(*(field.to(device) for field in coordinates))
-    plan = plan_chunks(coordinates, coordinates, block_size, width)
-    return PrefillAttention(
-        backend="prefill", plan=plan, cache=cache, slot=slot.to(device), position=position.to(device)
-    )
+    count = slot.numel()
+    padding = round_up(BACKENDS[backend].padded(count), block_size) - count
+    # As `diffusion.layout.pad_to`: noisy blocks without a document, which see themselves.
+    shared = torch.zeros(count + padding, dtype=torch.long, device=slot.device)
+    view = shared.clone()
+    view[count:] = CLEAN + 1
+    document = F.pad(slot, (0, padding), value=PADDING_DOCUMENT)
+    block = torch.cat((position, torch.arange(padding, device=slot.device))) // block_size
+    plan = plan_attention(Coordinates(document, shared, view, block), block_size, backend, width).plan
+    return PrefillAttention(backend=backend, plan=plan, cache=cache, slot=slot, position=position, padding=padding)
 
 
 def block_attention(
     cache: KeyValueCache,
     slots: Sequence[int],
-    starts: Sequence[int],
-    count: int,
     visible: Sequence[int],
-    device: torch.device,
+    sent: Sequence[Tensor],
+    slot: Tensor,
+    position: Tensor,
 ) -> BlockAttention:
-    """For ``count`` tokens of each slot from position ``start`` on, which see positions before ``visible``."""
-    longest = max(visible)
-    position = (torch.tensor(starts).unsqueeze(1) + torch.arange(count)).flatten()
-    mask = None
+    """For as many tokens in each slot, which see the positions of their slot before ``visible``.
+
+    Args:
+        sent: ``slots`` and ``visible`` again, int64 ``[n]`` each on the device.
+        slot, position: int64 ``[s]`` of every token, on the device.
+    """
+    longest, mask = max(visible), None
     if min(visible) != longest:
-        hidden = torch.arange(longest) >= torch.tensor(visible).unsqueeze(1)
-        mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None, :].to(device)
+        hidden = torch.arange(longest, device=slot.device) >= sent[1].unsqueeze(1)
+        mask = torch.zeros(hidden.shape, device=slot.device).masked_fill(hidden, -torch.inf)[:, None, None, :]
     contiguous = list(slots) == list(range(slots[0], slots[0] + len(slots)))
     return BlockAttention(
         backend="cached",
         cache=cache,
-        slot=torch.tensor(slots).repeat_interleave(count).to(device),
-        position=position.to(device),
-        slots=slice(slots[0], slots[0] + len(slots)) if contiguous else torch.tensor(slots, device=device),
+        slot=slot,
+        position=position,
+        slots=slice(slots[0], slots[0] + len(slots)) if contiguous else sent[0],
         longest=longest,
         mask=mask,
     )

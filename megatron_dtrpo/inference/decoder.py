@@ -17,8 +17,9 @@ from megatron_dtrpo.diffusion.decoding import Completion, Decoding, DecodingOpti
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
 from megatron_dtrpo.inference.predict import Predictor
-from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.runtime.transfer import send_together
 
 PREFILL_TOKENS = 16384  # prompts that are prefilled together; one longer prompt goes alone
 
@@ -44,10 +45,19 @@ class _Slot:
 class BlockDecoder:
     """Decodes on one model. All model-parallel processes call it with the same arguments."""
 
-    def __init__(self, model: BlockDiffusionGPTModel, vocabulary: Vocabulary, block_size: int, max_positions: int):
+    def __init__(
+        self,
+        model: BlockDiffusionGPTModel,
+        vocabulary: Vocabulary,
+        block_size: int,
+        max_positions: int,
+        attention_backend: str = "auto",
+    ):
+        """``attention_backend``: of the settings; for prompts, blocks are always attended by SDPA."""
         self.model, self.vocabulary = model, vocabulary
         self.block_size, self.max_positions = block_size, max_positions
         self.device = next(model.parameters()).device
+        self.backend = choose_backend(attention_backend, self.device)
 
     def decode(
         self,
@@ -128,19 +138,40 @@ class BlockDecoder:
         passes = [slot.decoding.next_pass() for slot in active]
         for numbers in self._groups(passes):
             group = [passes[number] for number in numbers]
-            tokens = torch.tensor([token for one in group for token in one.tokens])
-            position = torch.cat([torch.arange(one.start, one.start + len(one.tokens)) for one in group])
-            offsets = torch.tensor([0] + [len(one.tokens) for one in group]).cumsum(0).tolist()
-            rows = [offset + row for offset, one in zip(offsets, group, strict=False) for row in one.rows]
             uniform = [
                 torch.rand(len(passes[number].rows), generator=active[number].generator, dtype=torch.float64)
                 for number in numbers
             ]
-            attention = self._attention(group, numbers, cache)
-            token, confidence = predict(tokens, position, attention, torch.tensor(rows), torch.cat(uniform))
+            token, confidence = self._call(group, numbers, cache, predict, torch.cat(uniform))
             counts = [len(one.rows) for one in group]
             for number, t, c in zip(numbers, token.split(counts), confidence.split(counts), strict=True):
                 active[number].decoding.update(t.tolist(), c)
+
+    def _call(self, group: Sequence[Pass], slots: Sequence[int], cache: KeyValueCache, predict: Predictor, uniform):
+        """What the model proposes for the passes of ``group``, which are in ``slots`` of the cache."""
+        lengths, visible = [len(one.tokens) for one in group], [one.visible for one in group]
+        offsets = torch.tensor([0] + lengths).cumsum(0).tolist()
+        tokens, position, rows, slot, *each, uniform = send_together(
+            [
+                torch.tensor([token for one in group for token in one.tokens]),
+                torch.cat([torch.arange(one.start, one.start + len(one.tokens)) for one in group]),
+                torch.tensor(
+                    [offset + row for offset, one in zip(offsets, group, strict=False) for row in one.rows],
+                    dtype=torch.long,
+                ),
+                torch.tensor(slots).repeat_interleave(torch.tensor(lengths)),
+                torch.tensor(slots),
+                torch.tensor(visible),
+                uniform,
+            ],
+            self.device,
+        )
+        if lengths[0] > self.block_size:
+            width = attention_width(self.model.config)
+            attention = prefill_attention(cache, slot, position, self.block_size, width, self.backend)
+        else:
+            attention = block_attention(cache, slots, visible, each, slot, position)
+        return predict(tokens, position, attention, rows, uniform)
 
     def _groups(self, passes: Sequence[Pass]) -> Iterator[list[int]]:
         """Which passes share a call: those over one block, those over one sub-block, and long ones up to a budget."""
@@ -161,19 +192,15 @@ class BlockDecoder:
             yield long
         yield from by_length.values()
 
-    def _attention(self, group: Sequence[Pass], slots: Sequence[int], cache: KeyValueCache):
-        lengths = [len(one.tokens) for one in group]
-        if lengths[0] > self.block_size:
-            width = attention_width(self.model.config)
-            return prefill_attention(cache, slots, lengths, self.block_size, width, self.device)
-        starts, visible = [one.start for one in group], [one.visible for one in group]
-        return block_attention(cache, slots, starts, lengths[0], visible, self.device)
-
 
 def make_decoder(
-    model: BlockDiffusionGPTModel, settings: ModelSettings, tokenizer: Tokenizer, end_ids: Iterable[int] = ()
+    model: BlockDiffusionGPTModel,
+    settings: ModelSettings,
+    tokenizer: Tokenizer,
+    end_ids: Iterable[int] = (),
+    attention_backend: str = "auto",
 ) -> BlockDecoder:
     """A decoder that stops at the tokenizer's end token and at ``end_ids``."""
     size = min(tokenizer.vocab_size, settings.vocab_size)
     vocabulary = Vocabulary(size, tokenizer.mask_id, frozenset([tokenizer.eos_id, *end_ids]))
-    return BlockDecoder(model, vocabulary, settings.block_size, settings.max_position_embeddings)
+    return BlockDecoder(model, vocabulary, settings.block_size, settings.max_position_embeddings, attention_backend)

@@ -37,17 +37,17 @@ class Predictor:
         self, tokens: Tensor, position: Tensor, attention: PackedAttention, rows: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Runs ``tokens, position`` int64 ``[s]`` and reads the predictions of ``rows`` int64 ``[N]``; ``uniform``
-        float64 ``[N]`` is the randomness of each, used above temperature 0. All on the CPU.
+        float64 ``[N]`` is the randomness of each, used above temperature 0. All on the model's device.
 
         Returns:
             Proposed tokens int64 ``[N]`` and their confidence ``[N]``, on the CPU.
         """
-        hidden = self._through_stages(tokens.to(self.device), position.to(self.device), attention)
+        hidden = self._through_stages(tokens, position, attention)
         if not len(rows):
             return torch.empty(0, dtype=torch.long), torch.empty(0)
         proposals = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
-            logits = self.model.logits(hidden.squeeze(1)[rows.to(self.device)])
+            logits = self.model.logits(hidden.squeeze(1)[rows])
             token, confidence = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
             proposals[0], proposals[1] = token, confidence  # token ids are exact in fp64
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -89,4 +89,4 @@ class Predictor:
             dist.all_gather(parts, logits.contiguous(), group=self.group)
             logits = torch.cat(parts, -1)
         logits = logits.float().masked_fill(self.forbidden, -torch.inf)
-        return propose(logits, uniform.to(self.device), self.temperature, self.top_p)
+        return propose(logits, uniform, self.temperature, self.top_p)

@@ -104,8 +104,12 @@ def _flash_backward_on_cpu(grad, q, k, v, out, log_sum, mask, scale) -> tuple[Te
 
 
 def _anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out, q.new_empty(0)
+    # A group's query heads see the same keys: they become more queries, because CUDA's fast kernels take a mask only
+    # where there are as many query heads as key heads.
+    folded = q.reshape(1, k.shape[1], -1, q.shape[3])
+    if mask is not None:
+        mask = mask.repeat(folded.shape[2] // q.shape[2], 1)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape), q.new_empty(0)
 
 
 def _backward_anywhere(grad, q, k, v, out, nothing, mask, scale) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ def main(source: str, target: str, stages: str = "1") -> None:
         for name, parameter in global_parameter_names(model).items():
             parameter.copy_(oracles.split_for_tensor_parallel(name, job["parameters"][name], ranks)[rank])
     vocabulary = Vocabulary(job["vocab_size"], job["mask_id"], frozenset([job["end_id"]]))
-    decoder = BlockDecoder(model, vocabulary, job["model"]["block_size"], max_positions=4096)
+    decoder = BlockDecoder(model, vocabulary, job["model"]["block_size"], 4096, job.get("attention_backend", "auto"))
     results = []
     for case in job["cases"]:
         options = DecodingOptions(**case["options"])

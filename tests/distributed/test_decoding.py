@@ -119,6 +119,14 @@ def test_cached_decoding_is_decoding_without_cache(job, expected, tmp_path, proc
             assert (got.tokens, got.steps) == (tokens, steps), (case, len(prompt))
 
 
+def test_prompts_through_flex_attention_give_the_same_tokens(job, expected, tmp_path):
+    """What a GPU does: prompts padded to few lengths, one call a layer. Uncompiled here, which is a dense oracle."""
+    part = dict(job, cases=job["cases"][1::9], attention_backend="flex")
+    for case, completions in zip(part["cases"], decode(part, tmp_path, 1), strict=True):
+        setting = {key: value for key, value in case["options"].items() if key != "max_new_tokens"}
+        assert [(got.tokens, got.steps) for got in completions] == expected[tuple(setting.items())]
+
+
 def test_the_cases_are_worth_testing(expected):
     """Several tokens a step under low thresholds, responses that end and that do not, an approximation that shows."""
     exact = expected[tuple(dict(threshold=0.5, small_block_size=8).items())]

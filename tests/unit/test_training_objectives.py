@@ -16,9 +16,10 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import concatenate
-from megatron_dtrpo.objectives.preference import response_log_likelihoods
+from megatron_dtrpo.objectives.preference import LOSSES, response_log_likelihoods
 from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
 from megatron_dtrpo.validation import fill_objective_defaults
+from tests.conftest import REPOSITORY
 
 B, MASK = 4, 9999
 SHAPES = [(3, (9, 2)), (8, (4, 13)), (5, (1, 6))]  # prompt, chosen and rejected tokens
@@ -196,7 +197,8 @@ def test_a_reference_is_kept_where_a_loss_reads_it(loss_type, reads):
     config = settings(loss_type=loss_type)
     assert config.objective.has_reference is reads
     assert OBJECTIVES["preference"](config.objective).reads_reference is reads
-    assert OBJECTIVES["sft"](replace(config.objective, objective="sft")).reads_reference is False
+    fine_tuning = replace(config.objective, objective="sft")
+    assert OBJECTIVES["sft"](fine_tuning).reads_reference is fine_tuning.has_reference is False
 
 
 @pytest.mark.parametrize("name", ["label_smoothing", "simpo_gamma", "beta"])
@@ -205,6 +207,16 @@ def test_knobs_reach_the_loss(name):
     other = settings(estimator="mean_field", loss_type=["simpo"], **{name: 0.25})
     one, two = (outcome_of(config, micro_batch(config)).loss.item() for config in (base, other))
     assert abs(one - two) > 1e-3
+
+
+def test_every_metric_is_documented():
+    documented = (REPOSITORY / "docs" / "metrics.md").read_text()
+    names = {"iteration", "consumed_samples", "grad_norm", "lr", "pairs_per_second", "tokens_per_second"}
+    for config in (settings(loss_type=["sigmoid", "sft"]), settings(objective="sft")):
+        names |= set(OBJECTIVES[config.objective.objective](config.objective).metric_names)
+    assert not [name for name in names if f"`{name}`" not in documented and not name.startswith("loss/")]
+    methods = (REPOSITORY / "docs" / "method.md").read_text()
+    assert not [name for name in LOSSES if f"| `{name}`" not in methods]
 
 
 # What the settings say reaches the noise

@@ -145,7 +145,7 @@ def preference_loss(
         of them, without its weight.
     """
     gain = policy / length if reference is None else policy - reference
-    pairs, per_token = _pairs(policy, gain), _pairs(policy / length, gain if reference is None else gain / length)
+    pairs, per_token = _pairs(policy, gain), _pairs(policy / length, gain / length)
     values = {
         name: LOSSES[name].of(per_token if LOSSES[name].per_token or length_normalization else pairs, options)
         for name in losses

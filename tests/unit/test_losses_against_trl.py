@@ -128,6 +128,10 @@ def test_simpo_is_that_of_cpo(token_log_probs, options):
     expected, chosen, rejected = trl_cpo("simpo", options, mean[::2], mean[1::2])
     loss, metrics = ours({"simpo": 1.0}, options, token_log_probs, reference=False)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    beside, _ = ours(
+        {"simpo": 1.0}, options, token_log_probs
+    )  # where another loss reads a reference, this one does not
+    torch.testing.assert_close(beside, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(metrics["rewards/chosen"], chosen, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(metrics["rewards/rejected"], rejected, rtol=1e-12, atol=1e-12)
 

@@ -100,7 +100,7 @@ def _benchmark(argv: list[str]) -> None:
 
 
 def _at_length(arguments: argparse.Namespace, model: ModelSettings, tokens: int) -> list[dict]:
-    sequences = [_packed(model, tokens, seed) for seed in range(4)]
+    sequences = [packed(model, tokens, seed) for seed in range(4)]
     oracle = _measure(model, FORMATS["fp32"], sequences[:1], repetitions=0)
     rows = []
     for name in arguments.formats:
@@ -124,7 +124,7 @@ def _at_length(arguments: argparse.Namespace, model: ModelSettings, tokens: int)
     return rows
 
 
-def _packed(model: ModelSettings, tokens: int, seed: int):
+def packed(model: ModelSettings, tokens: int, seed: int):
     """Pairs of random tokens under dTRPO's noise, as many as fit, padded to ``tokens``."""
     from megatron_dtrpo.data.batches import Noising
     from megatron_dtrpo.data.sampler import Sample

@@ -1,0 +1,1 @@
+"""The parts of tools/gpu_check.py, each a function ``(size, folder) -> Result`` that runs in a process of its own."""

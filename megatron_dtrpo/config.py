@@ -168,7 +168,8 @@ class ObjectiveSettings:
     estimator: str | None = _setting(
         None,
         "How log-likelihoods are estimated. dtrpo: one random decoding step per block; trajectory: the same of the "
-        "decodings recorded in the data (chosen_steps, rejected_steps); elbo; vrpo: elbo with levels stratified over "
+        "decodings recorded in the data (chosen_steps, rejected_steps); exact_trajectory: all of its steps; "
+        "elbo; vrpo: elbo with levels stratified over "
         "views and noise shared with the reference; mean_field: all masked; sft. Default: that of the objective.",
         tuple(ESTIMATORS),
     )

@@ -94,10 +94,7 @@ def _open(folder: Path, count: int):
     tokenized = count / (time.perf_counter() - started)
     noise = noising("dtrpo", 1, block_size=BLOCK_SIZE, mask_id=tokenizer.mask_id, steps_per_block=8)
 
-    def packed(prompt, responses):
-        return noise.packed_length(prompt.astype("int64"), list(responses.T.astype("int64")))
-
-    usable, _ = select_by_length(store, packed, SEQ_LENGTH)
+    usable, _ = select_by_length(store, noise.packed_lengths(store), SEQ_LENGTH)
     builder = BatchBuilder(
         store, SampleOrder(usable, seed=0), noise, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
         seq_length=SEQ_LENGTH, data_parallel_rank=0, data_parallel_size=1,

@@ -4,8 +4,8 @@
     python tools/build_preferences.py --checkpoint RUN --prompts problems.jsonl --output pairs.jsonl --samples 8
 
 Samples responses to every prompt, has each judged, and writes pairs of a right (chosen) and a wrong one (rejected) with
-their exact token ids and recorded decoding steps, so that --estimator trajectory can train on them too. The verifier
-`numeric` compares the last number of a response with the row's `answer`; give `module:function` for your own:
+their exact token ids and recorded decodings, so that --estimator trajectory and exact_trajectory can replay them. The
+verifier `numeric` compares the last number of a response with the row's `answer`; give `module:function` for your own:
 function(row, text) -> bool. Prompt rows are those of tools/generate.py. Runs under torchrun as well.
 """
 
@@ -21,6 +21,7 @@ from megatron_dtrpo.arguments import parse_tool, tool_parser
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.inference.recording import discarded_rows
 from megatron_dtrpo.train import run_command
 
 
@@ -122,14 +123,17 @@ def _different(samples: list[Completion]) -> list[Completion]:
 
 
 def _row(tokenizer, prompt, chosen: Completion, rejected: Completion) -> dict:
-    """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded."""
+    """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded, with the
+    log-likelihood of everything that was written."""
     asked = prompt.row.get("prompt") if prompt.row.get("prompt") is not None else prompt.row.get("messages")
     row = {key: value for key, value in prompt.row.items() if key not in ("messages", "completion")}
     row |= {"prompt": prompt.text if asked is None else asked, "prompt_ids": prompt.ids}
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         text = tokenizer.decode(completion.tokens)
         row[name] = [{"role": "assistant", "content": text}] if isinstance(asked, list) else text
-        row[f"{name}_ids"], row[f"{name}_steps"] = completion.tokens, completion.steps
+        row |= {f"{name}_ids": completion.tokens, f"{name}_steps": completion.steps}
+        row[f"{name}_discarded"] = discarded_rows(completion)
+        row[f"{name}_log_likelihood"] = completion.log_likelihood()
     return row
 
 

@@ -6,8 +6,9 @@
 
 Prompt rows (JSONL, Parquet) hold `prompt` (text or messages), `messages` or `prompt_ids`. Each output row is the input
 row with `completion` and `completion_ids`, and with --record-trajectory also `completion_steps` (the decoding step that
-wrote each token) and `completion_confidence`. --trace writes a page that replays the decoding. RUN is a checkpoint or
-run folder, or an exported Hugging Face folder. Runs under torchrun too: tensor, pipeline and data parallel.
+wrote each token), `completion_confidence` and `completion_discarded` (what was thrown away behind an end token).
+--trace writes a page that replays the decoding. RUN is a checkpoint or run folder, or an exported Hugging Face folder.
+Runs under torchrun too: tensor, pipeline and data parallel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_dtrpo.arguments import parse_tool, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.inference.recording import discarded_rows
 from megatron_dtrpo.train import run_command
 
 TRACED = 20  # decodings on one page: enough to choose from, small enough to open anywhere
@@ -125,6 +127,7 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
         if arguments.record_trajectory:
             row["completion_steps"] = completion.steps
             row["completion_confidence"] = [round(c, 6) for c in completion.confidence]
+            row["completion_discarded"] = discarded_rows(completion)
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     try:
         if arguments.output:

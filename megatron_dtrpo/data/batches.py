@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,15 +16,19 @@ from torch import Tensor
 
 from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.packing import balance, pack
+from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.token_store import TokenStore
 from megatron_dtrpo.diffusion.estimators import (
     ESTIMATORS,
+    KEPT,
     POLICY,
     REFERENCE,
+    Estimator,
     EstimatorOptions,
     Noise,
     NoiseRequest,
+    Recording,
     noise_generator,
     total_views,
 )
@@ -44,6 +49,23 @@ class MicroBatch:
         return replace(
             self, sequence=self.sequence.map_tensors(function), response_length=function(self.response_length)
         )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The recorded decoding of one response, int64: ``steps [R]`` wrote its tokens; ``discarded [d, 4]`` are the
+    (place, token, step, until) of those that it threw away."""
+
+    steps: Tensor
+    discarded: Tensor
+
+    def on(self, blocks: Blocks) -> Recording:
+        place, _, step, until = self.discarded.unbind(1)
+        written = blocks.place(self.steps)
+        recording = Recording(written, torch.full_like(written, KEPT))
+        blocks.put(recording.written, place, step)
+        blocks.put(recording.until, place, until)
+        return recording
 
 
 @dataclass(frozen=True)
@@ -84,33 +106,44 @@ class Noising:
         """The noise under which the reference is scored: the policy's own, unless the estimator draws anew."""
         return replace(self, stream=REFERENCE) if ESTIMATORS[self.estimator].independent_reference else self
 
+    @property
+    def kind(self) -> Estimator:
+        return ESTIMATORS[self.estimator]
+
     def packed_length(self, prompt_length, response_lengths):
-        """Packed tokens: int (or int array ``[n]``) and one int (or array ``[n]``) per response."""
+        """Packed tokens: int (or int array ``[n]``) and one int (or array ``[n]``) per response. Not of an estimator
+        with ``every_step``, where they depend on the recording."""
         views = total_views(self.estimator, self.num_views, self.options)
         return packed_length(prompt_length, response_lengths, self.block_size, views)
 
-    def noise(self, sample: Sample, branch: int, blocks: Blocks, steps: Tensor | None = None) -> Noise:
-        """The noise of one response, ``branch`` 1 or 2 of its example; ``steps``: its recorded decoding, ``[R]``."""
+    def packed_lengths(self, store: TokenStore) -> np.ndarray:
+        """Packed tokens of every example, int64 ``[n]``."""
+        prompt, responses = (lengths.astype(np.int64) for lengths in store.lengths)
+        if not self.kind.every_step:
+            return self.packed_length(prompt, list(responses.T))
+        copies = noisy_copies(store, self.block_size)
+        return packed_length(prompt, list(responses.T), self.block_size, 0, list(copies.T))
+
+    def noise(self, sample: Sample, branch: int, blocks: Blocks, decoded: Decoded | None = None) -> Noise:
+        """The noise of one response, ``branch`` 1 or 2 of its example."""
         generators = [
             noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
             for view in range(1, self.num_views + 1)
         ]
-        recorded = None if steps is None else blocks.place(steps)
-        request = NoiseRequest(blocks.maskable(self.block_start), generators, self.options, recorded)
-        return ESTIMATORS[self.estimator].draw(request)
+        recording = None if decoded is None else decoded.on(blocks)
+        return self.kind.draw(NoiseRequest(blocks.maskable(self.block_start), generators, self.options, recording))
 
     def document(
-        self,
-        sample: Sample,
-        prompt: Tensor,
-        responses: Sequence[Tensor],
-        steps: Sequence[Tensor] | None = None,
+        self, sample: Sample, prompt: Tensor, responses: Sequence[Tensor], decoded: Sequence[Decoded] | None = None
     ) -> PackedSequence:
-        """Noises and lays out one example: int64 ``[P]``, ``[R]`` each and, where recorded, the decoding steps ``[R]``
-        each."""
-        recorded = [None] * len(responses) if steps is None else steps
+        """Noises and lays out one example: int64 ``[P]``, ``[R]`` each and, where the estimator reads them, their
+        recorded decodings."""
+        recorded = decoded if self.kind.needs_steps else None
         blocks = [Blocks(prompt.numel(), response.numel(), self.block_size) for response in responses]
-        noise = [self.noise(sample, r + 1, blocks[r], recorded[r]) for r in range(len(responses))]
+        noise = [
+            self.noise(sample, r + 1, blocks[r], None if recorded is None else recorded[r])
+            for r in range(len(responses))
+        ]
         return lay_out(
             prompt,
             responses,
@@ -119,6 +152,8 @@ class Noising:
             block_size=self.block_size,
             mask_id=self.mask_id,
             block_start=self.block_start,
+            behind=[one.discarded[:, :2].unbind(1) for one in recorded or ()],
+            every_step=self.kind.every_step,
         )
 
 
@@ -142,6 +177,10 @@ class BatchBuilder:
         self.micro_batch_size, self.seq_length = micro_batch_size, seq_length
         self.rank, self.ranks = data_parallel_rank, data_parallel_size
 
+    @cached_property
+    def packed_lengths(self) -> np.ndarray:
+        return self.noising.packed_lengths(self.store)
+
     def samples(self, consumed: int) -> list[Sample]:
         """The examples of the step that follows ``consumed`` samples, over all processes."""
         return self.order.take(consumed, self.global_batch_size)
@@ -152,11 +191,7 @@ class BatchBuilder:
 
     def batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """This process's share of ``samples``, packed."""
-        prompt_lengths, response_lengths = self.store.lengths
-        costs = [
-            int(self.noising.packed_length(int(prompt_lengths[s.index]), response_lengths[s.index].tolist()))
-            for s in samples
-        ]
+        costs = self.packed_lengths[[s.index for s in samples]].tolist()
         mine = balance(costs, self.ranks)[self.rank]
         groups = pack(costs, mine, self.seq_length, self.micro_batch_size)
         return [self.micro_batch([samples[i] for i in group]) for group in groups]
@@ -167,8 +202,10 @@ class BatchBuilder:
             example = self.store[sample.index]
             (prompt,) = _tensors([example.prompt])
             responses = _tensors(example.responses)
-            steps = None if example.steps is None else _tensors(example.steps)
-            documents.append(self.noising.document(sample, prompt, responses, steps))
+            decoded = None
+            if example.steps is not None:
+                decoded = [Decoded(*_tensors(pair)) for pair in zip(example.steps, example.discarded, strict=True)]
+            documents.append(self.noising.document(sample, prompt, responses, decoded))
             lengths += [r.numel() for r in responses]
         return MicroBatch(concatenate(documents), list(samples), torch.tensor(lengths))
 

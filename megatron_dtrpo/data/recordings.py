@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_dtrpo.data.token_store import RESPONSES, TokenStore
+from megatron_dtrpo.data.token_store import RESPONSES, Example, TokenStore
 from megatron_dtrpo.errors import UserError
 
 
@@ -18,18 +18,80 @@ def blocks_in_order(steps: np.ndarray, prompt_length: int, block_size: int) -> b
     return bool((latest[:-1] < earliest[1:]).all())
 
 
-def require_steps(store: TokenStore, indices: Iterable[int], block_size: int, who: str) -> None:
-    """Raises UserError naming the first row without recorded steps, or the first of ``indices`` whose steps do not
-    increase from block to block. ``who`` needs them."""
-    missing = store.first_without_steps()
+def starts_alone(steps: np.ndarray, prompt_length: int, block_size: int) -> bool:
+    """Whether the first token of every block of a response was written before the block's others: it is read where the
+    block before is full, and they see it. Steps int [R], in order from block to block."""
+    place = np.arange(len(steps))
+    start = place - (prompt_length + place) % block_size
+    others = (start >= 0) & (start < place)
+    return bool((steps[others] > steps[start[others]]).all())
+
+
+def fits_last_block(example: Example, response: int, block_size: int) -> bool:
+    """Whether what was thrown away lies in the response's last block and was written while that was decoded."""
+    prompt_length, steps = len(example.prompt), example.steps[response]
+    discarded = example.discarded[response]
+    stop = -(-(prompt_length + len(steps)) // block_size) * block_size - prompt_length  # of the last block, in places
+    earlier = steps[: max(stop - block_size + 1, 0)]  # of the blocks before, and of this one's first token
+    return bool((discarded[:, 0] < stop).all() and (discarded[:, 2] > earlier.max(initial=-1)).all())
+
+
+def require_recordings(store: TokenStore, who: str) -> None:
+    """Raises UserError naming the first row without a whole recorded decoding. ``who`` needs them."""
+    missing, names = store.first_without_steps(), RESPONSES[store.kind]
     if missing is not None:
-        names = " and ".join(f"{name}_steps" for name in RESPONSES[store.kind])
-        raise UserError(f"{store.location(missing)}: has no {names}, which {who} needs in every row")
+        fields = " and ".join(f"{name}_steps" for name in names)
+        raise UserError(f"{store.location(missing)}: has no {fields}, which {who} needs in every row")
+    if store.first_incomplete is not None:
+        fields = " and ".join(f"{name}_discarded" for name in names)
+        raise UserError(
+            f"{store.location(store.first_incomplete)}: has no {fields}, the tokens that its decoding threw away "
+            f"behind an end token, which {who} needs: record it anew, or give [] where nothing was thrown away"
+        )
+
+
+def require_steps(store: TokenStore, indices: Iterable[int], block_size: int) -> None:
+    """Raises UserError naming the first of ``indices`` whose steps no decoder of these blocks takes."""
     for index in indices:
         example = store[int(index)]
-        for name, steps in zip(RESPONSES[store.kind], example.steps, strict=True):
-            if not blocks_in_order(steps, len(example.prompt), block_size):
-                raise UserError(
-                    f"{store.location(int(index))}: {name}_steps do not increase from block to block of {block_size} "
-                    "tokens; was it recorded with another block_size?"
-                )
+        for number, name in enumerate(RESPONSES[store.kind]):
+            steps, prompt_length = example.steps[number], len(example.prompt)
+            for holds, problem in (
+                (blocks_in_order(steps, prompt_length, block_size), "steps do not increase from block to block"),
+                (starts_alone(steps, prompt_length, block_size), "steps do not begin with the first token in a block"),
+                (
+                    fits_last_block(example, number, block_size),
+                    "discarded holds tokens of another block than the last one",
+                ),
+            ):
+                if not holds:
+                    raise UserError(
+                        f"{store.location(int(index))}: {name}_{problem} of {block_size} tokens; was it recorded with "
+                        "another block_size?"
+                    )
+
+
+_CHUNK = 4096  # examples whose steps are sorted at once
+
+
+def noisy_copies(store: TokenStore, block_size: int) -> np.ndarray:
+    """Noisy blocks that replay every step of every response, int64 [n, responses]: the steps that wrote each block, its
+    first token left out. Every example is recorded."""
+    chunks = range(0, len(store), _CHUNK)
+    return np.concatenate([_copies(store, first, min(first + _CHUNK, len(store)), block_size) for first in chunks])
+
+
+def _copies(store: TokenStore, first: int, stop: int, block_size: int) -> np.ndarray:
+    steps, lengths = store.recorded(first, stop)
+    examples, parts = lengths.shape
+    part = np.repeat(np.arange(examples * parts), lengths.ravel())
+    start = np.repeat(lengths.cumsum() - lengths.ravel(), lengths.ravel())
+    prompt = np.repeat(lengths[:, 0], lengths.sum(1))
+    position = prompt + np.arange(len(steps)) - start
+    read = (part % parts > 0) & (position % block_size > 0)
+    thrown = store.discarded(first, stop).astype(np.int64)
+    thrown_part = (thrown[:, 0] - first) * parts + 1 + thrown[:, 1]
+    part = np.concatenate([part[read], thrown_part])
+    # Blocks are written one after the other, so that a step belongs to one of them.
+    written = np.unique(part << 32 | np.concatenate([steps[read].astype(np.int64), thrown[:, 4]]))
+    return np.bincount(written >> 32, minlength=examples * parts).reshape(examples, parts)[:, 1:]

@@ -3,7 +3,8 @@
 A record is a prompt and its responses as the user wrote them, text or message lists: two responses (chosen, rejected)
 for preferences, one (the completion) for supervised fine-tuning. The fields are TRL's. A row may instead give exact
 token ids, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` or ``completion_ids``, which are then taken as they are, and
-with them the decoding step at which each response token was unmasked, ``chosen_steps`` and ``rejected_steps``.
+with them a recorded decoding: the step at which each response token was unmasked, ``chosen_steps`` and
+``rejected_steps``, and what was thrown away behind an end token, ``chosen_discarded`` and ``rejected_discarded``.
 
 Messages of the errors raised here do not say which row they are about; the caller, who knows, puts that in front.
 """
@@ -31,11 +32,13 @@ class Record:
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """A prompt and its responses as token ids; ``steps`` has one integer per response token, or is None."""
+    """A prompt and its responses as token ids; ``steps`` has one integer per response token, ``discarded`` the
+    (place, token, step, until) of every discarded one (`diffusion.decoding.Discarded`); None where not recorded."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
     steps: tuple[list[int], ...] | None = None
+    discarded: tuple[list[tuple[int, int, int, int]], ...] | None = None
 
 
 def preference_record(row: dict[str, Any]) -> Record | TokenRecord:
@@ -91,28 +94,63 @@ READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
 
 
 def _has_ids(row: dict[str, Any], names: tuple[str, ...]) -> bool:
-    fields = [f"{name}_ids" for name in ("prompt", *names)] + [f"{name}_steps" for name in names]
+    fields = [f"{name}_ids" for name in ("prompt", *names)]
+    fields += [f"{name}_{what}" for name in names for what in ("steps", "discarded")]
     return any(row.get(field) is not None for field in fields)
 
 
 def _token_record(row: dict[str, Any], names: tuple[str, ...]) -> TokenRecord:
     ids = [f"{name}_ids" for name in ("prompt", *names)]
-    steps = [f"{name}_steps" for name in names]
-    given = [field for field in ids + steps if row.get(field) is not None]
+    steps, discarded = ([f"{name}_{what}" for name in names] for what in ("steps", "discarded"))
+    given = [field for field in ids + steps + discarded if row.get(field) is not None]
     missing = [field for field in ids if field not in given]
     if missing:
         raise UserError(f"{given[0]} without {missing[0]}; give {', '.join(ids)} together")
     prompt, *responses = (_integers(row[field], field) for field in ids)
-    given_steps = [field for field in steps if field in given]
-    if not given_steps:
+    if not _together(steps, given):
+        if _together(discarded, given):
+            raise UserError(f"{discarded[0]} without {steps[0]}: give both")
         return TokenRecord(prompt, tuple(responses))
-    if given_steps != steps:
-        raise UserError(f"{given_steps[0]} alone; give {' and '.join(steps)} together")
     recorded = tuple(_integers(row[field], field) for field in steps)
     for field, of, response, each in zip(steps, ids[1:], responses, recorded, strict=True):
         if len(each) != len(response):
             raise UserError(f"{field}: {len(each)} steps for the {len(response)} tokens of {of}; give one per token")
-    return TokenRecord(prompt, tuple(responses), recorded)
+    if not _together(discarded, given):
+        return TokenRecord(prompt, tuple(responses), recorded)
+    thrown = tuple(_discarded(row[field], field, each) for field, each in zip(discarded, recorded, strict=True))
+    return TokenRecord(prompt, tuple(responses), recorded, thrown)
+
+
+def _together(fields: list[str], given: list[str]) -> bool:
+    """Whether all of ``fields`` are ``given``, or none; raises UserError where some are."""
+    found = [field for field in fields if field in given]
+    if found and found != fields:
+        raise UserError(f"{found[0]} alone; give {' and '.join(fields)} together")
+    return bool(found)
+
+
+DISCARDED = ("place", "token", "step", "until")
+
+
+def _discarded(value: Any, name: str, steps: list[int]) -> list[tuple[int, int, int, int]]:
+    """Discarded tokens of a response that ``steps`` wrote, ordered by place."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f"{name}: must be a list of objects with {', '.join(DISCARDED)}")
+    found = []
+    for number, item in enumerate(value):
+        for key in DISCARDED:
+            if type(item.get(key)) is not int or not 0 <= item[key] <= MOST:
+                raise UserError(f"{name}[{number}]: {key} must be an integer from 0 to {MOST}, not {item.get(key)!r}")
+        found.append(tuple(item[key] for key in DISCARDED))
+    found.sort()
+    for number, (place, _, step, until) in enumerate(found):
+        if place < len(steps) or (number and place == found[number - 1][0]):
+            raise UserError(f"{name}: place {place} holds a token already; the response has {len(steps)}")
+        before = {*steps, *(other[2] for other in found[:number])}
+        if not step < until or until not in before:
+            raise UserError(f"{name}: place {place}: until {until} must be the step, after step {step}, that wrote an "
+                            "end token before it")  # fmt: skip
+    return found
 
 
 def _integers(value: Any, name: str) -> list[int]:

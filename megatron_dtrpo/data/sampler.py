@@ -6,15 +6,12 @@ of ranks, sees the same examples in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_dtrpo.data.token_store import TokenStore
 from megatron_dtrpo.errors import UserError
-
-PackedLength = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (int [n], int [n, responses]) -> int [n]
 
 
 @dataclass(frozen=True)
@@ -72,15 +69,15 @@ class SampleOrder:
 
 
 def select_by_length(
-    store: TokenStore, packed_length_fn: PackedLength, budget: int, on_too_long: str = "skip"
+    store: TokenStore, lengths: np.ndarray, budget: int, on_too_long: str = "skip"
 ) -> tuple[np.ndarray, int]:
-    """Examples whose packed length is at most ``budget`` tokens: (their numbers, int64 [m]; how many were left out).
+    """Examples whose packed length (``lengths``, int [n]) is at most ``budget`` tokens: (their numbers, int64 [m]; how
+    many were left out).
 
     ``on_too_long="error"`` raises UserError at the first example that is longer. So does a budget that fits none.
     """
     if on_too_long not in ("skip", "error"):
         raise UserError(f"on_too_long: unknown {on_too_long!r}; use skip or error")
-    lengths = packed_length_fn(*store.lengths)
     fits = lengths <= budget
     if not fits.all() and on_too_long == "error":
         first = int(np.argmin(fits))

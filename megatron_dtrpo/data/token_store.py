@@ -1,8 +1,9 @@
 """Every example validated and tokenized once, then read from disk by number.
 
-A store is a folder ``cache_dir/<fingerprint>/`` of three files: all token ids end to end, where each prompt and
-response ends, and what they were made from; and a fourth, at the tokens' places, if decoding steps were recorded (step
-plus one, 0 where there is none). It is memory-mapped, so a million pairs take no more memory than ten, and
+A store is a folder ``cache_dir/<fingerprint>/`` of files: all token ids end to end, where each prompt and response
+ends, what they were made from, and which tokens recorded decodings threw away; and one more, at the tokens' places, if
+decoding steps were recorded (step plus one, 0 where there is none). It is memory-mapped, so a million pairs take no
+more memory than ten, and
 all lengths are known before training begins. The fingerprint covers data file, tokenizer and settings: change one and
 the next run builds another folder.
 """
@@ -29,11 +30,13 @@ from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 4
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 _BATCH = 512  # rows tokenized in one call
 _TOKENS, _STEPS, _ENDS, _META = "tokens.int32", "steps.int32", "ends.int64", "meta.json"
+_DISCARDED = "discarded.int32"
+_DISCARDED_COLUMNS = 6  # number of the example and of the response; place, token, step, until
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,23 @@ class Example:
     """Token ids of one row: ``prompt`` int32 [P], ``responses`` int32 [R] each, their end token included.
 
     Preferences have two responses, (chosen, rejected); fine-tuning has one. ``steps``, int32 [R] each, are the decoding
-    steps at which the responses' tokens were unmasked, or None if the row has none. Tokens are read-only.
+    steps at which the responses' tokens were unmasked, or None if the row has none. ``discarded``, int32 [d, 4] each,
+    are the (place, token, step, until) of tokens that were thrown away (`diffusion.decoding.Discarded`). Tokens are
+    read-only.
     """
 
     index: int
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     steps: tuple[np.ndarray, ...] | None = None
+    discarded: tuple[np.ndarray, ...] | None = None
 
 
 class TokenStore:
     """A finished store, opened for reading. ``build_token_store`` makes or finds one; ``store[i]`` is an Example.
 
-    ``content`` is a fingerprint of every token and step in it, wherever the data file lies.
+    ``content`` is a fingerprint of every token and step in it, wherever the data file lies. ``first_incomplete`` is the
+    first example with steps whose row does not say which tokens were thrown away.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -65,11 +72,13 @@ class TokenStore:
             self._tokens = np.memmap(self.directory / _TOKENS, dtype=np.int32, mode="r")
             steps = self.directory / _STEPS
             self._steps = np.memmap(steps, dtype=np.int32, mode="r") if meta["steps"] else None
+            self._discarded = np.fromfile(self.directory / _DISCARDED, np.int32).reshape(-1, _DISCARDED_COLUMNS)
         except (OSError, ValueError, KeyError):
             raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
         self.kind: str = meta["kind"]
         self.source: str = meta["source"]
         self.content: str = meta["content"]
+        self.first_incomplete: int | None = meta["first_incomplete"]
         self._size: int = meta["examples"]
         self._parts = 1 + len(RESPONSES[self.kind])
         sizes = {len(self._tokens), self._ends[-1], len(self._tokens if self._steps is None else self._steps)}
@@ -87,10 +96,26 @@ class TokenStore:
         ends = self._ends[first : first + self._parts].tolist()
         spans = [slice(begin, end) for begin, end in pairwise(ends)]
         prompt = np.asarray(self._tokens[int(self._ends[first - 1]) if first else 0 : ends[0]])
-        steps = None
-        if self._steps is not None and self._steps[ends[0]]:
-            steps = tuple(self._steps[span] - 1 for span in spans)
-        return Example(int(index), prompt, tuple(np.asarray(self._tokens[span]) for span in spans), steps)
+        responses = tuple(np.asarray(self._tokens[span]) for span in spans)
+        if self._steps is None or not self._steps[ends[0]]:
+            return Example(int(index), prompt, responses)
+        steps = tuple(self._steps[span] - 1 for span in spans)
+        thrown = self.discarded(index, index + 1)
+        return Example(
+            int(index), prompt, responses, steps, tuple(thrown[thrown[:, 1] == r, 2:] for r in range(len(spans)))
+        )
+
+    def discarded(self, first: int, stop: int) -> np.ndarray:
+        """Tokens that the decodings of examples ``first .. stop - 1`` threw away, int32 [d, 6]: number of the example,
+        number of the response, place, token, step, until."""
+        return self._discarded[slice(*np.searchsorted(self._discarded[:, 0], (first, stop)))]
+
+    def recorded(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of examples ``first .. stop - 1``, all recorded: the steps of all their parts end to end, int32, -1 for
+        a prompt's tokens; and the length of each part, int64 [examples, 1 + responses]."""
+        ends = self._ends[first * self._parts : stop * self._parts]
+        begin = int(self._ends[first * self._parts - 1]) if first else 0
+        return self._steps[begin : ends[-1]] - 1, np.diff(ends, prepend=begin).reshape(-1, self._parts)
 
     def first_without_steps(self) -> int | None:
         """The first example whose decoding was not recorded, or None where all were."""
@@ -173,7 +198,8 @@ def _write(
     ends = array("q")
     end = 0
     content = hashlib.sha256(kind.encode())
-    recorded = False
+    recorded, first_incomplete, examples = False, None, 0
+    thrown: list[int] = []
     with (directory / _TOKENS).open("wb") as tokens_file, (directory / _STEPS).open("wb") as steps_file:
         for first, records in _record_batches(rows, kind, progress):
             parts_of = _tokenize(rows, first, records, kind, tokenizer, apply_chat_template)
@@ -189,16 +215,24 @@ def _write(
                     recorded = True
                     steps_file.seek(begin * 4)  # what is skipped reads as 0
                     steps_file.write(steps)
+                    if record.discarded is None and first_incomplete is None:
+                        first_incomplete = examples
+                discarded = _discarded_rows(record, examples)
+                thrown += discarded
+                examples += 1
                 content.update(struct.pack(f"<{len(parts)}q?", *map(len, parts), bool(steps)) + tokens + steps)
+                content.update(struct.pack(f"<{len(discarded)}i", *discarded))
         steps_file.truncate(end * 4)
     if not recorded:
         (directory / _STEPS).unlink()
     (directory / _ENDS).write_bytes(ends.tobytes())
+    np.asarray(thrown, dtype=np.int32).tofile(directory / _DISCARDED)
     meta = {
         "kind": kind,
         "source": os.path.abspath(source),
         "examples": len(rows),
         "steps": recorded,
+        "first_incomplete": first_incomplete,
         "content": content.hexdigest(),
     }
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -208,6 +242,18 @@ def _steps_bytes(record: Record | TokenRecord) -> bytes:
     if isinstance(record, Record) or record.steps is None:
         return b""
     return (np.asarray([step for steps in record.steps for step in steps], dtype=np.int32) + 1).tobytes()
+
+
+def _discarded_rows(record: Record | TokenRecord, example: int) -> list[int]:
+    """The rows that `TokenStore.discarded` gives, end to end."""
+    if isinstance(record, Record) or record.discarded is None:
+        return []
+    return [
+        value
+        for response, tokens in enumerate(record.discarded)
+        for token in tokens
+        for value in (example, response, *token)
+    ]
 
 
 def _record_batches(rows: Rows, kind: str, progress: bool) -> Iterator[tuple[int, list[Record | TokenRecord]]]:
@@ -252,6 +298,8 @@ def _tokenize(
             check = _check_given
         with _located(rows, index):
             check(parts, ("prompt", *RESPONSES[kind]), tokenizer)
+            if isinstance(record, TokenRecord):
+                _check_discarded(record, RESPONSES[kind], tokenizer)
             _check_different(parts)
         yield parts
 
@@ -277,6 +325,13 @@ def _check_given(parts: list[list[int]], names: tuple[str, ...], tokenizer: Toke
                 f"{name}_ids[{place}]: {ids[place]} is not in the vocabulary of {tokenizer.vocab_size} tokens; "
                 "give ids of this tokenizer"
             )
+
+
+def _check_discarded(record: TokenRecord, names: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    for name, discarded in zip(names, record.discarded or (), strict=False):
+        for place, token, *_ in discarded:
+            if token >= tokenizer.vocab_size or token == tokenizer.mask_id:
+                raise UserError(f"{name}_discarded: token {token} at place {place} is not one that decoding writes")
 
 
 def _check_different(parts: list[list[int]]) -> None:

@@ -7,12 +7,14 @@ more, clean: that pass fills the key/value cache for good, and its last row pred
 `Decoding.next_pass` says what the model is to compute, `Decoding.update` takes the predictions. Positions are
 absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1.
 
-One difference to the original: once an end token is written, what comes after it in the block returns to ``[MASK]``,
-which is what training sees there (`layout.lay_out`), instead of being written and thrown away.
+Once an end token is written, the tokens behind it in the block return to ``[MASK]``, which training sees there
+(`layout.lay_out`). The model saw those that earlier steps had written: they are part of the recorded trajectory, as
+`Discarded` tokens. docs/decoding.md lists the differences to Fast-dLLM v2's decoder.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,10 +48,24 @@ class Pass(NamedTuple):
     visible: int
 
 
+class Discarded(NamedTuple):
+    """A token that decoding wrote and threw away again, because a later step wrote an end token before it.
+
+    ``place``: where it stood in the response, counted from 0; the response is shorter. ``step`` wrote it; ``until``
+    wrote the end token, and is the last step whose pass saw it.
+    """
+
+    place: int
+    token: int
+    step: int
+    until: int
+    confidence: float
+
+
 class Completion(NamedTuple):
     """A finished response: per token its id, the decoding step that wrote it (from 0; several tokens may share one),
-    the confidence with which, and its block. ``passes``: forward passes this sequence took part in. ``ended``: by an
-    end token, not by the limit."""
+    the confidence with which, and its block. ``passes``: forward passes this sequence took part in, those that fill the
+    cache included. ``ended``: by an end token, not by the limit. ``discarded``: the tokens that were thrown away."""
 
     tokens: list[int]
     steps: list[int]
@@ -57,6 +73,12 @@ class Completion(NamedTuple):
     blocks: list[int]
     passes: int
     ended: bool
+    discarded: list[Discarded]
+
+    def log_likelihood(self) -> float:
+        """The sum of the log-confidences of everything that the decoding wrote, discarded tokens included."""
+        confidence = self.confidence + [token.confidence for token in self.discarded]
+        return sum(math.log(c) if c > 0 else -math.inf for c in confidence)
 
 
 class Decoding:
@@ -83,6 +105,7 @@ class Decoding:
         self._append_masks(self.block + block_size - len(prompt))
         self.step = self.passes = 0
         self.end: int | None = None  # position of the first end token written
+        self.discarded: list[Discarded] = []
         self.finished = False
         # Where the clean tokens begin that the cache does not hold yet; None: it holds all before the block.
         self._clean_start = 0 if self.block > 0 else None
@@ -119,13 +142,13 @@ class Decoding:
         else:
             accepted = accept(confidence, self.options.threshold).tolist()
         proposals = zip(self._asked, tokens, confidence.tolist(), accepted, strict=True)
-        written = [(position, token, sure) for position, token, sure, yes in proposals if yes]
+        written = _to_end([one[:3] for one in proposals if one[3]], self.end_ids)
         for position, token, sure in written:
             self.tokens[position], self.steps[position], self.confidence[position] = token, self.step, sure
-            if token in self.end_ids and (self.end is None or position < self.end):
-                self.end = position
+        if written and written[-1][1] in self.end_ids:  # none is asked for behind an earlier end token
+            self.end = written[-1][0]
+            self._discard_after_end()
         self.step += bool(written)
-        self._mask_after_end()
         if not self._masked():
             self._finish_block()
 
@@ -147,6 +170,7 @@ class Decoding:
             blocks=[position // self.block_size for position in range(self.prompt_length, stop)],
             passes=self.passes,
             ended=self.end is not None,
+            discarded=self.discarded,
         )
 
     def _masked(self) -> list[int]:
@@ -155,10 +179,13 @@ class Decoding:
         start = max(self.block, self.prompt_length)
         return [position for position in range(start, stop) if self.steps[position] is None]
 
-    def _mask_after_end(self) -> None:
-        if self.end is not None:
-            for position in range(self.end + 1, len(self.tokens)):
-                self.tokens[position], self.steps[position] = self.mask_id, None
+    def _discard_after_end(self) -> None:
+        """Returns all behind the end token that this step wrote to ``[MASK]``."""
+        for position in range(self.end + 1, len(self.tokens)):
+            if (step := self.steps[position]) is not None:
+                place, token = position - self.prompt_length, self.tokens[position]
+                self.discarded.append(Discarded(place, token, step, self.step, self.confidence[position]))
+            self.tokens[position], self.steps[position] = self.mask_id, None
 
     def _finish_block(self) -> None:
         following = self.block + self.block_size
@@ -173,3 +200,10 @@ class Decoding:
         self.tokens += [self.mask_id] * count
         self.steps += [None] * count
         self.confidence += [0.0] * count
+
+
+def _to_end(written: list[tuple[int, int, float]], end_ids: frozenset[int]) -> list[tuple[int, int, float]]:
+    """The (position, token, confidence) of one step, positions increasing, up to the first end token: no pass would
+    ever see the others, and so they are not written."""
+    first = next((number for number, (_, token, _) in enumerate(written) if token in end_ids), len(written))
+    return written[: first + 1]

@@ -43,18 +43,33 @@ class EstimatorOptions:
     min_timestep: float = 1e-3
 
 
+KEPT = torch.iinfo(torch.long).max
+
+
+class Recording(NamedTuple):
+    """A recorded decoding on the block grid, int64 ``[n, B]`` each. ``written``: the step that wrote the token at each
+    place. ``until``: the last step whose pass saw it, `KEPT` unless it was thrown away: such tokens lie behind the
+    response's end, where nothing else is maskable."""
+
+    written: Tensor
+    until: Tensor
+
+    def writable(self, maskable: Tensor) -> Tensor:
+        """Bool ``[n, B]``: the ``maskable`` tokens and those that were thrown away."""
+        return maskable | (self.until != KEPT)
+
+
 class NoiseRequest(NamedTuple):
     """What a draw is made from.
 
     ``maskable``: bool ``[n, B]`` (see `layout.Blocks.maskable`). ``generators``: one per base view, so that a view's
-    draw does not depend on how many views there are. ``steps``: int64 ``[n, B]``, the decoding step at which each
-    token was unmasked; None where no decoding was recorded.
+    draw does not depend on how many views there are. ``recording``: None where no decoding was recorded.
     """
 
     maskable: Tensor
     generators: Sequence[torch.Generator]
     options: EstimatorOptions = EstimatorOptions()
-    steps: Tensor | None = None
+    recording: Recording | None = None
 
 
 def noise_generator(seed: int, epoch: int, index: int, branch: int, view: int) -> torch.Generator:
@@ -83,31 +98,43 @@ def dtrpo(request: NoiseRequest) -> Noise:
 
 
 def trajectory(request: NoiseRequest) -> Noise:
-    """As `dtrpo`, but with the recorded decoding of the response in the place of a random order: the groups of a block
-    are its distinct recorded steps, in order, and T is their number."""
-    group, steps = recorded_groups(request.maskable, request.steps)
-    views = [
-        at_timestep(request.maskable, group, _random_timestep(steps, generator)) for generator in request.generators
-    ]
-    return _newly_unmasked(views, steps)
+    """As `dtrpo`, but with the recorded decoding of the response in the place of a random order: T is the number of
+    distinct steps that wrote a block, and a view shows what one of them saw, thrown away tokens included."""
+    writable = request.recording.writable(request.maskable)
+    steps, count = distinct_steps(writable, request.recording.written)
+    views = []
+    for generator in request.generators:
+        step = steps.gather(1, _random_timestep(count, generator).unsqueeze(1)).squeeze(1)
+        views.append(at_step(writable, request.recording, step))
+    return _newly_unmasked(views, count)
 
 
-def recorded_groups(maskable: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers the distinct steps of each block's maskable tokens from 0.
+def exact_trajectory(request: NoiseRequest) -> Noise:
+    """The exact log-likelihood of a recorded decoding: view k shows what the k-th step of each block saw and reads what
+    it wrote, with weight 1. Blocks of fewer steps than views have nothing to read in the last ones."""
+    writable = request.recording.writable(request.maskable)
+    steps, count = distinct_steps(writable, request.recording.written)
+    views = int(count.max())
+    masked, read = at_step(writable, request.recording, steps[:, :views].T)
+    return Noise(masked, read.double())
 
-    Args:
-        maskable: bool ``[n, B]``.
-        steps: int64 ``[n, B]``; read where maskable.
 
-    Returns:
-        The number of each token's step, int64 ``[n, B]`` (meaningless where not maskable), and how many distinct steps
-        each block has, int64 ``[n]``.
-    """
-    ordered, place = steps.masked_fill(~maskable, torch.iinfo(torch.long).max).sort(1)
-    number = torch.zeros_like(ordered)
-    number[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
-    group = torch.empty_like(number).scatter_(1, place, number)
-    return group, (group + 1).masked_fill(~maskable, 0).amax(1)
+def distinct_steps(writable: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """The steps that wrote each block's ``writable`` tokens (bool ``[n, B]``), without repetition and in order: int64
+    ``[n, B]``, filled up with `KEPT`; and how many there are, int64 ``[n]``."""
+    ordered = written.masked_fill(~writable, KEPT).sort(1).values
+    repeated = torch.zeros_like(writable)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    steps = ordered.masked_fill(repeated, KEPT).sort(1).values
+    return steps, (steps != KEPT).sum(1)
+
+
+def at_step(writable: Tensor, recording: Recording, step: Tensor) -> tuple[Tensor, Tensor]:
+    """What is masked before, and what is written in, ``step`` (int64 ``[..., n]``) of each block: bool ``[..., n, B]``
+    each."""
+    step = step.unsqueeze(-1)
+    seen = (recording.written < step) & (step <= recording.until)
+    return writable & ~seen, writable & (recording.written == step)
 
 
 def at_timestep(maskable: Tensor, group: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +232,7 @@ class Estimator:
         is_random: whether averaging several views means anything.
         independent_reference: the reference's noise is drawn apart from the policy's.
         needs_steps: it reads a recorded decoding.
+        every_step: it has as many views as a block has steps, and of a block that has fewer steps lays out as many.
         block_starts: where it may read a block's first token; where ``"noisy"`` is missing, that would be biased.
     """
 
@@ -216,6 +244,7 @@ class Estimator:
     is_random: bool = True
     independent_reference: bool = False
     needs_steps: bool = False
+    every_step: bool = False
     block_starts: tuple[str, ...] = ("clean", "noisy")
 
 
@@ -225,6 +254,9 @@ ESTIMATORS: dict[str, Estimator] = {
     "vrpo": Estimator(vrpo, default_views=8),
     "mean_field": Estimator(mean_field, is_random=False),
     "trajectory": Estimator(trajectory, needs_steps=True, block_starts=("clean",)),
+    "exact_trajectory": Estimator(
+        exact_trajectory, is_random=False, needs_steps=True, every_step=True, block_starts=("clean",)
+    ),
     "sft": Estimator(sft, ("complementary", "min_timestep"), objective="sft", pairs_views=True),
 }
 

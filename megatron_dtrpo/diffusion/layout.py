@@ -9,8 +9,9 @@ response together; the block the prompt ends in belongs to the response. A docum
 
 so every run of tokens starts and ends on a block boundary, the prompt is computed once for both responses, and
 nothing is computed that no prediction reads: the last clean block has no successor, and an unmasked noisy block of
-the prompt would repeat its clean one. The noisy copy of the last block is filled with ``[MASK]`` after the end token,
-as the decoder sees it.
+the prompt would repeat its clean one. A view may hold some of the blocks only: each block has its own number of views.
+The noisy copy of the last block is filled with ``[MASK]`` after the end token, as the decoder sees it; or shows tokens
+there that the decoder saw before an earlier end token threw them away.
 
 Legend: P prompt tokens, R response tokens, B block size, n response blocks, K noisy views, S packed tokens,
 N targets. Nothing here touches a device, a process group or global state.
@@ -63,6 +64,11 @@ class Blocks:
         placed = values.new_zeros(self.count, self.block_size)
         placed[self.is_response()] = values
         return placed
+
+    def put(self, grid: Tensor, place: Tensor, values: Tensor) -> None:
+        """Writes ``values [d]`` into ``grid [n, B]`` at places int64 ``[d]`` of the response, counted from 0; they may
+        lie behind its end, in its last block."""
+        grid.view(-1)[self.prompt_length - self.start + place] = values
 
     def maskable(self, block_start: str) -> Tensor:
         """Bool ``[n, B]``: the response tokens that noise may mask.
@@ -136,13 +142,15 @@ class PackedSequence:
         return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
-def packed_length(prompt_length, response_lengths: Sequence, block_size: int, views: int):
-    """Packed tokens of one document; works on ints and, elementwise, on arrays (one per response in the sequence)."""
+def packed_length(prompt_length, response_lengths: Sequence, block_size: int, views: int, copies: Sequence = ()):
+    """Packed tokens of one document; works on ints and, elementwise, on arrays (one per response in the sequence).
+    ``copies``: per response the number of its noisy blocks, where not every block has ``views``."""
     first = prompt_length // block_size
     total = first * block_size
-    for length in response_lengths:
+    for number, length in enumerate(response_lengths):
         count = (prompt_length + length - 1) // block_size + 1 - first
-        total = total + ((count - 1) + views * count) * block_size
+        noisy = copies[number] if len(copies) else views * count
+        total = total + (count - 1 + noisy) * block_size
     return total
 
 
@@ -155,6 +163,8 @@ def lay_out(
     block_size: int,
     mask_id: int,
     block_start: str,
+    behind: Sequence[tuple[Tensor, Tensor]] = (),
+    every_step: bool = False,
 ) -> PackedSequence:
     """Lays out one document.
 
@@ -167,11 +177,14 @@ def lay_out(
         block_start: ``"clean"`` reads the first token of a block from the clean pass, weight 1, once for all views;
             ``"noisy"`` reads it, as any other token, from the row before it in its own view, or from the prompt
             where the block before is all prompt.
+        behind: per response places, counted from the response's first token, and ids, int64 ``[d]`` each, of tokens
+            behind its end that ``masked`` shows in some view.
+        every_step: leaves out the noisy copies of blocks that nothing is read from; with ``block_start="clean"`` only.
     """
     B = block_size
     parts, targets = [], []
     prompt_full = prompt.numel() // B * B
-    parts.append(_run(prompt[:prompt_full], branch=0, view=CLEAN, start=0))
+    parts.append(_run(prompt[:prompt_full], 0, CLEAN, torch.arange(prompt_full)))
     length = prompt_full
     for r, (response, hidden, w) in enumerate(zip(responses, masked, weight, strict=True)):
         blocks = Blocks(prompt.numel(), response.numel(), B)
@@ -180,9 +193,11 @@ def lay_out(
         tail = prompt.numel() - blocks.start
         tokens[:tail] = prompt[prompt_full:]
         tokens[tail : tail + response.numel()] = response
+        if behind:
+            blocks.put(tokens, *behind[r])
 
         clean_row = length - blocks.start  # packed row of a position's clean copy; the prompt's rows are its positions
-        parts.append(_run(tokens[:-B], branch=r + 1, view=CLEAN, start=blocks.start))
+        parts.append(_run(tokens[:-B], r + 1, CLEAN, torch.arange(blocks.start, end - B)))
         length += tokens.numel() - B
         if block_start == "clean":
             starts = torch.arange(blocks.start, end, B)
@@ -190,15 +205,18 @@ def lay_out(
             rows = torch.where(starts - 1 < blocks.start, starts - 1, starts - 1 + clean_row)
             targets.append((rows, tokens[starts - blocks.start], torch.ones(starts.numel(), dtype=torch.float64), r))
 
+        position = torch.arange(blocks.start, end)
         for k in range(hidden.shape[0]):
-            parts.append(
-                _run(tokens.masked_fill(hidden[k].flatten(), mask_id), branch=r + 1, view=k + 1, start=blocks.start)
-            )
-            read = w[k].flatten().nonzero().squeeze(1)
+            weights = w[k].flatten()
+            laid_out = w[k].any(1) if every_step else torch.ones(blocks.count, dtype=torch.bool)
+            kept = laid_out.repeat_interleave(B)
+            parts.append(_run(tokens.masked_fill(hidden[k].flatten(), mask_id)[kept], r + 1, k + 1, position[kept]))
+            read = weights.nonzero().squeeze(1)
             # The token shift: the row before. Before the first response block lies the prompt, clean.
-            rows = torch.where(read == 0, blocks.start - 1, read - 1 + length)
-            targets.append((rows, tokens[read], w[k].flatten()[read].double(), r))
-            length += tokens.numel()
+            row = length - 1 + kept.cumsum(0)
+            rows = torch.where(read == 0, blocks.start - 1, row[read - 1])
+            targets.append((rows, tokens[read], weights[read].double(), r))
+            length += int(kept.sum())
 
     tokens, branch, view, position = (torch.cat(field) for field in zip(*parts, strict=True))
     rows, target_tokens, weights, response_ids = zip(*targets, strict=True)
@@ -217,9 +235,8 @@ def lay_out(
     )
 
 
-def _run(tokens: Tensor, *, branch: int, view: int, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A contiguous run of tokens of one branch and view whose first token is at position ``start``."""
-    position = torch.arange(start, start + tokens.numel())
+def _run(tokens: Tensor, branch: int, view: int, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A run of tokens of one branch and view."""
     return tokens, torch.full_like(tokens, branch), torch.full_like(tokens, view), position
 
 

@@ -1,5 +1,9 @@
 """Which token a prediction proposes, and how sure it is: pure functions on logits.
 
+Some tokens are forbidden, the mask and the vocabulary's padding: they are never proposed. They count in the normaliser
+of every confidence, sampled or greedy, as they do in training: at temperature 1 and top_p 1 a confidence is the
+probability that training knows.
+
 Legend: N predictions, V vocabulary.
 """
 
@@ -9,21 +13,28 @@ import torch
 from torch import Tensor
 
 
-def propose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def propose(
+    logits: Tensor, forbidden: Tensor, uniform: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
     """Draws one token for each prediction (Fast-dLLM v2, ``sample_with_top_p``).
 
-    The distribution is ``softmax(logits / temperature)`` cut to its nucleus: the most probable tokens up to and
-    including the one with which their sum exceeds ``top_p``, renormalised.
+    The distribution is ``softmax(logits / temperature)`` over the allowed tokens, cut to its nucleus: the most probable
+    ones up to and including the one with which their sum exceeds ``top_p``, renormalised.
 
     Args:
-        logits: ``[N, V]``; ``-inf`` for tokens that must not be written.
+        logits: ``[N, V]``.
+        forbidden: bool ``[V]``, tokens that must not be written.
         uniform: ``[N]`` in [0, 1): the randomness, from outside, so that it can be a function of the prompt.
         temperature: above 0; greedy proposals are `most_probable`'s.
 
     Returns:
-        Tokens int64 ``[N]`` and the probability ``[N]`` of each in the cut distribution.
+        Tokens int64 ``[N]`` and the confidence ``[N]`` in each: its probability in the cut distribution times the share
+        of the allowed tokens in ``softmax(logits / temperature)``.
     """
-    probability, token = torch.softmax(logits.float() / temperature, -1).sort(dim=-1, descending=True, stable=True)
+    tempered = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    allowed = tempered.masked_fill(forbidden, -torch.inf)
+    share = (allowed.logsumexp(-1) - tempered.logsumexp(-1)).exp()
+    probability, token = torch.softmax(allowed, -1).sort(dim=-1, descending=True, stable=True)
     before = probability.cumsum(-1) - probability
     kept = probability.masked_fill(before > top_p, 0.0)
     kept[:, 0] = probability[:, 0]
@@ -32,15 +43,14 @@ def propose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -
     choice = (cumulative <= uniform.to(total.dtype).unsqueeze(1) * total).sum(-1, keepdim=True)
     # Rounding may carry the draw past the last token that was kept.
     choice = torch.minimum(choice, (kept > 0).sum(-1, keepdim=True) - 1)
-    return token.gather(1, choice).squeeze(1), (kept.gather(1, choice) / total).squeeze(1)
+    return token.gather(1, choice).squeeze(1), (kept.gather(1, choice) / total).squeeze(1) * share
 
 
 def most_probable(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The greedy proposal, as parts that combine over shards of the vocabulary.
 
     Args:
-        logits: ``[N, V]``; forbidden: bool ``[V]``, tokens that must not be written. They count in the normaliser:
-            a confidence is the probability that training knows.
+        logits: ``[N, V]``; forbidden: bool ``[V]``, tokens that must not be written.
 
     Returns:
         Token int64 ``[N]``, its logit ``[N]`` and ``logsumexp(logits)`` ``[N]``.

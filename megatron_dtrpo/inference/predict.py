@@ -88,5 +88,4 @@ class Predictor:
             parts = [torch.empty_like(logits) for _ in range(self.group.size())]
             dist.all_gather(parts, logits.contiguous(), group=self.group)
             logits = torch.cat(parts, -1)
-        logits = logits.float().masked_fill(self.forbidden, -torch.inf)
-        return propose(logits, uniform, self.temperature, self.top_p)
+        return propose(logits, self.forbidden, uniform, self.temperature, self.top_p)

@@ -19,7 +19,7 @@ import yaml
 
 from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
-from megatron_dtrpo.data.recordings import require_steps
+from megatron_dtrpo.data.recordings import require_recordings, require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -137,14 +137,13 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
                         folder.rmdir()
         _raise_together(problem)
     noising = Noising.from_config(config, tokenizer.mask_id)
-    usable, skipped = select_by_length(
-        store,
-        lambda prompt, responses: noising.packed_length(prompt.astype(np.int64), list(responses.T.astype(np.int64))),
-        data.seq_length,
-        data.overlong,
-    )
+    needs_steps, who = ESTIMATORS[noising.estimator].needs_steps, f"estimator {noising.estimator}"
+    if needs_steps:
+        require_recordings(store, who)
+    usable, skipped = select_by_length(store, noising.packed_lengths(store), data.seq_length, data.overlong)
     _check_positions(store, usable, config)
-    _check_steps(store, usable, config)
+    if needs_steps:
+        _check_steps(store, usable, config.model.block_size)
     return Data(store, SampleOrder(usable, config.optimizer.seed, data.shuffle), noising, skipped)
 
 
@@ -169,15 +168,12 @@ def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> N
         )
 
 
-def _check_steps(store: TokenStore, usable: np.ndarray, config: Config) -> None:
-    """Raises UserError on every process if the estimator reads steps and some row's are missing or out of order."""
-    name = config.objective.estimator
-    if not ESTIMATORS[name].needs_steps:
-        return
+def _check_steps(store: TokenStore, usable: np.ndarray, block_size: int) -> None:
+    """Raises UserError on every process if some row's recorded steps do not fit the blocks."""
     problem = None
     if initialize.rank() == 0:
         try:
-            require_steps(store, usable, config.model.block_size, f"estimator {name}")
+            require_steps(store, usable, block_size)
         except UserError as error:
             problem = str(error)
     _raise_together(problem)

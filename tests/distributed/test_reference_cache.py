@@ -144,9 +144,11 @@ def test_vrpo_and_trajectory_too(folder, train):
             length = rng.randint(1, 60)
             row[f"{name}_ids"] = [rng.randrange(256) for _ in range(length)]
             row[f"{name}_steps"] = sorted(rng.randrange(40) for _ in range(length))
-            for i in range(1, length):  # a new block is a new step
+            for i in range(length):  # a new block is a new step, and its first token one of its own
                 if (len(row["prompt_ids"]) + i) % TINY_MODEL["block_size"] == 0:
                     row[f"{name}_steps"][i:] = [step + 1 for step in row[f"{name}_steps"][i:]]
+                    row[f"{name}_steps"][i + 1 :] = [step + 1 for step in row[f"{name}_steps"][i + 1 :]]
+            row[f"{name}_discarded"] = []
         rows.append(row)
     data = write_lines(folder / "recorded.jsonl", rows)
     for estimator in ("vrpo", "trajectory"):

@@ -10,6 +10,7 @@ import runpy
 import numpy as np
 import pytest
 
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from tests.launch import REPOSITORY, TINY_MODEL, Job, flags, train, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -71,7 +72,7 @@ def tool(monkeypatch):
 
 
 def recorded_pairs(path, count: int):
-    """Pairs of random ids, decoded from left to right, two tokens a step."""
+    """Pairs of random ids, decoded from left to right, two tokens a step but for the first of a block."""
     rng = random.Random(3)
     rows = []
     for _ in range(count):
@@ -79,17 +80,18 @@ def recorded_pairs(path, count: int):
         for name in ("chosen", "rejected"):
             places = range(len(row["prompt_ids"]), len(row["prompt_ids"]) + rng.randint(2, 40))
             row[f"{name}_ids"] = [rng.randrange(256) for _ in places]
-            row[f"{name}_steps"] = [p // 2 for p in places]
+            row[f"{name}_steps"] = [2 * p - p % 2 if p % 8 else 2 * p - 1 for p in places]
+            row[f"{name}_discarded"] = []
         rows.append(row)
     return write_lines(path, rows)
 
 
-@pytest.mark.parametrize("estimator", ["dtrpo", "elbo", "vrpo", "mean_field", "trajectory"])
+@pytest.mark.parametrize("estimator", ["dtrpo", "elbo", "vrpo", "mean_field", "trajectory", "exact_trajectory"])
 def test_every_estimator_scores(folder, tool, tmp_path, capfd, estimator):
     """The run's rewards are its own scores less those that precompute_reference.py finds for the base, pair by pair;
     and the base against itself is a tie, unless its noise is drawn twice."""
     data = recorded_pairs(tmp_path / "recorded.jsonl", 10)
-    views = 1 if estimator == "mean_field" else 3
+    views = 3 if ESTIMATORS[estimator].is_random else 1
     common = {"estimator": estimator, "num_views": views, "beta": BETA}
     files = {"reference": folder / "base", "data": data}
     rows = {}

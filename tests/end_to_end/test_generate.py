@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dtrpo import train
 from tests.launch import TINY_MODEL, Job, flags, uneven_pairs, write_lines
-from tools import build_preferences, generate
+from tools import build_preferences, generate, score_preferences
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
@@ -50,8 +50,12 @@ def same(rows: list[dict], others: list[dict]) -> bool:
     for row, other in zip(rows, others, strict=True):
         if row["completion_confidence"] != pytest.approx(other["completion_confidence"], rel=1e-3):
             return False
-    rows, others = ([{**row, "completion_confidence": None} for row in part] for part in (rows, others))
-    return rows == others
+    return [_without_confidence(row) for row in rows] == [_without_confidence(row) for row in others]
+
+
+def _without_confidence(row: dict) -> dict:
+    thrown = [{**token, "confidence": None} for token in row["completion_discarded"]]
+    return {**row, "completion_confidence": None, "completion_discarded": thrown}
 
 
 def test_rows_keep_what_they_had_and_gain_a_completion(folder, capfd):
@@ -111,6 +115,38 @@ def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_p
     model = {"load": folder / "run", "estimator": "trajectory", "data_path": tmp_path / "pairs.jsonl"}
     training = {"train_iters": 1, "global_batch_size": 2, "save": tmp_path / "trained"}
     assert train.main(flags({**model, **training})) == 0
+
+
+def test_the_exact_likelihood_of_a_pair_is_the_decoders_own(folder, tmp_path, monkeypatch, capfd):
+    """Through both command lines: what the decoder believed of all that it wrote, thrown away tokens included, is what
+    training's forward pass computes."""
+    (tmp_path / "parity.py").write_text("def short(row, text):\n    return len(text.encode()) % 2 == 0\n")
+    monkeypatch.chdir(tmp_path)
+    settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 40, "seed": 3}
+    settings |= {"max_new_tokens": 60, "verifier": "parity:short", "threshold": 0.1, "pairs_per_prompt": 20}
+    assert run_tool(build_preferences, build_preferences._build, folder, **settings) == 0
+    words = {"data": tmp_path / "pairs.jsonl", "output": tmp_path / "scores.jsonl", "estimator": "exact_trajectory"}
+    assert run_tool(score_preferences, score_preferences._score, folder, **words) == 0
+    pairs, scores = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("pairs", "scores")
+    )
+    assert len(pairs) == len(scores) > 10
+    for pair, row in zip(pairs, scores, strict=True):
+        for name in ("chosen", "rejected"):
+            assert row[f"logps/{name}"] == pytest.approx(pair[f"{name}_log_likelihood"], abs=1e-4)
+    thrown = [len(pair["chosen_discarded"]) + len(pair["rejected_discarded"]) for pair in pairs]
+    assert sum(thrown) > 3
+    # A recording of before they were kept is told apart, and what takes no recording still reads it.
+    write_lines(tmp_path / "old.jsonl", [{k: v for k, v in p.items() if "discarded" not in k} for p in pairs])
+    capfd.readouterr()
+    assert (
+        run_tool(score_preferences, score_preferences._score, folder, **words | {"data": tmp_path / "old.jsonl"}) == 2
+    )
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "old.jsonl:1: has no chosen_discarded and rejected_discarded" in line
+    words |= {"data": tmp_path / "old.jsonl", "estimator": "dtrpo"}
+    assert run_tool(score_preferences, score_preferences._score, folder, **words) == 0
 
 
 ERRORS = {

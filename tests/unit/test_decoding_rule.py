@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -58,6 +59,8 @@ def test_the_end_token_ends_and_what_follows_is_masked_again():
     done = state.completion()
     assert (done.tokens, done.steps, done.blocks, done.ended, done.passes) == ([5, END], [1, 0], [0, 0], True, 2)
     assert done.confidence == pytest.approx([0.1, 0.95])
+    assert done.discarded == []  # the step that wrote the end token wrote nothing behind it
+    assert done.log_likelihood() == pytest.approx(math.log(0.1) + math.log(0.95))
 
 
 def test_an_earlier_end_token_replaces_a_later_one():
@@ -67,6 +70,23 @@ def test_an_earlier_end_token_replaces_a_later_one():
     state.next_pass()
     give(state, (END, 0.95), (7, 0.1))
     assert state.finished and state.completion().tokens == [END]
+
+
+def test_what_an_end_token_throws_away_is_recorded():
+    """Also where end tokens are thrown away themselves: each token with the step whose pass saw it last."""
+    state = decoding(1, block_size=8, small_block_size=8)
+    state.next_pass()
+    give(state, (1, 0.1), (2, 0.1), (3, 0.1), (4, 0.1), (END, 0.95), (6, 0.92), (7, 0.2))  # 6 is never seen
+    assert state.next_pass().tokens == [0, MASK, MASK, MASK, MASK, END, MASK, MASK]
+    give(state, (1, 0.2), (2, 0.3), (3, 0.1), (4, 0.95))
+    assert state.next_pass().tokens == [0, MASK, MASK, MASK, 4, END, MASK, MASK]
+    give(state, (1, 0.1), (END, 0.96), (3, 0.92))  # nor is 3
+    assert state.next_pass().tokens == [0, MASK, END, MASK, MASK, MASK, MASK, MASK]
+    give(state, (1, 0.5))
+    done = state.completion()
+    assert (done.tokens, done.steps) == ([1, END], [3, 2])
+    assert [token[:4] for token in done.discarded] == [(3, 4, 1, 2), (4, END, 0, 2)]
+    assert done.log_likelihood() == pytest.approx(sum(map(math.log, (0.5, 0.96, 0.95, 0.95))))
 
 
 @pytest.mark.parametrize(("prompt", "limit", "expected"), [(3, 1000, 5), (3, 6, 3), (4, 5, 1), (8, 1000, 5)])
@@ -105,6 +125,9 @@ def test_any_answers_lead_to_a_whole_response():
             give(state, *[(END if rng.random() < 0.05 else 1, rng.random()) for _ in one.rows])
         done = state.completion()
         assert MASK not in done.tokens and None not in done.steps
+        places = [token.place for token in done.discarded]
+        assert len(set(places)) == len(places) and all(place >= len(done.tokens) for place in places)
+        assert all(token.step < token.until for token in done.discarded)
         assert (END in done.tokens) == done.ended == (done.tokens[-1] == END)
         for a in range(len(done.tokens)):
             for b in range(a + 1, len(done.tokens)):

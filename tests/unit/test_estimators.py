@@ -14,8 +14,10 @@ import torch
 
 from megatron_dtrpo.diffusion.estimators import (
     ESTIMATORS,
+    KEPT,
     EstimatorOptions,
     NoiseRequest,
+    Recording,
     dtrpo,
     noise_generator,
     sft,
@@ -41,7 +43,8 @@ def draw(shape: list[bool], steps: int, blocks: int, views: int = 1, seed: int =
 def draws(name: str, maskable, generators, options: EstimatorOptions | None = None):
     """Any estimator's draws; recorded steps are two tokens a step, from the last place to the first."""
     steps = (100 - torch.arange(maskable.shape[1])).expand(maskable.shape) // 2
-    return ESTIMATORS[name].draw(NoiseRequest(maskable, generators, options or EstimatorOptions(), steps))
+    recording = Recording(steps, torch.full_like(steps, KEPT))
+    return ESTIMATORS[name].draw(NoiseRequest(maskable, generators, options or EstimatorOptions(), recording))
 
 
 def places(row) -> frozenset[int]:

@@ -271,7 +271,8 @@ def test_recorded_steps_reach_the_noise(tokenizer, tmp_path):
         for name in ("chosen", "rejected"):
             places = range(len(row["prompt_ids"]), len(row["prompt_ids"]) + rng.randint(1, 15))
             row[f"{name}_ids"] = [rng.randrange(256) for _ in places]
-            row[f"{name}_steps"] = [p // 4 * 4 + (3 - p % 4 if p % 4 else 0) for p in places]
+            row[f"{name}_steps"] = [p // 4 * 5 + (4 - p % 4 if p % 4 else 0) for p in places]
+            row[f"{name}_discarded"] = []
         rows.append(row)
     path = tmp_path / "recorded.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from megatron_dtrpo.data.recordings import blocks_in_order, require_steps
+from megatron_dtrpo.data.recordings import blocks_in_order, require_recordings, require_steps
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
@@ -16,6 +16,9 @@ from megatron_dtrpo.errors import UserError
 TEXT = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
 IDS = {"prompt_ids": [5, 256, 7], "chosen_ids": [8, 9, 10], "rejected_ids": [11]}
 STEPS = {"chosen_steps": [0, 2, 1], "rejected_steps": [4]}
+THROWN = {"place": 3, "token": 12, "step": 0, "until": 1}
+DISCARDED = {"chosen_discarded": [THROWN], "rejected_discarded": []}
+WHOLE = {**IDS, **STEPS, **DISCARDED}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,24 @@ def test_ids_are_taken_as_they_are(tmp_path, tokenizer):
     assert [store[i].steps is None for i in range(5)] == [True, True, True, False, True]
     assert [steps.tolist() for steps in store[3].steps] == [[0, 2, 1], [4]]
     assert store[3].steps[0].dtype == np.int32
+
+
+def test_discarded_tokens_are_kept_beside_the_response(tmp_path, tokenizer):
+    """In order of place, whatever else a row's objects hold; None where nothing was recorded."""
+    two = [{**THROWN, "place": 5, "step": 1, "until": 2, "confidence": 0.3}, {**THROWN, "step": 0, "until": 2}]
+    rows = [
+        TEXT,
+        WHOLE,
+        {**WHOLE, "chosen_discarded": [], "rejected_discarded": []},
+        {**WHOLE, "chosen_discarded": two},
+    ]
+    store = build(tmp_path, rows, tokenizer)
+    got = [e.discarded and [d.tolist() for d in e.discarded] for e in (store[i] for i in range(4))]
+    assert got == [None, [[[3, 12, 0, 1]], []], [[], []], [[[3, 12, 0, 2], [5, 12, 1, 2]], []]]
+    assert parts(store[1]) == parts(store[2])  # the response ends at its end token
+    assert store.first_incomplete is None
+    assert build(tmp_path, [TEXT, WHOLE, {**IDS, **STEPS}], tokenizer).first_incomplete == 2
+    assert build(tmp_path, [IDS, TEXT], tokenizer).first_incomplete is None
 
 
 def test_sft_rows_of_ids(tmp_path, tokenizer):
@@ -90,6 +111,34 @@ def test_no_file_of_steps_where_there_are_none(tmp_path, tokenizer):
             "chosen_steps without prompt_ids; give prompt_ids, chosen_ids, rejected_ids together",
         ),
         ({"chosen_steps": [0, 1, 2]}, "chosen_steps alone; give chosen_steps and rejected_steps together"),
+        ({**DISCARDED}, "chosen_discarded without chosen_steps: give both"),
+        ({**STEPS, "chosen_discarded": []}, "chosen_discarded alone; give chosen_discarded and rejected_discarded"),
+        (
+            {**WHOLE, "chosen_discarded": [3]},
+            "chosen_discarded: must be a list of objects with place, token, step, until",
+        ),
+        ({**WHOLE, "chosen_discarded": [{"place": 3}]}, "chosen_discarded[0]: token must be an integer from 0 to"),
+        (
+            {**WHOLE, "chosen_discarded": [{**THROWN, "place": 2}]},
+            "chosen_discarded: place 2 holds a token already; the",
+        ),
+        ({**WHOLE, "chosen_discarded": [THROWN, THROWN]}, "chosen_discarded: place 3 holds a token already"),
+        (
+            {**WHOLE, "chosen_discarded": [{**THROWN, "until": 0}]},
+            "chosen_discarded: place 3: until 0 must be the step",
+        ),
+        (
+            {**WHOLE, "chosen_discarded": [{**THROWN, "until": 7}]},
+            "chosen_discarded: place 3: until 7 must be the step",
+        ),
+        (
+            {**WHOLE, "chosen_discarded": [{**THROWN, "token": 258}]},
+            "chosen_discarded: token 258 at place 3 is not one",
+        ),
+        (
+            {**WHOLE, "chosen_discarded": [{**THROWN, "token": 999}]},
+            "chosen_discarded: token 999 at place 3 is not one",
+        ),
         ({**STEPS, "chosen_steps": [0, 1]}, "chosen_steps: 2 steps for the 3 tokens of chosen_ids; give one per token"),
         ({**STEPS, "rejected_steps": 4}, "rejected_steps: must be a list of integers, not a number"),
         ({**STEPS, "rejected_steps": [-1]}, "rejected_steps[0]: must be an integer from 0 to 2147483646, not -1"),
@@ -120,6 +169,8 @@ def test_the_content_is_told_apart_from_where_it_lies(tmp_path, tokenizer):
     others = [
         [TEXT, IDS],
         [TEXT, {**IDS, **STEPS, "rejected_steps": [5]}],
+        [TEXT, WHOLE],
+        [TEXT, {**WHOLE, "chosen_discarded": [{**THROWN, "token": 13}]}],
         [TEXT, {**IDS, "rejected_ids": [12]}],
         [TEXT, {**IDS, "prompt_ids": [5, 256], "chosen_ids": [7, 8, 9, 10]}],  # cut elsewhere
         [{**IDS, **STEPS}, TEXT],
@@ -143,14 +194,31 @@ def test_steps_increase_from_block_to_block():
 
 
 def test_the_first_row_that_cannot_be_replayed_is_named(tmp_path, tokenizer):
-    good = {**IDS, **STEPS}
-    out_of_order = {**good, "chosen_steps": [2, 1, 0]}  # the prompt's 3 tokens leave one place in the first block
-    store = build(tmp_path, [good, good, TEXT, IDS], tokenizer)
+    """Three tokens of a prompt leave one place in the first block of four."""
+    store = build(tmp_path, [WHOLE, WHOLE, TEXT, IDS], tokenizer)
     with pytest.raises(UserError, match=r"rows.jsonl:3: has no chosen_steps and rejected_steps, which estimator x"):
-        require_steps(store, range(4), 4, "estimator x")
-    store = build(tmp_path, [good, good, out_of_order], tokenizer)
-    assert store.first_without_steps() is None
-    require_steps(store, [0, 1], 4, "estimator x")
-    with pytest.raises(UserError, match=r"rows.jsonl:3: chosen_steps do not increase from block to block of 4 tokens"):
-        require_steps(store, range(3), 4, "estimator x")
-    require_steps(store, range(3), 16, "estimator x")
+        require_recordings(store, "estimator x")
+    store = build(tmp_path, [WHOLE, {**IDS, **STEPS}], tokenizer)
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has no chosen_discarded and rejected_discarded, the tokens"):
+        require_recordings(store, "estimator x")
+    good = {**WHOLE, "chosen_steps": [0, 1, 2], "chosen_discarded": []}
+    for steps, thrown, problem in (
+        ([2, 1, 0], [], "chosen_steps do not increase from block to block of 4 tokens"),
+        ([0, 2, 1], [], "chosen_steps do not begin with the first token in a block of 4 tokens"),
+        ([0, 1, 1], [], "chosen_steps do not begin with the first token in a block of 4 tokens"),
+        ([0, 1, 3], [{**THROWN, "place": 5, "step": 2, "until": 3}], "chosen_discarded holds tokens of another block"),
+        ([0, 1, 3], [{**THROWN, "step": 1, "until": 3}], "chosen_discarded holds tokens of another block"),
+    ):
+        bad = {**good, "chosen_steps": steps, "chosen_discarded": thrown}
+        store = build(tmp_path, [good, good, bad], tokenizer)
+        require_recordings(store, "estimator x")
+        require_steps(store, [0, 1], 4)
+        with pytest.raises(UserError, match=rf"rows.jsonl:3: {problem}"):
+            require_steps(store, range(3), 4)
+    store = build(
+        tmp_path,
+        [{**good, "chosen_steps": [0, 1, 3], "chosen_discarded": [{**THROWN, "step": 2, "until": 3}]}],
+        tokenizer,
+    )
+    require_steps(store, [0], 4)
+    require_steps(store, [0], 16)

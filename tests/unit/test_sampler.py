@@ -71,21 +71,20 @@ def store() -> SimpleNamespace:
     return Store(lengths=lengths, source="pairs.jsonl", location=lambda i: f"pairs.jsonl:{i + 1}")
 
 
-def packed(prompt, responses):
-    return prompt + 2 * responses.sum(axis=1)
+PACKED = PROMPTS + 2 * RESPONSES.sum(axis=1)
 
 
 def test_select_by_length():
-    usable, skipped = select_by_length(store(), packed, budget=10)
+    usable, skipped = select_by_length(store(), PACKED, budget=10)
     assert usable.tolist() == [0, 2] and skipped == 1
-    usable, skipped = select_by_length(store(), packed, budget=72, on_too_long="error")
+    usable, skipped = select_by_length(store(), PACKED, budget=72, on_too_long="error")
     assert usable.tolist() == [0, 1, 2] and skipped == 0
 
 
 def test_select_by_length_errors():
     with pytest.raises(UserError, match="^pairs.jsonl:2: packs into 72 tokens, the budget is 71"):
-        select_by_length(store(), packed, budget=71, on_too_long="error")
+        select_by_length(store(), PACKED, budget=71, on_too_long="error")
     with pytest.raises(UserError, match="^pairs.jsonl: no example packs into 8 tokens, the shortest takes 9"):
-        select_by_length(store(), packed, budget=8)
+        select_by_length(store(), PACKED, budget=8)
     with pytest.raises(UserError, match="on_too_long"):
-        select_by_length(store(), packed, budget=8, on_too_long="cut")
+        select_by_length(store(), PACKED, budget=8, on_too_long="cut")

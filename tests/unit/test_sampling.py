@@ -29,7 +29,8 @@ def test_draws_follow_the_cut_distribution(temperature, top_p):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(1))
     expected = nucleus(logits.tolist(), temperature, top_p)
     grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    token, confidence = propose(logits.repeat(len(grid), 1), grid, temperature, top_p)
+    nothing = torch.zeros(12, dtype=torch.bool)
+    token, confidence = propose(logits.repeat(len(grid), 1), nothing, grid, temperature, top_p)
     share = torch.bincount(token, minlength=12).double() / len(grid)
     for i in range(12):
         assert share[i] == pytest.approx(expected.get(i, 0.0), abs=2e-4)
@@ -39,12 +40,26 @@ def test_draws_follow_the_cut_distribution(temperature, top_p):
 
 def test_extreme_draws_stay_inside_and_forbidden_tokens_are_never_drawn():
     logits = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
-    logits[:, 4] = -torch.inf
+    forbidden = torch.arange(9) == 4
     uniform = torch.cat([torch.zeros(200), torch.full((200,), 1 - 1e-16)]).double()
-    token, confidence = propose(logits, uniform, 1.0, 0.7)
+    token, confidence = propose(logits, forbidden, uniform, 1.0, 0.7)
     assert (token != 4).all() and (confidence > 0).all()
     for row, t in zip(logits.tolist(), token.tolist(), strict=True):
-        assert t in nucleus([x if x > -math.inf else -1e9 for x in row], 1.0, 0.7)
+        assert t in nucleus([-1e9 if i == 4 else x for i, x in enumerate(row)], 1.0, 0.7)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.6)])
+def test_sampled_confidence_counts_forbidden_tokens_in_the_normaliser(temperature, top_p):
+    """At temperature 1 and top_p 1 it is the probability that training knows."""
+    logits, forbidden = torch.tensor([[1.0, 3.0, 2.0, 0.5]]).repeat(99, 1), torch.tensor([False, True, False, False])
+    token, confidence = propose(logits, forbidden, (torch.arange(99) + 0.5) / 99, temperature, top_p)
+    exponential = [math.exp(x / temperature) for x in (1.0, 3.0, 2.0, 0.5)]
+    allowed = nucleus([1.0, -1e9, 2.0, 0.5], temperature, top_p)
+    assert set(token.tolist()) == {t for t, p in allowed.items() if p > 0}
+    for t, c in zip(token.tolist(), confidence.tolist(), strict=True):
+        assert c == pytest.approx(allowed[t] * (1 - exponential[1] / sum(exponential)), rel=1e-5)
+        if top_p == 1:
+            assert c == pytest.approx(exponential[t] / sum(exponential), rel=1e-5)
 
 
 def test_greedy_confidence_counts_forbidden_tokens_in_the_normaliser():

@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS, EstimatorOptions, NoiseRequest, noise_generator
+from megatron_dtrpo.diffusion.estimators import (
+    ESTIMATORS,
+    KEPT,
+    EstimatorOptions,
+    NoiseRequest,
+    Recording,
+    noise_generator,
+)
 from megatron_dtrpo.diffusion.layout import Blocks, lay_out, visible
 from tests import oracles
 
@@ -171,7 +178,7 @@ def drawn(name: str, block_start: str, steps: int, views: int = 1):
     options = EstimatorOptions(steps_per_block=steps)
     for seed in range(DRAWS):
         generators = [noise_generator(seed, 0, 0, 1, view) for view in range(1, views + 1)]
-        yield ESTIMATORS[name].draw(NoiseRequest(maskable, generators, options))[:2]
+        yield ESTIMATORS[name].draw(NoiseRequest(maskable, generators, options))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
@@ -204,12 +211,14 @@ def test_theorem_1_of_trajectory(models):
     estimate = Estimate(models[0], "clean")
     blocks = Blocks(P, len(RESPONSE), B)
     placed = blocks.place(torch.tensor([steps[P + i] for i in range(len(RESPONSE))]))
-    values = []
+    kept, values = torch.full_like(placed, KEPT), []
     for seed in range(200):
-        request = NoiseRequest(blocks.maskable("clean"), [noise_generator(seed, 0, 0, 1, 1)], steps=placed)
-        values.append(estimate(*ESTIMATORS["trajectory"].draw(request)[:2]))
+        generators = [noise_generator(seed, 0, 0, 1, 1)]
+        request = NoiseRequest(blocks.maskable("clean"), generators, recording=Recording(placed, kept))
+        values.append(estimate(*ESTIMATORS["trajectory"].draw(request)))
     outcomes = set(values)  # two steps in block 1, two in block 2: four equally likely outcomes
     assert len(outcomes) == 4 and sum(outcomes) / 4 == pytest.approx(wanted, abs=1e-10)
+    assert estimate(*ESTIMATORS["exact_trajectory"].draw(request)) == pytest.approx(wanted, abs=1e-10)
 
 
 @pytest.mark.parametrize("block_start", ["clean", "noisy"])
@@ -219,7 +228,11 @@ def test_what_is_refused_is_biased(models, block_start):
     for steps in (2, 8):
         got = expectation(Estimate(models[0], "noisy"), dtrpo_draws, steps)
         assert abs(got - expected_decoding(models[0], block_start, steps)) > 0.1
-    assert {name for name, one in ESTIMATORS.items() if "noisy" not in one.block_starts} >= {"dtrpo", "trajectory"}
+    assert {name for name, one in ESTIMATORS.items() if "noisy" not in one.block_starts} == {
+        "dtrpo",
+        "trajectory",
+        "exact_trajectory",
+    }
 
 
 @pytest.mark.parametrize(("name", "views"), [("elbo", 1), ("vrpo", 1), ("vrpo", 2)])

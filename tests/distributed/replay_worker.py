@@ -1,0 +1,65 @@
+"""One tensor-parallel process of `test_replay.py`: ``replay_worker.py INPUT OUTPUT``. Decodes, and scores every
+decoding through the packed layout."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.runtime import initialize
+from tests import oracles
+
+
+def replayed(model, noising, prompt: list[int], completion) -> list[tuple[int, float]]:
+    """(position, log-probability) of everything that the decoding wrote, from one forward pass."""
+    from megatron_dtrpo.data.batches import Decoded
+    from megatron_dtrpo.data.sampler import Sample
+    from megatron_dtrpo.model.attention import attention_width, plan_attention
+
+    discarded = torch.tensor([token[:4] for token in completion.discarded], dtype=torch.long).view(-1, 4)
+    decoded = Decoded(torch.tensor(completion.steps), discarded)
+    document = noising.document(Sample(0, 0), torch.tensor(prompt), [torch.tensor(completion.tokens)], [decoded])
+    width = attention_width(model.config)
+    attention = plan_attention(document.coordinates(), document.block_size, "sdpa", width=width)
+    with torch.no_grad():
+        log_probs = model(document.tokens, document.position, attention, document.target_row, document.target_token)
+    assert document.target_weight.eq(1).all()
+    return list(zip((document.position[document.target_row] + 1).tolist(), log_probs.tolist(), strict=True))
+
+
+def main(source: str, target: str) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    parallel = ParallelSettings(tensor_model_parallel_size=ranks)
+    initialize.start(parallel, seed=1)
+    from megatron_dtrpo.data.batches import Noising
+    from megatron_dtrpo.diffusion.decoding import DecodingOptions
+    from megatron_dtrpo.diffusion.estimators import EstimatorOptions
+    from megatron_dtrpo.inference.decoder import BlockDecoder, Vocabulary
+    from megatron_dtrpo.model.initialization import global_parameter_names
+    from megatron_dtrpo.model.provider import build_model
+
+    job = torch.load(source, weights_only=False)
+    model = build_model(ModelSettings(**job["model"]), parallel)
+    with torch.no_grad():
+        for name, parameter in global_parameter_names(model).items():
+            parameter.copy_(oracles.split_for_tensor_parallel(name, job["parameters"][name], ranks)[dist.get_rank()])
+    vocabulary = Vocabulary(job["vocab_size"], job["mask_id"], frozenset(job["end_ids"]))
+    block_size = job["model"]["block_size"]
+    decoder = BlockDecoder(model, vocabulary, block_size, max_positions=4096)
+    noising = Noising("exact_trajectory", EstimatorOptions(), 1, "clean", block_size, job["mask_id"], seed=0)
+    results = []
+    for options in job["options"]:
+        completions = decoder.decode(job["prompts"], DecodingOptions(**options), batch_size=5, seed=3)
+        scores = [replayed(model, noising, *one) for one in zip(job["prompts"], completions, strict=True)]
+        results.append(list(zip(completions, scores, strict=True)))
+    if dist.get_rank() == 0:
+        torch.save(results, target)
+    initialize.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

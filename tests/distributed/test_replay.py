@@ -1,0 +1,134 @@
+"""What a recorded decoding replays is what the decoder did: every step, also in a block that ends early.
+
+A random model decodes at temperature 1 with several end tokens, so that tokens are often written behind a later end
+token and thrown away again. Three computations of each step's log-probability must agree: the decoder's own, through
+its cache; one forward pass over the packed layout; and a float64 transformer with a forward pass a step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+
+from tests import oracles
+from tests.launch import REPOSITORY, _environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+BLOCK, VOCAB, MASK, END_IDS = 8, 61, 60, (59, 3, 17, 30)
+PADDED = 64
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "vocab_size": VOCAB,
+    "make_vocab_size_divisible_by": PADDED,
+    "rotary_base": 10000.0,
+    "block_size": BLOCK,
+}
+OPTIONS = [
+    {"max_new_tokens": 30, "temperature": 1.0, "top_p": 1.0, "threshold": 0.2, "small_block_size": 8},
+    {"max_new_tokens": 21, "temperature": 1.0, "top_p": 1.0, "threshold": 0.5, "small_block_size": 4},
+    {"max_new_tokens": 30, "temperature": 0.0, "threshold": 0.2, "small_block_size": 8},
+]
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    allowed = [token for token in range(MASK) if token not in END_IDS]
+    return [[rng.choice(allowed) for _ in range(length)] for length in [*range(1, 19)] * 2]
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """Sure of some tokens; forbidden ones, the mask and the padding, are probable enough to be missed."""
+    model = oracles.qwen2(vocab_size=PADDED, seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    return model
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
+def results(request, peer, tmp_path_factory) -> list:
+    """Per options and prompt: the completion, and (position, log-probability) by the packed layout."""
+    folder = tmp_path_factory.mktemp("replay")
+    parameters = oracles.megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
+    job = {"model": MODEL, "parameters": parameters, "prompts": prompts(), "options": OPTIONS}
+    torch.save(job | {"vocab_size": VOCAB, "mask_id": MASK, "end_ids": END_IDS}, folder / "job.pt")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    command = [sys.executable, *launcher, "-m", "tests.distributed.replay_worker", "job.pt", "out.pt"]
+    command[-2:] = [str(folder / name) for name in command[-2:]]
+    with (folder / "log.txt").open("wb") as file:
+        status = subprocess.run(command, stdout=file, stderr=file, env=_environment(), cwd=REPOSITORY, timeout=300)
+    assert status.returncode == 0, (folder / "log.txt").read_text()
+    return torch.load(folder / "out.pt", weights_only=False)
+
+
+def written(prompt: list[int], completion) -> list[tuple[int, int, int, float]]:
+    """(position, token, step, until) and confidence of everything that was written."""
+    response = zip(completion.tokens, completion.steps, completion.confidence, strict=True)
+    kept = [(len(prompt) + i, *one[:2], math.inf, one[2]) for i, one in enumerate(response)]
+    return kept + [(len(prompt) + token.place, *token[1:]) for token in completion.discarded]
+
+
+def by_step(values) -> dict[int, float]:
+    total: dict[int, float] = defaultdict(float)
+    for step, value in values:
+        total[step] += value
+    return total
+
+
+def step_by_step(model, prompt: list[int], everything) -> dict[int, float]:
+    """What every step wrote, from a forward pass of its own over what was there."""
+    total = {}
+    for now in sorted({step for _, _, step, *_ in everything}):
+        new = {p: token for p, token, step, *_ in everything if step == now}
+        shown = dict(enumerate(prompt)) | {p: token for p, token, step, until, _ in everything if step < now <= until}
+        begin = min(new) // BLOCK * BLOCK
+        # A block's first token is read from the pass that finished the block before.
+        length = begin if begin in new else begin + BLOCK
+        tokens = torch.tensor([shown.get(p, MASK) for p in range(length)])
+        with torch.no_grad():
+            logits = oracles.qwen2_logits(model, tokens, torch.arange(length), oracles.block_causal(length, BLOCK))
+        log_probs = torch.log_softmax(logits, -1)
+        total[now] = sum(log_probs[p - 1, token].item() for p, token in new.items())
+    return total
+
+
+def test_every_step_is_replayed(peer, results):
+    thrown = 0
+    for options, done in zip(OPTIONS, results, strict=True):
+        for prompt, (completion, scores) in zip(prompts(), done, strict=True):
+            everything = written(prompt, completion)
+            step_of = {position: step for position, _, step, *_ in everything}
+            decoder = by_step((step, math.log(confidence)) for *_, step, _, confidence in everything)
+            packed = by_step((step_of[position], value) for position, value in scores)
+            oracle = step_by_step(peer, prompt, everything)
+            assert len(scores) == len(everything) == len(step_of)
+            assert sorted(decoder) == sorted(packed) == sorted(oracle)
+            for step in decoder:
+                assert packed[step] == pytest.approx(decoder[step], abs=1e-4), (options, prompt, step)
+                assert oracle[step] == pytest.approx(decoder[step], abs=1e-4), (options, prompt, step)
+            assert completion.log_likelihood() == pytest.approx(sum(oracle.values()), abs=1e-4)
+            thrown += len(completion.discarded)
+    assert thrown > 20
+
+
+def test_the_discarded_tokens_matter(peer, results):
+    """Without them the same recording is another number: what was seen, and what was written, is missing."""
+    differences = []
+    for done in results:
+        for prompt, (completion, _) in zip(prompts(), done, strict=True):
+            if completion.discarded:
+                kept = written(prompt, completion._replace(discarded=[]))
+                differences.append(sum(step_by_step(peer, prompt, kept).values()) - completion.log_likelihood())
+    assert sum(abs(difference) > 0.1 for difference in differences) > 10

@@ -10,7 +10,8 @@ from megatron_dtrpo.errors import UserError
 
 # What any function may need; torch's own limit is 8, which a few lengths with and without gradient soon reach.
 _LEAST = 32
-# Of one function, and of one function over all modules that it was compiled with. torch renamed them in 2.6.
+# torch has renamed these settings. The limits are of one function, and of one over all that it was compiled for.
+_FAIL = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")
 _LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
 
 
@@ -26,21 +27,29 @@ def compiled(function: Callable, dynamic: bool | None = False) -> Callable:
     import torch._dynamo  # slow to import, and not needed on a CPU
 
     allow_variants(_LEAST)
-    errors = torch._dynamo.exc
+    errors, config = torch._dynamo.exc, torch._dynamo.config
     limit_reached = getattr(errors, "FailOnRecompileLimitHit", None) or errors.FailOnCacheLimitHit
-    kernel = torch.compile(function, dynamic=dynamic, fullgraph=True)  # fullgraph makes torch raise at the limit
+    fail, limit = _known(config, *_FAIL), _known(config, "recompile_limit", "cache_size_limit")
+    kernel = torch.compile(function, dynamic=dynamic)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         try:
-            return kernel(*args, **kwargs)
+            # For this call alone: what megatron-core compiles may run uncompiled.
+            with config.patch(**{fail: True}):
+                return kernel(*args, **kwargs)
         except limit_reached as error:
             raise UserError(
-                f"{function.__name__} was compiled {torch._dynamo.config.recompile_limit} times, more often than there "
-                "are lengths of packed sequences: TORCH_LOGS=recompiles says why; --attention-backend sdpa does without"
+                f"{function.__name__} was compiled {getattr(config, limit)} times, more often than there are lengths "
+                "of packed sequences: TORCH_LOGS=recompiles says why; --attention-backend sdpa does without"
             ) from error
 
     return call
+
+
+def _known(config, *names: str) -> str:
+    """The first of ``names`` that this torch has among its settings."""
+    return next(name for name in names if hasattr(config, name))
 
 
 def allow_variants(count: int) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` in page-locked memory, where ``device`` is a GPU. May be called on any thread."""
-    if device.type != "cuda" or tensor.is_pinned():
+    """``tensor`` in page-locked memory (itself if it is), where ``device`` is a GPU. May be called on any thread."""
+    if device.type != "cuda":
         return tensor
     with torch.cuda.device(device):  # a new thread starts on the first GPU, and would open it for every process
         return tensor.pin_memory()

@@ -138,11 +138,16 @@ def _config(size: Size, layers: int):
     from benchmark_layers import SIZES
 
     from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
+    from megatron_dtrpo.runtime.precision import fused_gradients, fuses_rotary
     from megatron_dtrpo.validation import validate
 
+    # What is left to the machine is said, so that the plan knows it.
+    parallel = ParallelSettings(bf16=True, use_distributed_optimizer=True)
+    parallel.apply_rope_fusion = fuses_rotary(parallel)
+    parallel.gradient_accumulation_fusion = fused_gradients(parallel) is not None
     config = Config(
         model=ModelSettings(num_layers=layers, **SIZES[size.layers[0]]),
-        parallel=ParallelSettings(bf16=True),
+        parallel=parallel,
         data=DataSettings(seq_length=size.tokens, micro_batch_size=1, global_batch_size=2),
         optimizer=OptimizerSettings(train_iters=1, lr=1e-6),
     )

@@ -4,6 +4,7 @@ Called by compare_estimators.sh. Every run sees the same pairs in the same numbe
 seed differ. Reported per estimator, over the seeds:
 
     exact match       greedily decoded answers to held-out problems that are right
+    tokens per pass   of those answers: all tokens over all forward passes
     reward accuracy   held-out pairs whose chosen response gained more than the rejected one
     seconds per step  median, on this machine
     forward tokens    tokens of a pair in one forward pass of policy or reference
@@ -36,7 +37,9 @@ ESTIMATORS = {
     "elbo": ["--estimator", "elbo"],
     "mean_field": ["--estimator", "mean_field", "--num-views", "1"],
 }
-COLUMNS = ("exact match", "reward accuracy", "seconds per step", "forward tokens per pair", "deviation at equal cost")
+DEVIATION = "deviation at equal cost"
+MEASURED = ("exact match", "tokens per pass", "reward accuracy", "seconds per step", "forward tokens per pair")
+COLUMNS = (*MEASURED, DEVIATION)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -78,7 +81,8 @@ def train(options: argparse.Namespace, extra: list[str], name: str, seed: int) -
     return save
 
 
-def exact_match(options: argparse.Namespace, save: Path, name: str) -> float:
+def answers(options: argparse.Namespace, save: Path, name: str) -> tuple[float, float]:
+    """Exact match, and tokens per forward pass."""
     output = options.output / f"{name}.answers.jsonl"
     words = ["tools/generate.py", "--checkpoint", save, "--prompts", options.problems, "--output", output]
     words += ["--max-new-tokens", 64, "--batch-size", 128, "--no-progress"]
@@ -87,7 +91,9 @@ def exact_match(options: argparse.Namespace, save: Path, name: str) -> float:
     from megatron_dtrpo.evaluation.verifiers import numeric
 
     rows = read_lines(output)
-    return sum(numeric(row, row["completion"]) for row in rows) / len(rows)
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    right = sum(numeric(row, row["completion"]) for row in rows)
+    return right / len(rows), tokens / sum(row["completion_passes"] for row in rows)
 
 
 def margins(options: argparse.Namespace, save: Path, name: str, seed: int, estimator: str) -> list[float]:
@@ -101,12 +107,14 @@ def margins(options: argparse.Namespace, save: Path, name: str, seed: int, estim
 
 
 def measure(options: argparse.Namespace, extra: list[str], name: str) -> dict[str, list[float]]:
-    """One value per seed of every column but the last."""
-    found: dict[str, list[float]] = {column: [] for column in COLUMNS[:4]}
+    """One value per seed of every column but the deviation."""
+    found: dict[str, list[float]] = {column: [] for column in MEASURED}
     for seed in options.seeds:
         save = train(options, extra, name, seed)
         rows = read_lines(save / "metrics.jsonl")
-        found["exact match"].append(exact_match(options, save, f"{name}-{seed}"))
+        match, tokens_per_pass = answers(options, save, f"{name}-{seed}")
+        found["exact match"].append(match)
+        found["tokens per pass"].append(tokens_per_pass)
         scores = margins(options, save, f"{name}-{seed}", 0, name)
         found["reward accuracy"].append(sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in scores) / len(scores))
         batch = rows[0]["consumed_samples"] / rows[0]["iteration"]
@@ -123,16 +131,17 @@ def deviation(options: argparse.Namespace, judge: Path, name: str) -> float:
     return statistics.mean(statistics.stdev(values) for values in zip(*draws, strict=True))
 
 
-def table(results: dict[str, dict[str, list[float]]], baseline: float) -> str:
+def table(results: dict[str, dict[str, list[float]]], baseline: tuple[float, float]) -> str:
     lines = ["| estimator | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines.append(f"| none: the SFT checkpoint | {baseline:.3f} | | | | |")
+    lines.append(f"| none: the SFT checkpoint | {baseline[0]:.3f} | {baseline[1]:.2f} | | | | |")
     for name, found in results.items():
         cells = [
             show(found["exact match"], 3),
+            show(found["tokens per pass"], 2),
             show(found["reward accuracy"], 3),
             f"{statistics.median(found['seconds per step']):.3f}",
             f"{statistics.mean(found['forward tokens per pair']):.0f}",
-            f"{found[COLUMNS[4]][0]:.3f}",
+            f"{found[DEVIATION][0]:.3f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -146,7 +155,7 @@ def show(values: list[float], digits: int) -> str:
 
 def plot(results: dict[str, dict[str, list[float]]], baseline: float, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for axis, column in zip(axes, ("exact match", "reward accuracy", COLUMNS[4]), strict=True):
+    for axis, column in zip(axes, ("exact match", "reward accuracy", DEVIATION), strict=True):
         for place, found in enumerate(results.values()):
             values = found[column]
             axis.bar(place, statistics.mean(values), color="#2f6db5", alpha=0.35)
@@ -162,18 +171,18 @@ def plot(results: dict[str, dict[str, list[float]]], baseline: float, path: Path
 def main(arguments: list[str] | None = None) -> int:
     options, extra = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    baseline = exact_match(options, options.checkpoint, "sft")
+    baseline = answers(options, options.checkpoint, "sft")
     results = {name: measure(options, extra, name) for name in options.estimators}
     judge = options.output / f"{options.estimators[0]}-{options.seeds[0]}"
     cost = {name: statistics.mean(found["forward tokens per pair"]) for name, found in results.items()}
     for name, found in results.items():
         # Twice the tokens, averaged over, have 1 / sqrt(2) of the deviation.
         equal_cost = math.sqrt(cost[name] / cost[options.estimators[0]])
-        found[COLUMNS[4]] = [deviation(options, judge, name) * equal_cost]
+        found[DEVIATION] = [deviation(options, judge, name) * equal_cost]
     text = table(results, baseline)
     (options.output / "comparison.md").write_text(text)
-    (options.output / "comparison.json").write_text(json.dumps({"sft": baseline, **results}, indent=2) + "\n")
-    plot(results, baseline, options.output / "comparison.png")
+    (options.output / "comparison.json").write_text(json.dumps({"sft": baseline[0], **results}, indent=2) + "\n")
+    plot(results, baseline[0], options.output / "comparison.png")
     print(f"\n{text}\nwritten: {options.output}/comparison.md, .json and .png")
     return 0
 

@@ -123,7 +123,7 @@ def _evaluate(argv: list[str]) -> None:
                 return
             with model.leader.leading():
                 results = _simple_evaluate(model, tasks, overrides, arguments)
-            _report(results, source, options, arguments)
+            _report(results, model.completions, source, options, arguments)
 
 
 def _take_overrides(arguments: argparse.Namespace) -> dict:
@@ -199,9 +199,10 @@ def _simple_evaluate(model, tasks: dict, overrides: dict, arguments: argparse.Na
     )
 
 
-def _report(results: dict, source, options, arguments: argparse.Namespace) -> None:
+def _report(results: dict, completions: list, source, options, arguments: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
+    from megatron_dtrpo.evaluation.generation import efficiency
     from megatron_dtrpo.evaluation.harness import MODEL_NAME
     from megatron_dtrpo.training.checkpoint import write_atomically
 
@@ -209,6 +210,8 @@ def _report(results: dict, source, options, arguments: argparse.Namespace) -> No
     scoring = {name: getattr(source.config.objective, name) for name in names}
     described = {"checkpoint": arguments.checkpoint, "iteration": source.iteration, "seed": options.seed}
     results["config"] |= {"model": MODEL_NAME, "model_args": described | vars(options.decoding) | scoring}
+    if completions:
+        results["efficiency"] = efficiency(completions)
     if arguments.output:
         path = Path(arguments.output)
         try:
@@ -218,6 +221,8 @@ def _report(results: dict, source, options, arguments: argparse.Namespace) -> No
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
+    for name, value in results.get("efficiency", {}).items():
+        print(f"{name:<28} {value:.3f}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
     python tools/generate.py --checkpoint RUN --prompts prompts.jsonl --output answers.jsonl --batch-size 16
 
 Prompt rows (JSONL, Parquet) hold `prompt` (text or messages), `messages` or `prompt_ids`. Each output row is the input
-row with `completion` and `completion_ids`, and with --record-trajectory also `completion_steps` (the decoding step that
-wrote each token), `completion_confidence` and `completion_discarded` (what was thrown away behind an end token).
---trace writes a page that replays the decoding. RUN is a checkpoint or run folder, or an exported Hugging Face folder.
-Runs under torchrun too: tensor, pipeline and data parallel.
+row with `completion`, `completion_ids` and `completion_passes` (forward passes it took), and with --record-trajectory
+also `completion_steps` (the decoding step that wrote each token), `completion_confidence` and `completion_discarded`
+(what was thrown away behind an end token). --trace writes a page that replays the decoding. RUN is a checkpoint or run
+folder, or an exported Hugging Face folder. Runs under torchrun too: tensor, pipeline and data parallel.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
     lines = []
     for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True):
         row = {**prompt.row, "completion": tokenizer.decode(completion.tokens), "completion_ids": completion.tokens}
+        row["completion_passes"] = completion.passes
         if arguments.verifier:
             row["correct"] = verdict
         if arguments.record_trajectory:

@@ -42,12 +42,23 @@ def decode_prompts(
     return [[found[p, s] for s in range(samples)] for p in range(len(prompts))]
 
 
-def speed(completions: Iterable[Completion], seconds: float) -> str:
-    """Tokens per second and per forward pass, in words."""
-    completions = list(completions)
+def efficiency(completions: Sequence[Completion]) -> dict[str, float]:
+    """What a response cost, on average; docs/decoding.md explains the names. ``completions``: one or more."""
     tokens = sum(len(completion.tokens) for completion in completions)
     passes = sum(completion.passes for completion in completions)
+    return {
+        "completions/mean_length": tokens / len(completions),
+        "completions/mean_passes": passes / len(completions),
+        "completions/tokens_per_pass": tokens / passes,
+        "completions/clipped_ratio": sum(not completion.ended for completion in completions) / len(completions),
+    }
+
+
+def speed(completions: Sequence[Completion], seconds: float) -> str:
+    """Tokens per second, and `efficiency`, in words."""
+    tokens, found = sum(len(completion.tokens) for completion in completions), efficiency(completions)
     return (
         f"{len(completions)} responses, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens per second, "
-        f"{tokens / passes:.2f} tokens per forward pass"
+        f"{found['completions/tokens_per_pass']:.2f} tokens per forward pass; "
+        f"{found['completions/mean_length']:.1f} tokens and {found['completions/mean_passes']:.1f} passes a response"
     )

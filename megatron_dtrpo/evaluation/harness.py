@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.diffusion.decoding import DecodingOptions
+from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.leader import Leader
 from megatron_dtrpo.evaluation.likelihood import Continuation, content_key, score_continuations
@@ -78,6 +78,7 @@ class HarnessModel(TemplateLM):
         self.max_positions = session.config.model.max_position_embeddings
         self.truncated = 0
         self.unknown: set[str] = set()
+        self.completions: list[Completion] = []  # of all requests to generate, on the first process
         self.leader = Leader({"decode": self._decode, "score": self._score})
 
     # What the harness asks of the tokenizer.
@@ -112,10 +113,11 @@ class HarnessModel(TemplateLM):
             generations.append(generation._replace(key=(content_key(generation.prompt), seen[generation])))
             seen[generation] += 1
         self._warn()
-        responses = self.leader.call("decode", generations)
+        completions = self.leader.call("decode", generations)
+        self.completions += completions
         return [
-            postprocess_generated_text(self.text.decode(tokens), list(generation.until), None)
-            for generation, tokens in zip(generations, responses, strict=True)
+            postprocess_generated_text(self.text.decode(completion.tokens), list(generation.until), None)
+            for generation, completion in zip(generations, completions, strict=True)
         ]
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -160,7 +162,7 @@ class HarnessModel(TemplateLM):
             for continuation in continuations
         ]
         written = self.leader.call("decode", greedy)
-        return [not c.tokens or tuple(t) == c.tokens for t, c in zip(written, continuations, strict=True)]
+        return [not c.tokens or tuple(w.tokens) == c.tokens for w, c in zip(written, continuations, strict=True)]
 
     # From requests to tokens.
 
@@ -209,12 +211,12 @@ class HarnessModel(TemplateLM):
 
     # On all processes.
 
-    def _decode(self, generations: Sequence[Generation]) -> list[list[int]]:
-        """The tokens written for every generation; those with the same options are decoded together."""
+    def _decode(self, generations: Sequence[Generation]) -> list[Completion]:
+        """The completion of every generation; those with the same options are decoded together."""
         alike: dict[tuple, list[int]] = {}
         for place, generation in enumerate(generations):
             alike.setdefault((generation.options, generation.end_ids), []).append(place)
-        found: dict[int, list[int]] = {}
+        found: dict[int, Completion] = {}
         show = self.session.is_main and sys.stderr.isatty()
         with tqdm(total=len(generations), desc="decoding", unit=" responses", disable=not show) as bar:
             for (options, end_ids), places in alike.items():
@@ -231,7 +233,7 @@ class HarnessModel(TemplateLM):
                     finished=lambda place, completion: bar.update(self.session.replicas),
                     stop=lambda place, tokens, untils=untils: self._has_stop_string(tokens, untils[place]),
                 )
-                found |= {place: completion.tokens for place, completion in zip(mine, done, strict=True)}
+                found |= zip(mine, done, strict=True)
         found = self.session.gather(found)
         return [found[place] for place in range(len(generations))]
 

@@ -18,7 +18,7 @@ from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import DecodingOptions
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.evaluation.generation import decode_prompts
+from megatron_dtrpo.evaluation.generation import decode_prompts, efficiency
 from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
 from megatron_dtrpo.model.attention import attention_width, choose_backend
@@ -83,7 +83,7 @@ class PeriodicEvaluation:
         """
         metrics = self._objective(wrapped, attention_width(model.config))
         if self.problems:
-            metrics["exact_match"] = self._exact_match(model)
+            metrics |= self._decoded(model)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def _objective(self, wrapped, width: int) -> dict[str, float]:
@@ -103,8 +103,8 @@ class PeriodicEvaluation:
         sums, count, *_ = reduce_metrics(outcomes, len(names), 0, False, self.device)
         return {name: value / max(float(count), 1) for name, value in zip(names, sums.tolist(), strict=True)}
 
-    def _exact_match(self, model) -> float:
-        """Share of problems whose greedily decoded answer the verifier accepts."""
+    def _decoded(self, model) -> dict[str, float]:
+        """Share of problems whose greedily decoded answer the verifier accepts, and what decoding cost."""
         settings, block_size = self.config.evaluation, self.config.model.block_size
         options = DecodingOptions(
             max_new_tokens=settings.eval_max_new_tokens,
@@ -122,4 +122,4 @@ class PeriodicEvaluation:
             right += judge(problem.row, problem.location, text) is True
         if len(judge.failures) == len(self.problems):
             raise UserError(f"eval_verifier judged no answer: {judge.failures[0]}")
-        return right / len(self.problems)
+        return {"exact_match": right / len(self.problems), **efficiency([samples[0] for samples in decoded])}

@@ -12,6 +12,7 @@ from tests.launch import TINY_MODEL, Job, train, uneven_pairs, write_lines
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 BETA = 0.3
+END = 256  # of the byte-level tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -95,5 +96,12 @@ def test_the_tools_give_the_same_numbers(settings, alone, tmp_path):
     assert margin == pytest.approx(last["eval/rewards/margins"], abs=1e-4), result.output
     words = {"checkpoint": alone, "prompts": heldout, "output": tmp_path / "out.jsonl", "max_new_tokens": 10}
     assert Job(words, tmp_path / "generate.log", 1, ["tools/generate.py"]).wait().status == 0
-    texts = [json.loads(line)["completion"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    tokens, passes = sum(len(row["completion_ids"]) for row in rows), sum(row["completion_passes"] for row in rows)
+    assert last["eval/completions/mean_length"] == pytest.approx(tokens / len(rows))
+    assert last["eval/completions/mean_passes"] == pytest.approx(passes / len(rows))
+    assert last["eval/completions/tokens_per_pass"] == pytest.approx(tokens / passes)
+    open_ended = sum(row["completion_ids"][-1] != END for row in rows)
+    assert last["eval/completions/clipped_ratio"] == pytest.approx(open_ended / len(rows))
+    texts = [row["completion"] for row in rows]
     assert sum(sum(map(ord, text)) % 2 for text in texts) / len(texts) == pytest.approx(last["eval/exact_match"])

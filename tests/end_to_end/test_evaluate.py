@@ -149,6 +149,13 @@ def test_generation_is_that_of_generate(folder, results):
     assert known["truth"] != known["answers"]  # the stop string did stop something
     expected = (len(QUESTIONS) - 1) / len(QUESTIONS)
     assert results["results"]["local_generation"]["exact_match,none"] == pytest.approx(expected)
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    tokens, passes = sum(len(row["completion_ids"]) for row in rows), sum(row["completion_passes"] for row in rows)
+    found = results["efficiency"]
+    assert 1 < found["completions/mean_length"] <= tokens / len(rows)  # a stop string ends the decoding, too
+    assert 1 < found["completions/mean_passes"] <= passes / len(rows)
+    per_pass = found["completions/mean_length"] / found["completions/mean_passes"]
+    assert found["completions/tokens_per_pass"] == pytest.approx(per_pass)
 
 
 def test_likelihoods_are_those_of_one_at_a_time(folder, results):

@@ -64,9 +64,13 @@ def test_rows_keep_what_they_had_and_gain_a_completion(folder, capfd):
     for row in rows:
         assert 1 <= len(row["completion_ids"]) <= 20
         assert len(row["completion_steps"]) == len(row["completion_confidence"]) == len(row["completion_ids"])
+        assert 1 <= row["completion_passes"] <= 20 + 1 + 3  # its steps, the prompt's pass, a clean pass a full block
         kept = [i for i in row["completion_ids"] if i < 256]
         assert row["completion"] == bytes(kept).decode("utf-8", errors="replace")
-    assert "tokens per second" in capfd.readouterr().err
+    tokens, passes = sum(len(row["completion_ids"]) for row in rows), sum(row["completion_passes"] for row in rows)
+    said = capfd.readouterr().err
+    assert "tokens per second" in said and f"{tokens / passes:.2f} tokens per forward pass" in said
+    assert f"{tokens / 5:.1f} tokens and {passes / 5:.1f} passes a response" in said
     page = (folder / "trace.html").read_text()
     assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 

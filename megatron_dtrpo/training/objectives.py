@@ -68,7 +68,7 @@ def sft_objective(settings: ObjectiveSettings) -> Objective:
     def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         per_example = -policy
         loss = per_example.sum()
-        count = batch.response_length.sum().int()
+        count = batch.response_length.sum().int()  # every token of a response is learned
         return Outcome(loss, count, loss.detach().double()[None], per_example.detach())
 
     return Objective(("loss",), evaluate)

@@ -9,7 +9,13 @@ import pytest
 from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, read_yaml
 from megatron_dtrpo.config import GROUPS, Config
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.validation import validate, validate_data, validate_decoding, validate_training
+from megatron_dtrpo.validation import (
+    validate,
+    validate_data,
+    validate_decoding,
+    validate_precomputing,
+    validate_training,
+)
 
 COMPLETE = {
     "num_layers": 4,
@@ -353,6 +359,21 @@ def test_losses_are_given_as_trl_has_them(tmp_path):
     config, _ = parsed("--config", write(tmp_path, "loss_type: ipo\n"))  # one text is a list of one
     assert config.objective.losses() == {"ipo": 1.0}
     assert parsed()[0].objective.losses() == {"sigmoid": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"objective": "sft"}, "objective sft has no reference: there is nothing to precompute"),
+        ({"loss_type": ["simpo", "sft"]}, "loss_type simpo, sft has no reference: there is nothing to precompute"),
+    ],
+)
+def test_what_reads_no_reference_has_no_scores_to_precompute(changes, words):
+    validate_precomputing(config_of(train_iters=1), 1)
+    config = config_of(train_iters=1, **changes)
+    validate(config, 1)
+    with pytest.raises(UserError, match=words):
+        validate_precomputing(config, 1)
 
 
 def test_the_anchors_old_key_names_the_new_form(tmp_path):

@@ -105,6 +105,21 @@ def test_ln_2_where_the_policy_is_the_reference(beta, label_smoothing):
     assert metrics["rewards/accuracies"].tolist() == [0.5] * 3  # ties, as score counts them
 
 
+@pytest.mark.parametrize(
+    "name, first",
+    [("sigmoid", math.log(2)), ("robust", math.log(2)), ("hinge", 1.0), ("apo_zero", 1.0), ("ipo", 25 / 4)],
+)
+def test_losses_of_the_first_step(name, first):
+    """Policy = reference: what docs/metrics.md says; ipo's is ``1 / (4 beta^2)``."""
+    scores = torch.tensor([-20.0, -31.0, -5.0, -2.0], dtype=torch.float64)
+    options, lengths = LossOptions(beta=0.2), torch.tensor([3, 9, 2, 2])
+    for per_token in (False, True):
+        loss, _ = preference_loss(
+            scores, scores.clone(), lengths, losses={name: 1.0}, options=options, length_normalization=per_token
+        )
+        assert loss.tolist() == pytest.approx([first] * 2, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "robust", "simpo", "apo_zero"])
 def test_extreme_margins_stay_finite(name):
     policy = torch.tensor([1e5, -1e5, -1e5, 1e5], dtype=torch.float64, requires_grad=True)

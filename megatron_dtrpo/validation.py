@@ -175,7 +175,7 @@ def validate_decoding(config: Config) -> None:
 def _no_reference(objective: ObjectiveSettings) -> str:
     if objective.objective != "preference":
         return f"objective {objective.objective} has no reference"
-    return f"loss_type {', '.join(objective.loss_type)} has no reference"
+    return f"loss_type {', '.join(objective.losses())} has no reference"
 
 
 def validate_precomputing(config: Config, data_parallel: int) -> None:

@@ -81,6 +81,12 @@ class ParallelSettings:
     )
     overlap_grad_reduce: bool = _setting(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = _setting(False, "Overlap the distributed optimizer's gather with the forward pass.")
+    ddp_bucket_size: int | None = _setting(
+        None,
+        "Parameters whose gradients or values travel in one message, with overlap_grad_reduce. Default: 40 million, or "
+        "a million for each data-parallel process if that is more.",
+        at_least=1,
+    )
     bf16: bool = _setting(False, "bfloat16 weights and activations, fp32 main weights and gradient reduction.")
     transformer_impl: str | None = _setting(
         None,

@@ -88,6 +88,10 @@ def validate(config: Config, world_size: int) -> int:
         "overlap_param_gather needs use_distributed_optimizer",
     )
     _demand(
+        parallel.ddp_bucket_size is None or parallel.overlap_grad_reduce,
+        "ddp_bucket_size goes with overlap_grad_reduce: give that too",
+    )
+    _demand(
         not parallel.optimizer_cpu_offload or (parallel.use_distributed_optimizer and parallel.bf16),
         "optimizer_cpu_offload needs use_distributed_optimizer and bf16",
     )

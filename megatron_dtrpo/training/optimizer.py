@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dtrpo.config import Config
 from megatron_dtrpo.runtime.precision import data_parallel_precision, optimizer_precision
+from megatron_dtrpo.training.optimizer_state import save_own_share
 
 
 def wrap_data_parallel(chunks: list, config: Config) -> list[DistributedDataParallel]:
@@ -19,6 +20,7 @@ def wrap_data_parallel(chunks: list, config: Config) -> list[DistributedDataPara
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
         **data_parallel_precision(parallel),
     )
     shared = chunks[0].config  # one object for all stages
@@ -52,6 +54,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: Config):
         **optimizer_precision(config.parallel),
     )
     optimizer = get_megatron_optimizer(optimizer_config, wrapped)
+    save_own_share(optimizer)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

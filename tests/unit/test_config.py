@@ -316,6 +316,7 @@ def test_what_is_missing_is_named(key):
         (1, dict(kv_channels=7), ["kv_channels 7", "odd"]),
         (1, dict(block_size=1), ["block_size 1", "block_start clean"]),
         (1, dict(overlap_param_gather=True), ["overlap_param_gather", "use_distributed_optimizer"]),
+        (1, dict(ddp_bucket_size=1000), ["ddp_bucket_size", "overlap_grad_reduce"]),
         (1, dict(optimizer_cpu_offload=True, bf16=True), ["optimizer_cpu_offload", "use_distributed_optimizer"]),
         (1, dict(optimizer_cpu_offload=True, use_distributed_optimizer=True), ["optimizer_cpu_offload", "bf16"]),
         (1, dict(optimizer_offload_fraction=0.5), ["optimizer_offload_fraction", "optimizer_cpu_offload"]),

@@ -26,7 +26,12 @@ from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import MetricLog
 from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
-from megatron_dtrpo.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_dtrpo.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    finish_parameter_gather,
+    wrap_data_parallel,
+)
 from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable, starting_model
 from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
@@ -167,6 +172,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluation is None:
             return
+        finish_parameter_gather(self.wrapped)
         with without_fp8(self.chunks):  # decoding's passes are of any length
             metrics = self.evaluation.measure(self.wrapped, self.chunks[0])
         if self.log is not None:
@@ -275,6 +281,7 @@ class Trainer:
         return f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
 
     def _save(self) -> None:
+        finish_parameter_gather(self.wrapped)
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}
         checkpoint.save(self.config.run.save, self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
         self._say(f"saved {checkpoint.iteration_folder(self.config.run.save, self.iteration)}")

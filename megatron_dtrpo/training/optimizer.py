@@ -36,6 +36,20 @@ def wrap_data_parallel(chunks: list, config: Config) -> list[DistributedDataPara
     return wrapped
 
 
+def finish_parameter_gather(wrapped: list[DistributedDataParallel]) -> None:
+    """Brings all weights up to date on every process; collective, and free where nothing is left to do.
+
+    With ``overlap_param_gather`` the optimizer's step writes each process's own share, and the next forward pass
+    gathers the rest. What reads weights in between calls this first.
+    """
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            for group in chunk.bucket_groups:
+                # As the forward pass does it, FP8's work on the gathered weights included, which start_param_sync
+                # leaves out under overlap.
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
 def build_optimizer(wrapped: list[DistributedDataParallel], config: Config):
     settings = config.optimizer
     optimizer_config = OptimizerConfig(

@@ -6,7 +6,9 @@
 #   RDZV_ENDPOINT    HOST:PORT of one of the nodes, the same on all; needed for more than one
 #   RDZV_ID          a name for this run, the same on all (default: megatron-dtrpo)
 #   PYTHON           default: the checkout's .venv, or python3
-# PYTORCH_CUDA_ALLOC_CONF, TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_CACHE_DIR have defaults, see below.
+#
+# However it is started, the trainer sets PYTORCH_CUDA_ALLOC_CONF, TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_CACHE_DIR
+# (a cache of compiled kernels that all processes and restarts share) where they are not set here or before.
 set -euo pipefail
 example=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH_SOURCE[1]}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,15 +30,6 @@ if [ "$nodes" != 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
     echo "error: NNODES is $nodes: set RDZV_ENDPOINT=HOST:PORT to one of the nodes, the same on all" >&2
     exit 2
 fi
-# What the GPUs' processes share; whatever is set already wins. Packed sequences differ in length, and memory that can grow is
-# not cut into pieces of the wrong size. Each process compiles its kernels with its share of the cores, and kernels are kept
-# where a restart, and on a shared home every node, finds them.
-[ -n "${PYTORCH_ALLOC_CONF:-}" ] || export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-cores=$(nproc 2>/dev/null || echo 8)
-share=$((cores / processes > 0 ? cores / processes : 1))
-export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$((share < 16 ? share : 16))}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/megatron-dtrpo/kernels}
-
 # SIGUSR1 means: save and stop. It reaches every process of a Slurm job; the trainer handles it, torchrun is to survive it.
 trap '' USR1
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \

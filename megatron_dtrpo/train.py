@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
+    from megatron_dtrpo.runtime import environment
+
+    environment.set_defaults()  # before anything imports torch
     from megatron_dtrpo.arguments import build_parser, parse_command
 
     parser = build_parser(prog="python -m megatron_dtrpo.train", description=__doc__)

@@ -176,32 +176,6 @@ def test_two_nodes_and_a_failure(tmp_path):
     assert f"resuming from iteration {reached}" in nodes[0].output() + nodes[1].output()
 
 
-def test_the_launcher_sets_what_is_not_set(tmp_path):
-    """Memory that can grow, a share of the cores to compile with, and a cache that outlives the job."""
-    python = tmp_path / "python"
-    python.write_text("#!/usr/bin/env bash\nenv >>environment\n")
-    python.chmod(0o755)
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_CACHE_DIR")
-
-    def launched(**given: str) -> dict[str, str]:
-        inherited = {key: value for key, value in os.environ.items() if key not in (*names, "PYTORCH_ALLOC_CONF")}
-        fixed = {"PYTHON": str(python), "NPROC_PER_NODE": "1", "HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
-        subprocess.run(
-            ["bash", REPOSITORY / "examples" / "dtrpo_7b.sh"], cwd=tmp_path, env=inherited | fixed | given, check=True
-        )
-        found = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
-        (tmp_path / "environment").unlink()
-        return {name: found.get(name) for name in names}
-
-    memory, threads, cache = launched().values()
-    assert memory == "expandable_segments:True" and cache == f"{tmp_path}/.cache/megatron-dtrpo/kernels"
-    assert 1 <= int(threads) <= 16
-    assert launched(NPROC_PER_NODE="1000")["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
-    mine = dict(zip(names, ("max_split_size_mb:64", "3", "/elsewhere"), strict=True))
-    assert launched(**mine) == mine
-    assert launched(PYTORCH_ALLOC_CONF="backend:native")["PYTORCH_CUDA_ALLOC_CONF"] is None
-
-
 def test_several_nodes_need_a_meeting_place(tmp_path):
     command = Command(["bash", "examples/dtrpo_7b.sh"], tmp_path / "log", NNODES="2")
     assert command.wait() == 2

@@ -1,0 +1,30 @@
+"""Environment variables that torch reads when it is imported, set where the user did not. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def defaults(given: Mapping[str, str], cores: int) -> dict[str, str]:
+    """What to add to the environment ``given`` of a process that shares ``cores`` with the others of its machine."""
+    share = cores // int(given.get("LOCAL_WORLD_SIZE", 1))
+    cache = given.get("XDG_CACHE_HOME") or os.path.join(given.get("HOME", "/tmp"), ".cache")
+    wanted = {
+        # Packed sequences differ in length: memory that can grow is not cut into pieces of the wrong size.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # torch would take up to 32 in each process.
+        "TORCHINDUCTOR_COMPILE_THREADS": str(min(16, max(1, share))),
+        # Not /tmp: a restart, and on a shared home every node, finds the kernels.
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "megatron-dtrpo" / "kernels"),
+    }
+    if "PYTORCH_ALLOC_CONF" in given:  # its name in newer versions of torch
+        del wanted["PYTORCH_CUDA_ALLOC_CONF"]
+    return {name: value for name, value in wanted.items() if name not in given}
+
+
+def set_defaults() -> None:
+    """Before torch is imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.update(defaults(os.environ, cores))

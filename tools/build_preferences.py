@@ -52,6 +52,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--temperature 0 writes the same response every time: give a temperature above 0")
 
 
+def _warn(arguments: argparse.Namespace) -> None:
+    if arguments.sub_block_cache:
+        print("warning: --sub-block-cache is an approximation: the recorded decodings replay otherwise than they were "
+              "made; leave it out for --estimator trajectory and exact_trajectory", file=sys.stderr)  # fmt: skip
+
+
 def _build(argv: list[str]) -> None:
     arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
     _check(arguments)
@@ -78,6 +84,7 @@ def _build(argv: list[str]) -> None:
             )
             seconds = time.perf_counter() - started
             if session.is_main:
+                _warn(arguments)
                 print(speed([c for each in completions for c in each], seconds), file=sys.stderr)
                 _judge_and_write(session.tokenizer, prompts, completions, verifier, arguments)
 

@@ -4,9 +4,12 @@
     python tools/score_preferences.py --checkpoint RUN --reference BASE --data pairs.jsonl [--output scores.jsonl]
 
 Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likelihood`` rows compare the two responses
-under the checkpoint alone. What a preference run was trained with (estimator, steps_per_block, beta, seq_length ...) is
-read from its folder; every such setting is a flag here too (--num-views 8 for less noise), as `python -m
-megatron_dtrpo.train --help` lists them. Runs under torchrun as well.
+under the checkpoint alone. With --estimator exact_trajectory the last line says how far any log-likelihood is from what
+the decoder itself recorded: rounding, if the checkpoint is the one that decoded.
+
+What a preference run was trained with (estimator, steps_per_block, beta, seq_length ...) is read from its folder; every
+such setting is a flag here too (--num-views 8 for less noise), as `python -m megatron_dtrpo.train --help` lists them.
+Runs under torchrun as well.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_dtrpo.arguments import parse
+from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.fp8 import refuse_fp8
 from megatron_dtrpo.train import run_command
@@ -98,8 +102,16 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
             row["rewards/chosen"] = beta * (policy[index][0] - base[index][0])
             row["rewards/rejected"] = beta * (policy[index][1] - base[index][1])
             row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
+        if ESTIMATORS[config.objective.estimator].every_step:
+            row |= _recorded(data.store.row(index))
         rows.append(row)
     return rows
+
+
+def _recorded(row: dict) -> dict:
+    """What the decoder itself believed of the responses, where the data says so."""
+    fields = {f"recorded/{name}": row.get(f"{name}_log_likelihood") for name in ("chosen", "rejected")}
+    return {name: value for name, value in fields.items() if isinstance(value, float)}
 
 
 def _report(rows: list[dict], output: str | None) -> None:
@@ -114,6 +126,14 @@ def _report(rows: list[dict], output: str | None) -> None:
     differences = [row["logps/chosen"] - row["logps/rejected"] for row in rows]
     print(f"likelihood accuracy  {accuracy(differences)}")
     print(f"likelihood margin    {mean(differences)}")
+    recorded = [
+        abs(row[f"logps/{name}"] - row[f"recorded/{name}"])
+        for row in rows
+        for name in ("chosen", "rejected")
+        if f"recorded/{name}" in row
+    ]
+    if recorded:
+        print(f"from the decoder's   {max(recorded):.2g} at most, of {len(recorded)} recorded log-likelihoods")
     if output:
         write_atomically(Path(output), "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -72,7 +72,8 @@ class TokenStore:
             self._tokens = np.memmap(self.directory / _TOKENS, dtype=np.int32, mode="r")
             steps = self.directory / _STEPS
             self._steps = np.memmap(steps, dtype=np.int32, mode="r") if meta["steps"] else None
-            self._discarded = np.fromfile(self.directory / _DISCARDED, np.int32).reshape(-1, _DISCARDED_COLUMNS)
+            self._discarded = _mapped(self.directory / _DISCARDED).reshape(-1, _DISCARDED_COLUMNS)
+            self._discarded_by = np.array(self._discarded[:, 0])  # searched for every example: a copy, close together
         except (OSError, ValueError, KeyError):
             raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
         self.kind: str = meta["kind"]
@@ -108,7 +109,7 @@ class TokenStore:
     def discarded(self, first: int, stop: int) -> np.ndarray:
         """Tokens that the decodings of examples ``first .. stop - 1`` threw away, int32 [d, 6]: number of the example,
         number of the response, place, token, step, until."""
-        return self._discarded[slice(*np.searchsorted(self._discarded[:, 0], (first, stop)))]
+        return self._discarded[slice(*np.searchsorted(self._discarded_by, (first, stop)))]
 
     def recorded(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Of examples ``first .. stop - 1``, all recorded: the steps of all their parts end to end, int32, -1 for
@@ -134,10 +135,19 @@ class TokenStore:
         """Where example ``index`` was read, as error messages name it: ``pairs.jsonl:17``."""
         return self._rows.location(index)
 
+    def row(self, index: int) -> dict:
+        """Row ``index`` of the data file, as it is."""
+        return self._rows[index]
+
     @cached_property
     def _rows(self) -> Rows:
-        # Only errors ask for locations, so the data file is not read again before one does.
+        # Training asks for no row, and errors alone for locations: the data file is not read again before one does.
         return open_rows(self.source)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """int32 of a file, which may be empty: nothing can be mapped then."""
+    return np.memmap(path, dtype=np.int32, mode="r") if path.stat().st_size else np.zeros(0, np.int32)
 
 
 def build_token_store(

@@ -116,6 +116,17 @@ def test_every_estimator_scores(folder, tool, tmp_path, capfd, estimator):
     assert not any(ties) if estimator == "elbo" else all(ties)
 
 
+@pytest.mark.parametrize("estimator", ["dtrpo", "trajectory", "exact_trajectory"])
+def test_what_is_biased_is_refused(folder, tool, tmp_path, capfd, estimator):
+    words = {"estimator": estimator, "block_start": "noisy", "num_views": 1}
+    capfd.readouterr()
+    assert tool("score_preferences", {"checkpoint": folder / "run", "data": folder / "pairs.jsonl", **words}) == 2
+    training = {**SETTINGS, "num_epochs": 1, "load": folder / "run", "data_path": folder / "pairs.jsonl"}
+    assert tool("precompute_reference", {**training, **words, "output": tmp_path / "scores"}) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(f"estimator {estimator} with block_start noisy is biased" in line for line in lines)
+
+
 def test_trajectory_needs_recorded_decodings(folder, tool, capfd):
     files = {"checkpoint": folder / "run", "data": folder / "pairs.jsonl"}
     capfd.readouterr()

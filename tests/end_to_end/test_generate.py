@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dtrpo import train
-from tests.launch import TINY_MODEL, Job, flags, uneven_pairs, write_lines
+from tests.launch import TINY_MODEL, Job, flags, read_metrics, uneven_pairs, write_lines
 from tools import build_preferences, generate, score_preferences
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
@@ -116,9 +116,12 @@ def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_p
             assert len(pair[f"{name}_ids"]) == len(pair[f"{name}_steps"])
         assert pair["chosen_ids"][-1] == 256  # the end token
     # What was written trains, recorded decoding steps and all.
-    model = {"load": folder / "run", "estimator": "trajectory", "data_path": tmp_path / "pairs.jsonl"}
-    training = {"train_iters": 1, "global_batch_size": 2, "save": tmp_path / "trained"}
-    assert train.main(flags({**model, **training})) == 0
+    for estimator in ("trajectory", "exact_trajectory"):
+        model = {"load": folder / "run", "estimator": estimator, "data_path": tmp_path / "pairs.jsonl"}
+        training = {"train_iters": 2, "lr": 1e-3, "global_batch_size": 2, "save": tmp_path / estimator}
+        assert train.main(flags({**model, **training})) == 0
+        rows = read_metrics(tmp_path / estimator)
+        assert 0.69314 < rows[0]["loss"] < 0.69316 and abs(rows[1]["loss"] - rows[0]["loss"]) > 1e-6
 
 
 def test_the_exact_likelihood_of_a_pair_is_the_decoders_own(folder, tmp_path, monkeypatch, capfd):
@@ -136,6 +139,8 @@ def test_the_exact_likelihood_of_a_pair_is_the_decoders_own(folder, tmp_path, mo
         for name in ("pairs", "scores")
     )
     assert len(pairs) == len(scores) > 10
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("from the decoder's"))
+    assert float(line.split()[3]) < 1e-4 and line.endswith(f"of {2 * len(pairs)} recorded log-likelihoods")
     for pair, row in zip(pairs, scores, strict=True):
         for name in ("chosen", "rejected"):
             assert row[f"logps/{name}"] == pytest.approx(pair[f"{name}_log_likelihood"], abs=1e-4)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.diffusion.estimators import Noise, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, lay_out
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.objectives.preference import sigmoid_loss
 from tests.peers.fast_dllm_layout import FastDllmLayout, every_step
 from tests.peers.ours import Ours, noising, sample_of
 from tests.peers.packed_layout import PackedLayout
@@ -156,7 +156,7 @@ def _causal_loss(world: World) -> float:
                 both.append(log_probs[start - 1 : -1].gather(1, response[:, None]).sum())
             gains.append(both[0] - both[1])
     chosen, rejected = torch.stack(gains).view(-1, 2).unbind(1)
-    return float(sigmoid_loss(chosen - rejected, BETA, 0.0).mean())
+    return float(-F.logsigmoid(BETA * (chosen - rejected)).mean())
 
 
 class Contender(NamedTuple):

@@ -40,6 +40,7 @@ setup(
         "wandb": ["wandb"],
         "eval": ["lm-eval>=0.4.13,<0.5"],
         "datasets": ["datasets"],
+        "verify": ["math-verify>=0.9,<1"],
         "examples": ["matplotlib"],
         "benchmark": ["trl>=1.16,<2"],
         "dev": ["pytest", "pytest-xdist", "ruff"],

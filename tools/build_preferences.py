@@ -5,7 +5,7 @@
 
 Samples responses to every prompt, has each judged, and writes pairs of a right (chosen) and a wrong one (rejected) with
 their exact token ids and recorded decodings, so that --estimator trajectory and exact_trajectory can replay them. The
-verifier `numeric` compares the last number of a response with the row's `answer`; give `module:function` for your own:
+verifier `numeric` compares the final number of a response with the row's `answer`; give `module:function` for your own:
 function(row, text) -> bool. Prompt rows are those of tools/generate.py. Runs under torchrun as well.
 """
 

@@ -7,43 +7,46 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.evaluation import formulas
+from megatron_dtrpo.evaluation.final_answer import final_number, last_boxed, read_number
 
 NAMED_FAILURES = 5
 
 Verifier = Callable[[dict[str, Any], str], bool]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-_MARKED = re.compile(r"(?:####|[Aa]nswer(?:\s+is)?\s*[:=]?|\\boxed\{)\s*\$?\s*(-?\.?\d[\d,]*(?:\.\d+)?)")
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number a text ends in: the last one marked as the answer (``####``, ``Answer:``, ``\\boxed{``), else the last
-    number of all; None where there is none. Thousands separators are left out."""
-    found = _MARKED.findall(text) or _NUMBER.findall(text)
-    try:
-        return Decimal(found[-1].replace(",", "").rstrip(".")) if found else None
-    except InvalidOperation:
-        return None
-
 
 def numeric(row: dict[str, Any], completion: str, field: str = "answer") -> bool:
-    """Whether the completion's final number is that of the row's ``answer`` (a number, or a text that ends in one).
+    """Whether the completion's final number is that of the row's ``answer``: one number, or a worked solution that
+    ends in ``#### 42``.
 
-    Raises UserError where the row has no such answer.
+    An answer that is a formula is judged by math-verify where that is installed. Raises UserError for every other row:
+    a guess at its answer would make wrong responses right ones.
     """
-    if row.get(field) is None:
+    answer = _stated_answer(row, field)
+    expected = read_number(answer)
+    if expected is not None:
+        found = final_number(completion)
+        return found is not None and expected.equals(found)
+    if not formulas.is_formula(answer):
+        raise UserError(f"its {field!r} is not one number: {answer[:40]!r}; give one number, or '... #### 42'")
+    return formulas.same(answer, completion)
+
+
+def _stated_answer(row: dict[str, Any], field: str) -> str:
+    """The answer of a row as text, without the solution before it."""
+    value = row.get(field)
+    if value is None:
         raise UserError(f"the row has no {field!r} to compare with")
-    expected = final_number(str(row[field]))
-    if expected is None:
-        raise UserError(f"its {field!r} holds no number")
-    return final_number(completion) == expected
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"its {field!r} is a {type(value).__name__}, not one number")
+    text = str(value)
+    boxed = None if "####" in text else last_boxed(text)
+    return text.rpartition("####")[2].strip() if boxed is None else boxed.strip()
 
 
 VERIFIERS: dict[str, Verifier] = {"numeric": numeric}

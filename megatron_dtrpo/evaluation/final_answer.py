@@ -1,0 +1,180 @@
+"""Numbers as people and models write them: one number in an ``answer`` column, and the number that a text ends in.
+
+Reading is exact (fractions, no floating point) and strict: what is not certainly one number is none.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Number(NamedTuple):
+    """An exact value; ``percent`` where a percent sign follows it."""
+
+    value: Fraction
+    percent: bool = False
+
+    def equals(self, other: Number) -> bool:
+        """Whether both mean one number. ``50%`` is 50 and 0.5; two numbers with the sign, or without, must agree."""
+        if self.percent == other.percent:
+            return self.value == other.value
+        percent, plain = (self, other) if self.percent else (other, self)
+        return plain.value in (percent.value, percent.value / 100)
+
+
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_DECIMAL = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}})?"
+_ONE = re.compile(
+    rf"(?P<sign>[+-]?)(?:(?:(?P<mixed>{_WHOLE})\s+)?(?P<top>{_WHOLE})/(?P<bottom>{_WHOLE})|(?P<decimal>{_DECIMAL}))(?P<percent>%?)"
+)
+_LONGEST = 200  # characters of a number; Python reads no integer of more than 4300 digits
+# In a text: the longest run that looks like a number, readable or not, so that 10:30 is not read as 30.
+_RUN = re.compile(
+    rf"(?:(?<![\w.)\]}}])[+-])?(?<![\w.])(?:{_WHOLE}\s+\d+/\d+|\.?\d(?:[\d.,:/^]*\d)?(?:[eE][+-]?\d+)?)(?![\d/^:]\d)%?"
+)
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+_VARIABLE = re.compile(r"[xyz]\b")
+
+_LATEX_FRACTION = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\s*(?:\{\s*([\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}|(\d)\s*(\d))")
+_LATEX_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*$|\^\s*\{?\\circ\}?\s*$")
+_THIN_SPACES = "\u00a0\u2009\u202f"
+_PLAIN = {
+    "\u2212": "-",
+    "\ufe63": "-",
+    "\uff0d": "-",
+    "{,}": ",",
+    "\\!": "",
+    "\\,": "",
+    "\\$": "$",
+    "\\%": "%",
+    "\u2044": "/",
+}
+_CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
+
+
+def _plain(text: str) -> str:
+    """``text`` with one spelling of each sign, minus and fractions included; without currency and emphasis."""
+    text = re.sub(
+        "[\u00bc-\u00be\u2150-\u215e\u2189]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text
+    )
+    for written, plain in _PLAIN.items():
+        text = text.replace(written, plain)
+    text = re.sub(rf"(?<=\d)[{_THIN_SPACES}](?=\d{{3}}(?!\d))", ",", text)
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
+    text = _LATEX_FRACTION.sub(_slashed, text)
+    text = re.sub(r"\*\*|__|`|\\\(|\\\)|\\\[|\\\]", "", text)
+    return re.sub(rf"\s*[{_CURRENCY}](?=\s|[.,;:!?)]|$)|[{_CURRENCY}]", "", text)
+
+
+def _slashed(match: re.Match) -> str:
+    whole, *parts = match.groups()
+    top, bottom = [part for part in parts if part is not None]
+    return f"{whole} {top}/{bottom}" if whole else f"{top}/{bottom}"
+
+
+def _value(plain: str) -> Number | None:
+    """The number that a text of one spelling is, sign first; None where it is anything else."""
+    match = _ONE.fullmatch(plain) if len(plain) <= _LONGEST else None
+    if not match:
+        return None
+    number = {name: part.replace(",", "") for name, part in match.groupdict().items() if part is not None}
+    if "decimal" in number:
+        value = Fraction(number["decimal"])
+    elif int(number["bottom"]) == 0:
+        return None
+    else:
+        value = int(number.get("mixed", 0)) + Fraction(int(number["top"]), int(number["bottom"]))
+    return Number(-value if number["sign"] == "-" else value, bool(number["percent"]))
+
+
+def read_number(text: str) -> Number | None:
+    """The one number that the whole of ``text`` is: an integer, a decimal, a simple or mixed fraction, in plain text or
+    LaTeX, with separators of thousands, a currency or a percent sign; None for everything else."""
+    text = _LATEX_UNIT.sub("", text.strip())
+    return _value(re.sub(r"\s*%$", "%", _plain(text).strip().removesuffix(".").strip()))
+
+
+def _runs(plain: str) -> list[tuple[str, int]]:
+    """What looks like a number in a text of one spelling, and where it ends; ``3rd`` is none."""
+    found = [(match[0], match.end()) for match in _RUN.finditer(plain)]
+    return [(run, end) for run, end in found if not _ORDINAL.match(plain, end)]
+
+
+def _run_value(plain: str, run: str, end: int) -> Number | None:
+    return None if _VARIABLE.match(plain, end) else _value(run)
+
+
+_BRACE = re.compile(r"\\[{}]|(?P<box>\\f?box(?:ed)?\s*\{)|(?P<open>\{)|(?P<close>\})")
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last complete ``\\boxed{...}`` holds."""
+    opened: list[int | None] = []  # where the content of a box begins; None for another brace
+    last, content = -1, None
+    for match in _BRACE.finditer(text):
+        if match["box"] or match["open"]:
+            opened.append(match.end() if match["box"] else None)
+        elif match["close"] and opened:
+            start = opened.pop()
+            if start is not None and start > last:
+                last, content = start, text[start : match.start()]
+    return content
+
+
+def _boxed_number(content: str) -> Number | None:
+    content = content.rpartition("=")[2]
+    number = read_number(content)
+    if number is not None:
+        return number
+    plain = _plain(_LATEX_UNIT.sub("", content))
+    runs = _runs(plain)
+    words_only = not re.search(r"[\\^*+]|\d\s*-\s*\d", plain)
+    return _run_value(plain, *runs[0]) if len(runs) == 1 and words_only else None
+
+
+_HASHES = re.compile(r"####[ \t]*")
+# "2. Add both" behind ####, with more lines below it, is the heading of a step.
+_HEADING = re.compile(r"\d+[.):]\s+\S[^\n]*\n\s*\S")
+_ANSWER = re.compile(
+    r"\banswer\s*(?:(?:is|was|equals|=|:)[:\s]*)+(?:(?:equal to|approximately|about|exactly|just|simply)\s+)?[\s(\[{]*",
+    re.IGNORECASE,
+)
+
+
+def _marked(plain: str, marker: re.Pattern) -> Number | None | str:
+    """The number right behind the last ``marker`` that has one; ``""`` where none has."""
+    for match in reversed(list(marker.finditer(plain))):
+        start = match.end()
+        run = _RUN.match(plain, start)
+        if not run or (marker is _HASHES and _HEADING.match(plain, start)):
+            continue
+        # "9 * 2 = 18": the right-hand side of the sentence's last equation.
+        sentence = re.split(r"\n|[.;!?](?:\s|$)", plain[start:], maxsplit=1)[0]
+        if "=" in sentence:
+            start += sentence.rindex("=") + 1
+            run = _RUN.match(plain, start + len(sentence) - len(sentence.lstrip())) or _RUN.search(plain, start)
+        if run is None or re.match(r"\s*(?:[*/^+\u00d7\u00b7]|-\s*\d)", plain[run.end() :]):
+            return None
+        return _run_value(plain, run[0], run.end())
+    return ""
+
+
+def final_number(text: str) -> Number | None:
+    """The number that a text gives as its answer; None where it gives none.
+
+    The first of these that the text has decides: the last ``\\boxed{...}``, the last ``####`` with a number behind it,
+    the last ``answer is`` or ``answer:`` with a number right behind it, the last number of all.
+    """
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return _boxed_number(boxed)
+    plain = _plain(text)
+    for marker in (_HASHES, _ANSWER):
+        found = _marked(plain, marker)
+        if found != "":
+            return found
+    runs = _runs(plain)
+    return _run_value(plain, *runs[-1]) if runs else None

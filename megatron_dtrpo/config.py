@@ -144,7 +144,14 @@ class ParallelSettings:
 class DataSettings:
     """What is trained on and how it is packed."""
 
-    data_path: str | None = _setting(None, "JSONL, Parquet or a saved Hugging Face data set.")
+    data_path: str | None = _setting(
+        None,
+        "JSONL, JSON, CSV, Parquet or Arrow; a folder or glob of such files, or a saved Hugging Face data set. "
+        "See docs/data.md.",
+    )
+    split: str | None = _setting(
+        None, "Split of a folder or glob that holds several: train, train_prefs, train+validation."
+    )
     data_cache_path: str | None = _setting(None, "Folder of tokenized data; default: data_cache in the run folder.")
     tokenizer_type: str | None = _setting(
         None,
@@ -284,6 +291,7 @@ class EvaluationSettings:
         "Held-out data of the kind that is trained on. Rows with an answer are also decoded, greedily, and judged: "
         "exact match.",
     )
+    eval_split: str | None = _setting(None, "Its split, where it holds several.")
     eval_examples: int = _setting(512, "At most this many of its rows, the first ones.", at_least=1)
     eval_verifier: str = _setting("numeric", "Judges decoded answers: numeric, or module:function.")
     eval_max_new_tokens: int = _setting(512, "Longest decoded answer.", at_least=1)

@@ -165,6 +165,7 @@ def validate_training(config: Config, data_parallel: int) -> None:
     interval, path = config.evaluation.eval_interval, config.evaluation.eval_data_path
     _demand(interval is None or path, "eval_interval needs data: give --eval-data-path FILE")
     _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")
+    _demand(path or config.evaluation.eval_split is None, "eval_split is a part of eval_data_path: give that too")
 
 
 def validate_decoding(config: Config) -> None:

@@ -27,10 +27,11 @@ import numpy as np
 
 from megatron_dtrpo.data.records import READERS, Record, TokenRecord
 from megatron_dtrpo.data.rows import Rows, open_rows
+from megatron_dtrpo.data.source import stored_files
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 _BATCH = 512  # rows tokenized in one call
@@ -77,7 +78,7 @@ class TokenStore:
         except (OSError, ValueError, KeyError):
             raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
         self.kind: str = meta["kind"]
-        self.source: str = meta["source"]
+        self.source: tuple[str, str | None] = (meta["source"], meta["split"])
         self.content: str = meta["content"]
         self.first_incomplete: int | None = meta["first_incomplete"]
         self._size: int = meta["examples"]
@@ -142,7 +143,7 @@ class TokenStore:
     @cached_property
     def _rows(self) -> Rows:
         # Training asks for no row, and errors alone for locations: the data file is not read again before one does.
-        return open_rows(self.source)
+        return open_rows(*self.source)
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -157,25 +158,27 @@ def build_token_store(
     cache_dir: str | Path,
     apply_chat_template: bool = False,
     progress: bool = False,
+    split: str | None = None,
 ) -> TokenStore:
     """Open the store of data file ``path``, building it first where ``cache_dir`` does not hold it yet.
 
-    ``kind`` is ``preference`` or ``sft``. Several processes may build at once: each writes a folder of its own and
-    the first to finish wins. Raises UserError that names file and line of the first row that cannot be used.
+    ``kind`` is ``preference`` or ``sft``, ``split`` one of those that ``path`` holds. Several processes may build at
+    once: each writes a folder of its own and the first to finish wins. Raises UserError that names file and line of the
+    first row that cannot be used.
     """
     if kind not in READERS:
         raise UserError(f"kind: unknown {kind!r}; use one of {', '.join(READERS)}")
-    target = Path(cache_dir) / _fingerprint(Path(path), kind, tokenizer, apply_chat_template)
+    target = Path(cache_dir) / _fingerprint(stored_files(path, split), kind, tokenizer, apply_chat_template)
     if target.exists():
         return TokenStore(target)
-    rows = open_rows(path)
+    rows = open_rows(path, split)
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".building-{target.name[:8]}-", dir=cache_dir))
     except OSError as error:
         raise UserError(f"{cache_dir}: the cache folder cannot be written ({error.strerror}); give another") from None
     try:
-        _write(building, str(path), rows, kind, tokenizer, apply_chat_template, progress)
+        _write(building, (str(path), split), rows, kind, tokenizer, apply_chat_template, progress)
         building.chmod(0o755)  # mkdtemp's folders are private to their user; a cache is shared
         try:
             building.rename(target)
@@ -187,9 +190,8 @@ def build_token_store(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _fingerprint(path: Path, kind: str, tokenizer: Tokenizer, apply_chat_template: bool) -> str:
+def _fingerprint(files: list[Path], kind: str, tokenizer: Tokenizer, apply_chat_template: bool) -> str:
     """Hex name of the store that these inputs make."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     parts = [FORMAT_VERSION, stats, kind, tokenizer.fingerprint(), apply_chat_template]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -197,7 +199,7 @@ def _fingerprint(path: Path, kind: str, tokenizer: Tokenizer, apply_chat_templat
 
 def _write(
     directory: Path,
-    source: str,
+    source: tuple[str, str | None],
     rows: Rows,
     kind: str,
     tokenizer: Tokenizer,
@@ -239,7 +241,8 @@ def _write(
     np.asarray(thrown, dtype=np.int32).tofile(directory / _DISCARDED)
     meta = {
         "kind": kind,
-        "source": os.path.abspath(source),
+        "source": os.path.abspath(source[0]),
+        "split": source[1],
         "examples": len(rows),
         "steps": recorded,
         "first_incomplete": first_incomplete,

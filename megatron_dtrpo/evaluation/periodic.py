@@ -44,6 +44,7 @@ class PeriodicEvaluation:
         """Raises UserError for data that cannot be used. Collective."""
         self.config = copy.deepcopy(config)
         self.config.data.data_path = config.evaluation.eval_data_path
+        self.config.data.split = config.evaluation.eval_split
         self.config.data.shuffle = False
         self.tokenizer, self.replicas = tokenizer, data_parallel_size
         self.replica = parallel_state.get_data_parallel_rank()
@@ -59,7 +60,7 @@ class PeriodicEvaluation:
 
     def _problems(self) -> list[Prompt]:
         """Prompts of the rows that have an answer."""
-        rows = open_rows(self.config.data.data_path)
+        rows = open_rows(self.config.data.data_path, self.config.data.split)
         data, positions = self.config.data, self.config.model.max_position_embeddings
         found = [(rows[index], rows.location(index)) for index in self.indices]
         return [

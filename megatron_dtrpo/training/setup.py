@@ -128,7 +128,13 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             missing = [folder for folder in (cache, *cache.parents) if not folder.exists()]
             try:
                 store = build_token_store(
-                    data.data_path, config.objective.objective, tokenizer, cache, data.apply_chat_template, show_bar
+                    data.data_path,
+                    config.objective.objective,
+                    tokenizer,
+                    cache,
+                    data.apply_chat_template,
+                    show_bar,
+                    split=data.split,
                 )
             except UserError as error:
                 problem = str(error)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import sys
-import types
+import tracemalloc
 
 import pytest
 
@@ -69,11 +73,11 @@ def test_bad_line_is_named(tmp_path, line, words):
 
 def test_missing_empty_and_unknown_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n  \n")
-    (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "a.txt").write_text("a,b\n")
     (tmp_path / "folder").mkdir()
     assert "no such file" in message_of(lambda: open_rows(tmp_path / "none.jsonl"))
     assert "holds no rows" in message_of(lambda: open_rows(tmp_path / "empty.jsonl"))
-    assert "'.csv'" in message_of(lambda: open_rows(tmp_path / "a.csv"))
+    assert "'.txt'" in message_of(lambda: open_rows(tmp_path / "a.txt"))
     assert "neither" in message_of(lambda: open_rows(tmp_path / "folder"))
 
 
@@ -115,12 +119,172 @@ def test_parquet_that_is_none(tmp_path):
     assert message_of(lambda: open_rows(path)).startswith(f"{path}: not a readable Parquet file")
 
 
-def test_saved_data_set(tmp_path):
+@pytest.mark.parametrize("name, pack", [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_text(tmp_path, name, pack):
+    plain = write_lines(tmp_path / "a.jsonl", ROWS).read_bytes()
+    path = tmp_path / f"b.jsonl.{name}"
+    path.write_bytes(pack(plain))
+    rows = open_rows(path)
+    assert list(rows) == ROWS and rows.location(3) == f"{path}:4"
+    path.write_bytes(pack(plain)[:-20])
+    assert message_of(lambda: open_rows(path)).startswith(f"{path}: cannot be ")
+    path.write_bytes(plain)
+    assert message_of(lambda: open_rows(path)).startswith(f"{path}: cannot be ")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_array(tmp_path, indent):
+    tricky = [*ROWS, {"text": 'a "quote\\" ], {', "nested": [[1, []], {"a": {}}], "\u4e2d": "]"}, {}]
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(tricky, indent=indent, ensure_ascii=False).encode() + b"\n")
+    rows = open_rows(path)
+    assert list(rows) == tricky and rows.location(5) == f"{path} row 5"
+
+
+def test_json_arrays_that_are_none(tmp_path):
+    path = tmp_path / "a.json"
+    for text, words in (
+        ("[]", "holds no rows"),
+        (" [ \n ] ", "holds no rows"),
+        ('[{"a": 1}, {"b": "', "is not closed"),
+        ('[{"a": 1}, {"b": 2}', "is not closed"),
+        ('[{"a": 1}] {"a": 2}', "goes on behind"),
+    ):
+        path.write_text(text)
+        message = message_of(lambda: open_rows(path))
+        assert message.startswith(f"{path}: ") and words in message
+    path.write_text('[{"a": 1}, 7, {"b" 2}, {"c": 3}, ]')
+    rows = open_rows(path)
+    assert rows[0] == {"a": 1} and rows[3] == {"c": 3}
+    for bad, words in ((1, "must be a JSON object"), (2, "not valid JSON"), (4, "not valid JSON")):
+        message = message_of(lambda bad=bad: rows[bad])
+        assert message.startswith(f"{path} row {bad}: ") and words in message
+
+
+def write_csv(path, rows, delimiter=","):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("name, delimiter", [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv(tmp_path, name, delimiter):
+    """Cells are the text that they are: a number, a date, a word for nothing, several lines."""
+    names = ["prompt", "chosen", "answer"]
+    cells = [["NA", "042", "2024-01-01"], ['a, "b"\nc\n\nd', "null", ""], ["\u4e2d\t", "x" * 200_000, "nan"]]
+    path = write_csv(tmp_path / name, [names, *cells], delimiter)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    rows = open_rows(path)
+    expected = [dict(zip(names, [cell or None for cell in row], strict=True)) for row in cells]
+    assert list(rows) == expected and rows[1] == expected[1]
+    assert [rows.location(i) for i in range(3)] == [f"{path}:{line}" for line in (2, 3, 7)]
+
+
+def test_csv_with_lists(tmp_path):
+    messages = [{"role": "user", "content": 'a "b"'}]
+    names = ["prompt", "prompt_ids", "chosen_steps", "rejected"]
+    row = [json.dumps(messages), "[1, 2]", "[0]", "[1] is a footnote"]
+    rows = open_rows(
+        write_csv(tmp_path / "a.csv", [names, row, [repr(messages), *row[1:]], [row[0], "[1 2]", *row[2:]]])
+    )
+    assert rows[0] == {"prompt": messages, "prompt_ids": [1, 2], "chosen_steps": [0], "rejected": row[3]}
+    for bad, name in ((1, "prompt"), (2, "prompt_ids")):
+        words = f"{rows.location(bad)}: {name}: is a list that is not JSON"
+        assert message_of(lambda bad=bad: rows[bad]).startswith(words)
+
+
+def test_bad_csv_rows_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\n1,2\n\n1\n1,2,3\n"1"x,2\n\xff,2\n3,4\n')
+    rows = open_rows(path)
+    assert (rows[0], rows[5]) == ({"a": "1", "b": "2"}, {"a": "3", "b": "4"})
+    problems = {1: (4, "1 cells under 2"), 2: (5, "3 cells under 2"), 3: (6, "not valid CSV"), 4: (7, "not UTF-8")}
+    for bad, (line, words) in problems.items():
+        message = message_of(lambda bad=bad: rows[bad])
+        assert message.startswith(f"{path}:{line}: ") and words in message
+    for text, line, words in (('a,b\n1,2\n"3,4\n5,6\n', 3, "never closes"), ("a,b,a\n1,2,3\n", 1, "two columns")):
+        path.write_text(text)
+        message = message_of(lambda: open_rows(path))
+        assert message.startswith(f"{path}:{line}: ") and words in message
+
+
+def test_a_folder_of_lines_keeps_little_in_memory(tmp_path):
+    for number in range(3):
+        write_lines(tmp_path / f"{number}.jsonl", [{"n": number, "text": "x" * 10_000}] * 300)
+    tracemalloc.start()
+    rows = open_rows(tmp_path)
+    assert [row["n"] for row in rows] == [0] * 300 + [1] * 300 + [2] * 300
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000 and rows.location(601) == f"{tmp_path / '2.jsonl'}:2"
+
+
+def test_a_parquet_row_that_cannot_be_decoded_is_named_alone(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    damaged = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    )
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": damaged}), path)
+    rows = open_rows(path)
+    assert rows[0] == {"prompt": "a"}
+    assert message_of(lambda: rows[1]).startswith(f"{path} row 1: cannot be read")
+
+
+TOOLS = [{"type": "function", "function": {"name": n, "parameters": {n: {"x": [1, n]}}}} for n in "fg"]
+RICH = [
+    {"prompt": "2024-01-01", "messages": [{"role": "user", "content": "x"}], "tools": TOOLS[:1], "n": 1},
+    {"prompt": "b", "messages": [{"role": "assistant", "tool_calls": [{"a": {"b": "c"}}]}], "tools": TOOLS[1:], "n": 2},
+]
+
+
+@pytest.fixture
+def rich():
+    """A data set with JSON columns, messages of different keys, and a number."""
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"))
+    features = {"prompt": datasets.Value("string"), "messages": datasets.List(datasets.Json())}
+    features |= {"tools": datasets.List(datasets.Json()), "n": datasets.Value("int64")}
+    return datasets.Dataset.from_list(RICH, features=datasets.Features(features))
+
+
+def test_json_columns_in_every_file_that_datasets_writes(tmp_path, rich):
+    rich.to_parquet(str(tmp_path / "a.parquet"))
+    rich.to_json(str(tmp_path / "a.jsonl"))
+    rich.to_json(str(tmp_path / "a.jsonl.gz"), compression="gzip")
+    rich.to_json(str(tmp_path / "a.json"), lines=False)
+    rich.to_json(str(tmp_path / "b.json"), lines=False, indent=2)
+    rich.save_to_disk(str(tmp_path / "set"))
+    (arrow,) = (tmp_path / "set").glob("*.arrow")
+    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.json", "b.json", "set", arrow):
+        rows = open_rows(tmp_path / name)
+        assert list(rows) == RICH, name
+        assert rows.location(1).startswith(str(tmp_path / name)), name
+
+
+@pytest.mark.parametrize("look", [None, "torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["n"]])
+def test_a_saved_data_set_is_read_whole_whatever_its_format(tmp_path, rich, look, columns):
+    rich.with_format(look, columns=columns).save_to_disk(str(tmp_path / "set"))
     rows = open_rows(tmp_path / "set")
-    assert list(rows) == ROWS
-    assert rows.location(2) == f"{tmp_path / 'set'} row 2"
+    assert list(rows) == RICH and rows[1] == RICH[1] and type(rows[0]["n"]) is int
+    assert rows.location(1) == f"{tmp_path / 'set'} row 1"
+
+
+def test_keys_that_arrow_adds_to_messages_are_taken_away(tmp_path):
+    """Arrow gives the structs of a column all keys that any of them has."""
+    datasets = pytest.importorskip("datasets")
+    simple = [{"messages": row["messages"]} for row in RICH]
+    datasets.Dataset.from_list(simple).to_parquet(str(tmp_path / "a.parquet"))
+    assert list(open_rows(tmp_path / "a.parquet")) == simple
+
+
+def test_a_feather_file(tmp_path):
+    pyarrow, feather = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.feather")
+    path = tmp_path / "a.arrow"
+    feather.write_feather(pyarrow.Table.from_pylist(ROWS), str(path))
+    assert list(open_rows(path)) == ROWS
+    path.write_bytes(b"ARROW1 but not really")
+    assert message_of(lambda: open_rows(path)).startswith(f"{path}: not a readable Arrow file")
 
 
 def fake_data_set(path):
@@ -130,24 +294,19 @@ def fake_data_set(path):
     return path
 
 
-def test_saved_data_set_is_handed_to_the_datasets_library(tmp_path, monkeypatch):
+def test_a_damaged_saved_data_set(tmp_path):
+    pytest.importorskip("datasets")
     folder = fake_data_set(tmp_path / "set")
-    loaded = types.SimpleNamespace(load_from_disk=lambda path: ROWS if path == str(folder) else None)
-    monkeypatch.setitem(sys.modules, "datasets", loaded)
-    assert list(open_rows(folder)) == ROWS
+    assert message_of(lambda: open_rows(folder)).startswith(f"{folder}: not a readable Hugging Face data set")
 
 
 def test_missing_libraries_say_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("datasets", "pyarrow", "pyarrow.parquet", "pyarrow.ipc"):
+        monkeypatch.setitem(sys.modules, name, None)
     folder = fake_data_set(tmp_path / "set")
     (tmp_path / "a.parquet").write_text("")
+    (tmp_path / "a.arrow").write_text("")
     assert "pip install datasets" in message_of(lambda: open_rows(folder))
     assert "pip install pyarrow" in message_of(lambda: open_rows(tmp_path / "a.parquet"))
-
-
-def test_a_data_set_of_several_splits_names_them(tmp_path):
-    (tmp_path / "dataset_dict.json").write_text("{}")
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-    assert "test, train" in message_of(lambda: open_rows(tmp_path))
+    assert "pip install pyarrow" in message_of(lambda: open_rows(tmp_path / "a.arrow"))
+    assert list(open_rows(write_csv(tmp_path / "a.csv", [["a"], ["b"]]))) == [{"a": "b"}]  # needs neither

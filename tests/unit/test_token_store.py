@@ -201,7 +201,7 @@ def test_built_once_and_again_when_anything_changes(tmp_path, tokenizer, monkeyp
     path, cache = write(tmp_path / "a.jsonl", PAIRS), tmp_path / "cache"
     first = build_token_store(path, "preference", tokenizer, cache)
     with monkeypatch.context() as patch:
-        patch.setattr(token_store, "open_rows", lambda path: pytest.fail("the finished store was not reused"))
+        patch.setattr(token_store, "open_rows", lambda *_: pytest.fail("the finished store was not reused"))
         again = build_token_store(path, "preference", tokenizer, cache)
     assert again.directory == first.directory and texts_of(again, tokenizer) == texts_of(first, tokenizer)
 
@@ -216,6 +216,19 @@ def test_built_once_and_again_when_anything_changes(tmp_path, tokenizer, monkeyp
     write(path, PAIRS[:2])
     assert len(build_token_store(path, "preference", tokenizer, cache)) == 2
     assert not [p for p in cache.iterdir() if p.name.startswith(".")]
+
+
+def test_each_split_of_a_folder_has_a_store_of_its_own(tmp_path, tokenizer):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", PAIRS), write(folder / "test.jsonl", PAIRS[:2])
+    with pytest.raises(UserError, match="holds files of several splits"):
+        build_token_store(folder, "preference", tokenizer, tmp_path / "cache")
+    store = build_token_store(folder, "preference", tokenizer, tmp_path / "cache", split="test")
+    assert len(store) == 2 and store.location(1) == f"{folder / 'test.jsonl'}:2"
+    assert len(build_token_store(folder, "preference", tokenizer, tmp_path / "cache", split="train")) == 9
+    both = build_token_store(folder, "preference", tokenizer, tmp_path / "cache", split="train+test")
+    assert len(both) == 11 and TokenStore(both.directory).location(9) == f"{folder / 'test.jsonl'}:1"
 
 
 def test_an_interrupted_build_leaves_nothing_finished(tmp_path, tokenizer, monkeypatch):

@@ -1,0 +1,187 @@
+"""Which files a data path means: one file, a folder, a glob; and which of them belong to one split.
+
+A split is what `datasets` would call one: the name before ``-00000-of-00001`` of a shard, else a word such as train or
+test in the file's name. Files of several splits are never read together unless the user names them all.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from itertools import chain
+from pathlib import Path
+
+from megatron_dtrpo.errors import UserError
+
+TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLE_KINDS = (".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+KINDS = "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz)"
+
+# Files that describe a data set and hold none of its rows.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+_SHARD = re.compile(r"(.+?)[-_.]\d{5}-of-\d{5}")
+_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+_NAMED_FILES = 3  # of one split in a message
+
+
+def data_files(path: str | Path, split: str | None = None) -> list[Path]:
+    """The files that ``path`` means, in order of name; a folder that `save_to_disk` wrote counts as one of them.
+
+    ``split`` chooses among the splits of a folder or glob; ``train+test`` is both. Raises UserError where nothing is
+    there, where several splits are and none was chosen, or where files of different kinds are.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path, split)
+    if path.exists():
+        if split is not None:
+            raise UserError(f"{path}: is one file, so that there is no split {split!r} to choose; leave --split out")
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise UserError(f"{path}: no such file; give the path of {KINDS}, of a folder of them, or a glob{_hub(path)}")
+    files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise UserError(f"{path}: no file matches this glob; put it in quotes and look at its folder")
+    return _of_one_kind(path, _of_split(path, files, split))
+
+
+def stored_files(path: str | Path, split: str | None = None) -> list[Path]:
+    """Every file on disk that the rows of ``path`` come from, in a fixed order; raises as `data_files` does."""
+    found = data_files(path, split)
+    inside = ([file] if file.is_file() else sorted(p for p in file.rglob("*") if p.is_file()) for file in found)
+    return list(chain.from_iterable(inside))
+
+
+def _hub(path: Path) -> str:
+    """What to do with what may be a name of the Hugging Face hub."""
+    if len(path.parts) != 2 or path.is_absolute() or path.suffix:
+        return ""
+    return f". Nothing is downloaded here: hf download --repo-type dataset {path} --local-dir DIR"
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """(what the file holds, how it is compressed), as suffixes in lower case: ``(".jsonl", ".gz")``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        return (suffixes[0] if len(suffixes) > 1 else ""), suffixes[-1]
+    return (suffixes[-1] if suffixes else ""), ""
+
+
+def is_saved_data_set(folder: Path) -> bool:
+    """Whether `datasets` wrote ``folder`` with ``save_to_disk``."""
+    return (folder / "dataset_info.json").exists() and (folder / "state.json").exists()
+
+
+def _of_folder(folder: Path, split: str | None) -> list[Path]:
+    if (folder / "dataset_dict.json").exists():
+        return _of_saved_splits(folder, split)
+    if is_saved_data_set(folder):
+        if split is not None:
+            raise UserError(f"{folder}: is one saved data set without splits; leave --split out")
+        return [folder]
+    # A repository of the Hugging Face hub keeps its files in data/, or in a folder for each configuration.
+    files = _files_in(folder) or _files_in(folder / "data")
+    if files:
+        return _of_one_kind(folder, _of_split(folder, files, split))
+    return _of_subfolders(folder, split)
+
+
+def _of_saved_splits(folder: Path, split: str | None) -> list[Path]:
+    try:
+        names = list(json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if split is None and len(names) != 1:
+        raise UserError(
+            f"{folder}: holds several splits ({', '.join(names)}); give the folder of one of them, or {_advice(names)}"
+        )
+    return [folder / name for name in _wanted(folder, split or names[0], names)]
+
+
+def _of_subfolders(folder: Path, split: str | None) -> list[Path]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and _has_data(p))
+    if not names:
+        raise UserError(f"{folder}: this folder is neither a saved data set nor holds {KINDS}")
+    if split in names:
+        return _of_folder(folder / split, None)
+    raise UserError(
+        f"{folder}: holds no data files itself, its folders {', '.join(names)} do; give one of them, or a glob"
+    )
+
+
+def _has_data(folder: Path) -> bool:
+    return (
+        is_saved_data_set(folder)
+        or bool(_files_in(folder))
+        or any(_has_data(p) for p in folder.iterdir() if p.is_dir())
+    )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    known = (*TEXT_KINDS, *TABLE_KINDS)
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_file() and kind_of(p)[0] in known and p.name not in _DESCRIPTIONS and not p.name.startswith(".")
+    )
+
+
+def split_name(name: str) -> str | None:
+    """The split that a file's name tells: ``train_prefs-00000-of-00001.parquet`` train_prefs, ``a.dev.csv`` validation,
+    ``a.csv`` None."""
+    shard = _SHARD.match(name)
+    if shard:
+        return shard[1]
+    words = re.split(r"[-._ 0-9]+", name.lower())
+    return next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), None)
+
+
+def _of_split(path: Path, files: list[Path], split: str | None) -> list[Path]:
+    by_folder = len({file.parent for file in files}) > 1
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        name = split_name(file.name) or (split_name(file.parent.name) if by_folder else None)
+        groups.setdefault(name or "", []).append(file)
+    names = [name for name in groups if name]
+    if split is not None:
+        return list(chain.from_iterable(groups[name] for name in _wanted(path, split, names)))
+    if len(groups) == 1:
+        return files
+    shown = "; ".join(f"{name or 'no split'}: {_listed(group)}" for name, group in groups.items())
+    raise UserError(f"{path}: holds files of several splits ({shown}); {_advice(names)}, or give a glob of one split's")
+
+
+def _advice(names: list[str]) -> str:
+    first = next((name for name in names if name.startswith("train")), names[0])
+    return f"choose with --split {first} (--eval-split for held-out data)"
+
+
+def _wanted(path: Path, split: str, names: list[str]) -> list[str]:
+    wanted = list(dict.fromkeys(split.split("+")))
+    for name in wanted:
+        if name not in names:
+            there = f"it has {', '.join(names)}" if names else "its files' names tell no split"
+            raise UserError(f"{path}: has no split {name!r}; {there}")
+    return wanted
+
+
+def _listed(files: list[Path]) -> str:
+    more = [f"{len(files) - _NAMED_FILES} more"] if len(files) > _NAMED_FILES else []
+    return ", ".join([file.name for file in files[:_NAMED_FILES]] + more)
+
+
+def _of_one_kind(path: Path, files: list[Path]) -> list[Path]:
+    kinds = sorted({kind_of(file)[0] for file in files})
+    if len(kinds) > 1:
+        raise UserError(f"{path}: holds files of several kinds ({', '.join(kinds)}); give a glob of one: '*{kinds[0]}'")
+    return files

@@ -1,0 +1,152 @@
+"""Which files a data path means, and that files of several splits are never read as one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_dtrpo.data.rows import open_rows
+from megatron_dtrpo.data.source import data_files, split_name
+from megatron_dtrpo.errors import UserError
+
+
+def touch(folder, *names):
+    """Writes files of one row each, which holds the file's name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+            parquet.write_table(pyarrow.table({"name": [path.name]}), path)
+        else:
+            path.write_text(json.dumps({"name": path.name}) + "\n")
+    return folder
+
+
+def names_of(path, split=None):
+    return [row["name"] for row in open_rows(path, split)]
+
+
+def message_of(path, split=None) -> str:
+    with pytest.raises(UserError) as caught:
+        open_rows(path, split)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{path}: ")
+    return str(caught.value)
+
+
+SHARDS = [f"{split}_{kind}-00000-of-00001.parquet" for split in ("train", "test") for kind in ("prefs", "sft")]
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_a_repository_with_several_splits(tmp_path, inside):
+    """UltraFeedback's files: in one folder, or in data/ beside the repository's other files."""
+    touch(tmp_path / inside, *SHARDS)
+    (tmp_path / "README.md").write_text("hello")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    message = message_of(tmp_path)
+    for split in ("train_prefs", "train_sft", "test_prefs", "test_sft"):
+        assert f"{split}: {split}-00000-of-00001.parquet" in message
+    assert "--split train_" in message and "glob" in message
+    assert names_of(tmp_path, "train_prefs") == [SHARDS[0]]
+    assert names_of(tmp_path, "train_sft+train_prefs") == [SHARDS[1], SHARDS[0]]
+    assert names_of(tmp_path / inside / "train_prefs-*") == [SHARDS[0]]
+    for other in ("train", "train_pref", "train_prefs[:10%]", ""):
+        assert f"has no split {other!r}; it has test_prefs, " in message_of(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("train.jsonl", "extra.jsonl"),
+        ("math-dev.jsonl", "math-test.jsonl"),
+        ("train-0.jsonl", "validation-0.jsonl"),
+        ("eval.jsonl.gz", "training.jsonl.gz"),
+        ("pairs-00000-of-00001.jsonl", "more-00000-of-00001.jsonl"),
+    ],
+)
+def test_files_of_several_splits_are_refused(tmp_path, names):
+    touch(tmp_path, *names)
+    for path in (tmp_path, tmp_path / "*"):
+        message = message_of(path)
+        assert "holds files of several splits" in message and all(name in message for name in names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.parquet", "b.parquet"),
+        ("part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"),
+        ("train-0.jsonl", "train-1.jsonl"),
+        ("latest.jsonl", "retrained.jsonl"),  # the words stand in them, but not alone
+    ],
+)
+def test_files_of_one_split_are_read_in_order_of_name(tmp_path, names):
+    touch(tmp_path, *names)
+    assert names_of(tmp_path) == names_of(tmp_path / "*") == list(names)
+
+
+def test_the_split_that_a_name_tells():
+    expected = {
+        "train_prefs-00000-of-00001.parquet": "train_prefs",
+        "train-00000-of-00002-a09b74b3ef9c3b56.parquet": "train",
+        "gsm8k-train.arrow": "train",
+        "gsm8k-train-00000-of-00002.arrow": "gsm8k-train",
+        "val.csv": "validation",
+        "my.Dev.jsonl": "validation",
+        "evaluation_2.jsonl": "test",
+        "trained.jsonl": None,
+        "pairs.jsonl": None,
+    }
+    assert {name: split_name(name) for name in expected} == expected
+
+
+def test_folders_of_configurations_or_splits(tmp_path):
+    touch(tmp_path, "harmless/train.jsonl", "harmless/test.jsonl", "helpful/train.jsonl")
+    assert "its folders harmless, helpful do" in message_of(tmp_path)
+    assert "several splits" in message_of(tmp_path / "harmless")
+    assert names_of(tmp_path / "*" / "train.jsonl") == ["train.jsonl"] * 2
+    touch(tmp_path / "other", "train/0.jsonl", "test/0.jsonl")
+    assert len(open_rows(tmp_path / "other", "train")) == 1
+    assert "several splits" in message_of(tmp_path / "other" / "**" / "*.jsonl")
+    assert len(open_rows(tmp_path / "other" / "**" / "*.jsonl", "test")) == 1
+
+
+def test_files_of_several_kinds_are_refused(tmp_path):
+    touch(tmp_path, "a.jsonl", "b.json")
+    message = message_of(tmp_path)
+    assert "several kinds (.json, .jsonl)" in message and "'*.json'" in message
+    assert names_of(tmp_path / "*.json") == ["b.json"]
+
+
+def test_a_split_of_what_has_none(tmp_path):
+    touch(tmp_path, "a.jsonl", "b.jsonl")
+    assert "names tell no split" in message_of(tmp_path, "train")
+    assert "leave --split out" in message_of(tmp_path / "a.jsonl", "train")
+    assert "no file matches" in message_of(tmp_path / "c*")
+    assert "no such file" in message_of(tmp_path / "c.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "neither" in message_of(tmp_path / "empty")
+    with pytest.raises(UserError, match="hf download --repo-type dataset openai/gsm8k"):
+        data_files("openai/gsm8k")
+
+
+def test_saved_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    of = {split: datasets.Dataset.from_list([{"name": split}]) for split in ("train", "test")}
+    folder = tmp_path / "several"
+    datasets.DatasetDict(of).save_to_disk(str(folder))
+    assert "several splits (train, test); give the folder of one of them" in message_of(folder)
+    assert names_of(folder, "test") == names_of(folder / "test") == ["test"]
+    assert names_of(folder, "test+train") == ["test", "train"]
+    assert "no split 'dev'" in message_of(folder, "dev")
+    assert "leave --split out" in message_of(folder / "test", "test")
+    one = tmp_path / "one"
+    datasets.DatasetDict(train=of["train"]).save_to_disk(str(one))
+    assert names_of(one) == ["train"]
+
+
+def test_a_name_with_the_characters_of_a_glob(tmp_path):
+    touch(tmp_path, "a[1].jsonl", "a1.jsonl")
+    assert names_of(tmp_path / "a[1].jsonl") == ["a[1].jsonl"]

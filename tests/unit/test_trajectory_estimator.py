@@ -124,6 +124,16 @@ def test_exact_trajectory_is_the_decoding(model, P, R, seed):
         assert replay(model, without) != pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["dtrpo", "vrpo", "mean_field"])
+def test_other_estimators_do_not_see_a_recording(name):
+    """Behind the end token they see ``[MASK]``, whatever the row has recorded."""
+    noising = dataclasses.replace(EXACT, estimator=name)
+    for P, R in SHAPES:
+        one = recorded(P, R, 1)
+        plain = noising.document(Sample(0, 0), torch.tensor(one.prompt), [torch.tensor(one.response)])
+        assert torch.equal(one.document(noising).tokens, plain.tokens)
+
+
 def test_the_shapes_discard():
     assert sum(len(recorded(P, R, seed).discarded) for P, R in SHAPES for seed in (0, 1, 2)) > 5
 

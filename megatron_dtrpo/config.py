@@ -170,6 +170,12 @@ class DataSettings:
     overlong: str = _setting(
         "skip", "Examples that do not fit seq_length: skip (counted in a warning) or error.", ("skip", "error")
     )
+    bad_rows: str = _setting(
+        "error",
+        "Rows that cannot be used: error (every kind of problem is named, with its first places) or skip (the same in "
+        "a warning).",
+        ("error", "skip"),
+    )
     shuffle: bool = _setting(True, "A new order every epoch; off: file order.")
 
 

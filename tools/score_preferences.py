@@ -77,8 +77,8 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
     rank = parallel_state.get_data_parallel_rank()
     policy_batches = data.batches(config, rank, data_parallel)
     reference_batches = data.reference_batches(config, rank, data_parallel)
-    if data.skipped and initialize.rank() == 0:
-        print(f"warning: skipped {data.skipped} pairs longer than seq_length {config.data.seq_length}", flush=True)
+    for line in data.warnings(config) if initialize.rank() == 0 else ():
+        print(f"warning: {line}", flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)

@@ -28,6 +28,7 @@ import numpy as np
 from megatron_dtrpo.data.records import READERS, Record, TokenRecord
 from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.source import stored_files
+from megatron_dtrpo.data.tally import Tally, bad_rows_error
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 
@@ -36,6 +37,7 @@ RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 _BATCH = 512  # rows tokenized in one call
 _TOKENS, _STEPS, _ENDS, _META = "tokens.int32", "steps.int32", "ends.int64", "meta.json"
+_ROWS = "rows.int64"
 _DISCARDED = "discarded.int32"
 _DISCARDED_COLUMNS = 6  # number of the example and of the response; place, token, step, until
 
@@ -61,7 +63,8 @@ class TokenStore:
     """A finished store, opened for reading. ``build_token_store`` makes or finds one; ``store[i]`` is an Example.
 
     ``content`` is a fingerprint of every token and step in it, wherever the data file lies. ``first_incomplete`` is the
-    first example with steps whose row does not say which tokens were thrown away.
+    first example with steps whose row does not say which tokens were thrown away. ``bad_rows`` says which of the
+    ``source_rows`` rows of the file are no example, and why.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -81,6 +84,9 @@ class TokenStore:
         self.source: tuple[str, str | None] = (meta["source"], meta["split"])
         self.content: str = meta["content"]
         self.first_incomplete: int | None = meta["first_incomplete"]
+        self.bad_rows = Tally(meta["bad_rows"])
+        self.source_rows: int = meta["rows"]
+        self._numbers = np.fromfile(self.directory / _ROWS, dtype=np.int64) if meta["bad_rows"] else None
         self._size: int = meta["examples"]
         self._parts = 1 + len(RESPONSES[self.kind])
         sizes = {len(self._tokens), self._ends[-1], len(self._tokens if self._steps is None else self._steps)}
@@ -134,11 +140,15 @@ class TokenStore:
 
     def location(self, index: int) -> str:
         """Where example ``index`` was read, as error messages name it: ``pairs.jsonl:17``."""
-        return self._rows.location(index)
+        return self._rows.location(self._number(index))
 
     def row(self, index: int) -> dict:
         """Row ``index`` of the data file, as it is."""
-        return self._rows[index]
+        return self._rows[self._number(index)]
+
+    def _number(self, index: int) -> int:
+        """The row that example ``index`` was."""
+        return index if self._numbers is None else int(self._numbers[index])
 
     @cached_property
     def _rows(self) -> Rows:
@@ -159,18 +169,23 @@ def build_token_store(
     apply_chat_template: bool = False,
     progress: bool = False,
     split: str | None = None,
+    bad_rows: str = "error",
 ) -> TokenStore:
     """Open the store of data file ``path``, building it first where ``cache_dir`` does not hold it yet.
 
     ``kind`` is ``preference`` or ``sft``, ``split`` one of those that ``path`` holds. Several processes may build at
-    once: each writes a folder of its own and the first to finish wins. Raises UserError that names file and line of the
-    first row that cannot be used.
+    once: each writes a folder of its own and the first to finish wins. Rows that cannot be used are left out where
+    ``bad_rows`` is ``skip`` (`TokenStore.bad_rows` names them).
+
+    Raises:
+        UserError: naming file and line of rows that cannot be used, each kind of problem once: with ``bad_rows``
+            ``error``, or where no row is left.
     """
     if kind not in READERS:
         raise UserError(f"kind: unknown {kind!r}; use one of {', '.join(READERS)}")
     target = Path(cache_dir) / _fingerprint(stored_files(path, split), kind, tokenizer, apply_chat_template)
     if target.exists():
-        return TokenStore(target)
+        return _accepted(TokenStore(target), bad_rows)
     rows = open_rows(path, split)
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -178,16 +193,26 @@ def build_token_store(
     except OSError as error:
         raise UserError(f"{cache_dir}: the cache folder cannot be written ({error.strerror}); give another") from None
     try:
-        _write(building, (str(path), split), rows, kind, tokenizer, apply_chat_template, progress)
+        bad = _write(building, (str(path), split), rows, kind, tokenizer, apply_chat_template, progress)
+        if bad.rows and (bad_rows == "error" or bad.rows == len(rows)):
+            raise bad_rows_error(bad, len(rows))
         building.chmod(0o755)  # mkdtemp's folders are private to their user; a cache is shared
         try:
             building.rename(target)
         except OSError:
             if not target.exists():  # otherwise another process finished the same store first
                 raise
-        return TokenStore(target)
+        return _accepted(TokenStore(target), bad_rows)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _accepted(store: TokenStore, bad_rows: str) -> TokenStore:
+    """``store``, which a run that skips bad rows may have built. Raises UserError where there are some and this run
+    does not skip them."""
+    if store.bad_rows.rows and bad_rows == "error":
+        raise bad_rows_error(store.bad_rows, store.source_rows)
+    return store
 
 
 def _fingerprint(files: list[Path], kind: str, tokenizer: Tokenizer, apply_chat_template: bool) -> str:
@@ -205,17 +230,19 @@ def _write(
     tokenizer: Tokenizer,
     apply_chat_template: bool,
     progress: bool,
-) -> None:
-    """Write the files of a store; the tokens go straight to disk, 8 bytes a part stay in memory."""
+) -> Tally:
+    """Write the files of a store, of every row that can be used, and return what is wrong with the others; the tokens
+    go straight to disk, 8 bytes a part stay in memory."""
     ends = array("q")
     end = 0
     content = hashlib.sha256(kind.encode())
     recorded, first_incomplete, examples = False, None, 0
+    bad, numbers = Tally(), array("q")
     thrown: list[int] = []
     with (directory / _TOKENS).open("wb") as tokens_file, (directory / _STEPS).open("wb") as steps_file:
-        for first, records in _record_batches(rows, kind, progress):
-            parts_of = _tokenize(rows, first, records, kind, tokenizer, apply_chat_template)
-            for record, parts in zip(records, parts_of, strict=True):
+        for records in _record_batches(rows, kind, bad, progress):
+            for index, record, parts in _tokenize(rows, records, kind, tokenizer, apply_chat_template, bad):
+                numbers.append(index)
                 begin = end + len(parts[0])
                 for ids in parts:
                     end += len(ids)
@@ -238,17 +265,22 @@ def _write(
     if not recorded:
         (directory / _STEPS).unlink()
     (directory / _ENDS).write_bytes(ends.tobytes())
+    if bad.rows:
+        (directory / _ROWS).write_bytes(numbers.tobytes())
     np.asarray(thrown, dtype=np.int32).tofile(directory / _DISCARDED)
     meta = {
         "kind": kind,
         "source": os.path.abspath(source[0]),
         "split": source[1],
-        "examples": len(rows),
+        "rows": len(rows),
+        "examples": examples,
+        "bad_rows": bad.as_list(),
         "steps": recorded,
         "first_incomplete": first_incomplete,
         "content": content.hexdigest(),
     }
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    return bad
 
 
 def _steps_bytes(record: Record | TokenRecord) -> bytes:
@@ -269,52 +301,69 @@ def _discarded_rows(record: Record | TokenRecord, example: int) -> list[int]:
     ]
 
 
-def _record_batches(rows: Rows, kind: str, progress: bool) -> Iterator[tuple[int, list[Record | TokenRecord]]]:
-    """(number of the first row, validated records) of up to ``_BATCH`` rows at a time."""
-    numbered: Iterable = enumerate(rows)
+def _record_batches(
+    rows: Rows, kind: str, bad: Tally, progress: bool
+) -> Iterator[list[tuple[int, Record | TokenRecord]]]:
+    """(number of the row, its validated record), up to ``_BATCH`` at a time; other rows are ``bad``."""
+    numbers: Iterable[int] = range(len(rows))
     if progress:
         from tqdm import tqdm
 
-        numbered = tqdm(numbered, total=len(rows), desc="tokenizing", unit=" rows")
-    numbered = iter(numbered)
-    while batch := list(islice(numbered, _BATCH)):
+        numbers = tqdm(numbers, desc="tokenizing", unit=" rows")
+    numbers = iter(numbers)
+    while batch := list(islice(numbers, _BATCH)):
         records = []
-        for index, row in batch:
-            with _located(rows, index):
-                records.append(READERS[kind](row))
-        yield batch[0][0], records
+        for index in batch:
+            with bad.catching(rows, index):
+                records.append((index, READERS[kind](rows[index])))
+        yield records
 
 
 def _tokenize(
     rows: Rows,
-    first: int,
-    records: list[Record | TokenRecord],
+    records: list[tuple[int, Record | TokenRecord]],
     kind: str,
     tokenizer: Tokenizer,
     apply_chat_template: bool,
-) -> Iterator[list[list[int]]]:
-    """Token ids of each record, [prompt, *responses]; every text of the batch goes to the tokenizer in one call."""
-    texts: list[str] = []
-    for index, record in enumerate(records, start=first):
-        if isinstance(record, Record):
-            with _located(rows, index):
-                texts.append(tokenizer.render_prompt(record.prompt, apply_chat_template))
-                for response in record.responses:
-                    texts.append(tokenizer.render_response(response, record.prompt, apply_chat_template))
-    encoded = iter(tokenizer.encode_batch(texts))
-    for index, record in enumerate(records, start=first):
-        if isinstance(record, Record):
-            parts = [next(encoded), *(tokenizer.close(next(encoded)) for _ in RESPONSES[kind])]
-            check = _check_tokenized
-        else:
-            parts = [record.prompt, *record.responses]
-            check = _check_given
-        with _located(rows, index):
-            check(parts, ("prompt", *RESPONSES[kind]), tokenizer)
-            if isinstance(record, TokenRecord):
-                _check_discarded(record, RESPONSES[kind], tokenizer)
-            _check_different(parts)
-        yield parts
+    bad: Tally,
+) -> list[tuple[int, Record | TokenRecord, list[list[int]]]]:
+    """(number of the row, record, token ids of [prompt, *responses]); every text of the batch goes to the tokenizer in
+    one call. Rows that show to be unusable here are ``bad``."""
+    rendered: list[tuple[int, Record | TokenRecord, list[str]]] = []
+    for index, record in records:
+        with bad.catching(rows, index):
+            rendered.append((index, record, _render(record, tokenizer, apply_chat_template)))
+    encoded = iter(tokenizer.encode_batch([text for _, _, texts in rendered for text in texts]))
+    tokenized = []
+    for index, record, texts in rendered:
+        ids = [next(encoded) for _ in texts]
+        with bad.catching(rows, index):
+            tokenized.append((index, record, _checked_parts(record, ids, kind, tokenizer)))
+    return tokenized
+
+
+def _render(record: Record | TokenRecord, tokenizer: Tokenizer, apply_chat_template: bool) -> list[str]:
+    """The texts of a record that are still to be tokenized: [prompt, *responses], or none."""
+    if isinstance(record, TokenRecord):
+        return []
+    prompt = tokenizer.render_prompt(record.prompt, apply_chat_template)
+    return [prompt, *(tokenizer.render_response(r, record.prompt, apply_chat_template) for r in record.responses)]
+
+
+def _checked_parts(
+    record: Record | TokenRecord, encoded: list[list[int]], kind: str, tokenizer: Tokenizer
+) -> list[list[int]]:
+    """[prompt, *responses] of a record whose texts were ``encoded``. Raises UserError."""
+    names = ("prompt", *RESPONSES[kind])
+    if isinstance(record, Record):
+        parts = [encoded[0], *map(tokenizer.close, encoded[1:])]
+        _check_tokenized(parts, names, tokenizer)
+    else:
+        parts = [record.prompt, *record.responses]
+        _check_given(parts, names, tokenizer)
+        _check_discarded(record, RESPONSES[kind], tokenizer)
+    _check_different(parts)
+    return parts
 
 
 def _check_tokenized(parts: list[list[int]], names: tuple[str, ...], tokenizer: Tokenizer) -> None:
@@ -350,17 +399,3 @@ def _check_discarded(record: TokenRecord, names: tuple[str, ...], tokenizer: Tok
 def _check_different(parts: list[list[int]]) -> None:
     if len(parts) == 3 and parts[1] == parts[2]:
         raise UserError("chosen and rejected are the same; take the row out, it prefers nothing")
-
-
-class _located:
-    """Put the row's location in front of a UserError raised inside."""
-
-    def __init__(self, rows: Rows, index: int) -> None:
-        self._rows, self._index = rows, index
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, UserError):
-            raise UserError(f"{self._rows.location(self._index)}: {error}") from None

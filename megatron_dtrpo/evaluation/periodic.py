@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 
 from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.prompts import Prompt, make_prompt
-from megatron_dtrpo.data.rows import open_rows
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import DecodingOptions
@@ -60,9 +59,9 @@ class PeriodicEvaluation:
 
     def _problems(self) -> list[Prompt]:
         """Prompts of the rows that have an answer."""
-        rows = open_rows(self.config.data.data_path, self.config.data.split)
+        store = self.data.store
         data, positions = self.config.data, self.config.model.max_position_embeddings
-        found = [(rows[index], rows.location(index)) for index in self.indices]
+        found = [(store.row(index), store.location(index)) for index in self.indices]
         return [
             make_prompt(row, location, self.tokenizer, positions, data.apply_chat_template)
             for row, location in found

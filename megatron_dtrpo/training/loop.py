@@ -131,9 +131,10 @@ class Trainer:
         if self.iteration >= self.train_iters:
             self.log.say(f"nothing to do: iteration {self.iteration} is reached; raise --train-iters to go on")
         usable, batch = len(self.data.order), self.config.data.global_batch_size
-        if self.data.skipped:
-            total, budget = usable + self.data.skipped, self.config.data.seq_length
-            self.log.say(f"warning: skipped {self.data.skipped} of {total} examples: longer than seq_length {budget}")
+        for line in self.data.warnings(self.config):
+            self.log.say(f"warning: {line}")
+        for line in self.evaluation.data.warnings(self.config) if self.evaluation is not None else ():
+            self.log.say(f"warning: eval_data_path: {line}")
         if usable < batch:
             self.log.say(f"warning: {usable} examples are fewer than global_batch_size {batch}: a step repeats some")
 

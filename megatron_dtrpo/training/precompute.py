@@ -29,6 +29,9 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     The batches are the run's own, step by step: packed in another way, a sum would be rounded in another way too.
     """
     data = open_data(config, tokenizer)
+    is_main = dist.get_rank() == 0
+    for line in data.warnings(config) if is_main else ():
+        print(f"warning: {line}", flush=True)
     batch = config.data.global_batch_size
     steps = config.optimizer.steps(len(data.order), batch)
     if steps == 0:
@@ -41,7 +44,6 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     model = starting_model(config, device)
     facts = run_facts(config, tokenizer) | {"data": data.store.content, "weights": weights_fingerprint(model)}
 
-    is_main = dist.get_rank() == 0
     writer = CacheWriter(output, facts, epochs, len(data.store)) if is_main else None
     try:
         show_bar = config.run.progress and is_main and sys.stderr.isatty()

@@ -21,6 +21,7 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_recordings, require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
+from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
@@ -95,6 +96,15 @@ class Data:
     noising: Noising
     skipped: int
 
+    def warnings(self, config: Config) -> list[str]:
+        """Which rows are not trained on or scored, and why."""
+        found, budget = [], config.data.seq_length
+        if self.store.bad_rows.rows:
+            found.append(skipped_line(self.store.bad_rows, self.store.source_rows))
+        if self.skipped:
+            found.append(f"skipped {self.skipped} of {len(self.store)} examples: longer than seq_length {budget}")
+        return found
+
     def batches(self, config: Config, rank: int, ranks: int) -> BatchBuilder:
         """What the policy is run on."""
         return self._builder(self.noising, config, rank, ranks)
@@ -135,6 +145,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
                     data.apply_chat_template,
                     show_bar,
                     split=data.split,
+                    bad_rows=data.bad_rows,
                 )
             except UserError as error:
                 problem = str(error)

@@ -81,6 +81,24 @@ def test_bad_row(settings, error_of, tmp_path, name):
     assert not settings["save"].exists()
 
 
+def test_bad_rows_are_skipped_and_named_in_every_start(settings, error_of, tmp_path, capfd):
+    """The second start reads the tokens that the first one left, and says the same."""
+    data = write_lines(tmp_path / "bad.jsonl", [GOOD, {**GOOD, "chosen": ""}, GOOD, {"prompt": "x"}, GOOD])
+    heldout = write_lines(tmp_path / "heldout.jsonl", [GOOD, GOOD, {**GOOD, "rejected": 3}])
+    settings = {**settings, "data_path": data, "bad_rows": "skip", "eval_data_path": heldout, "eval_interval": 2}
+    expected = [
+        f"warning: skipped 2 of 5 rows that cannot be used: {data}:2: chosen: is empty; give some text or take the row "
+        f"out | {data}:4: missing field 'chosen'; the row has prompt",
+        f"warning: eval_data_path: skipped 1 of 3 rows that cannot be used: {heldout}:3: rejected: must be text or",
+    ]
+    for iterations in (2, 3):
+        assert train.main(flags({**settings, "train_iters": iterations})) == 0
+        output = capfd.readouterr().out
+        assert all(line in output for line in expected), output
+    assert latest_iteration(settings["save"]) == 3
+    assert error_of({**settings, "train_iters": 4, "bad_rows": "error"}).startswith(f"{heldout}:3: rejected: must be")
+
+
 def test_bad_row_leaves_what_was_there(settings, error_of, tmp_path):
     settings["save"].mkdir()
     (settings["save"] / "notes.txt").write_text("mine")

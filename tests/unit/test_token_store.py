@@ -253,7 +253,7 @@ def test_the_slower_of_two_builders_takes_the_finished_store(tmp_path, tokenizer
         with monkeypatch.context() as patch:
             patch.setattr(token_store, "_write", write_files)
             build_token_store(path, "preference", tokenizer, cache)
-        write_files(*arguments)
+        return write_files(*arguments)
 
     monkeypatch.setattr(token_store, "_write", overtaken)
     assert len(build_token_store(path, "preference", tokenizer, cache)) == 9

@@ -277,6 +277,12 @@ class RunSettings:
     )
     save: str | None = _setting(None, "Run folder: checkpoints, metrics.jsonl, TensorBoard. Resumed if it has any.")
     save_interval: int = _setting(500, "Steps between checkpoints; the last step is always saved.", at_least=1)
+    async_save: bool = _setting(
+        False, "Write checkpoints beside the run: processes forked from its own write while training goes on."
+    )
+    keep_last: int | None = _setting(
+        None, "Keep this many checkpoints of the run and delete older ones. Default: keep all.", at_least=1
+    )
     ckpt_format: str = _setting("torch_dist", "Checkpoint format.", ("torch_dist",))
     log_interval: int = _setting(1, "Steps between lines on the terminal; metrics.jsonl has every step.", at_least=1)
     tensorboard: bool = _setting(True, "Write TensorBoard events to the run folder.")

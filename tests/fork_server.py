@@ -1,7 +1,8 @@
 """Runs the trainer many times without importing torch and megatron-core, six seconds a process, each time.
 
 Imports them once and forks the ranks of every run from there, with the environment that torchrun would give them. Reads
-one job a line, ``{"arguments": [...], "processes": 2, "log": FILE}``, and answers with the ranks' exit statuses.
+one job a line, ``{"arguments": [...], "processes": 2, "log": FILE}``, and answers with the ranks' process ids, and at
+their end with their exit statuses.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> None:
         job = json.loads(line)
         port = _free_port()
         children = [_fork(rank, job, port) for rank in range(job["processes"])]
+        print(json.dumps(children), flush=True)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -179,6 +180,16 @@ class ForkServer:
             )  # fmt: skip
 
     def train(self, settings: dict, processes: int = 1, timeout: float = 120) -> list[dict]:
+        statuses, output = self._run(settings, processes, timeout, None)
+        assert statuses == [0] * processes, output
+        return read_metrics(Path(settings["save"]))
+
+    def kill(self, settings: dict, processes: int, moment: Callable[[], bool], delay: float) -> None:
+        """Trains as `train` does until ``delay`` seconds after ``moment()`` holds, and then kills every process."""
+        statuses, output = self._run(settings, processes, 120, (moment, delay))
+        assert statuses == [-signal.SIGKILL] * processes, output
+
+    def _run(self, settings: dict, processes: int, timeout: float, kill: tuple | None) -> tuple[list[int], str]:
         save = Path(settings["save"])
         log = save.with_name(save.name + ".log")
         job = {"arguments": flags(settings), "processes": processes, "log": str(log)}
@@ -187,13 +198,23 @@ class ForkServer:
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
+            ranks = json.loads(self.process.stdout.readline())
+            if kill is not None:
+                self._kill_when(*kill, ranks, timeout)
             answer = self.process.stdout.readline()
         finally:
             watchdog.cancel()
         output = log.read_text(encoding="utf-8", errors="replace")
         assert answer, f"no end within {timeout} s:\n{output}"
-        assert json.loads(answer) == [0] * processes, output
-        return read_metrics(save)
+        return json.loads(answer), output
+
+    def _kill_when(self, moment: Callable[[], bool], delay: float, ranks: list[int], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not moment() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(delay)
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
 
     def close(self) -> None:
         _kill_tree(self.process)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import queue
 
 import torch
 from torch.utils import _device
@@ -47,7 +46,6 @@ def enable() -> None:
     _rename_types()
     _replace_adam()
     _replace_kernels()
-    _keep_write_results_in_process()
 
 
 def _on_cpu(function):
@@ -161,11 +159,3 @@ def use_huge_pages() -> None:
     4 KiB a million times in a step of six pairs of a 135M model. torch looks once, at its first tensor; call before."""
     if is_cpu():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def _keep_write_results_in_process() -> None:
-    """Saving passes its results through a queue in a server process of its own, which takes seconds to start and which
-    only asynchronous saving needs."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()

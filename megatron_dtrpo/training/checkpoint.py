@@ -13,9 +13,13 @@ name is complete, and only then does the tracker file name it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import pickle
+import queue
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +27,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.config import ModelSettings, RunSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
@@ -117,27 +121,125 @@ def _sharded_state(model, optimizer, sharding: dict, is_loading: bool) -> dict:
     return state
 
 
-def save(directory: str | Path, iteration: int, model, optimizer, scheduler, progress: dict) -> None:
-    """Saves one iteration; collective. ``model`` is the bare stage or a list of virtual ones, ``progress`` plain
-    values."""
-    from megatron.core import dist_checkpointing
+class Writer:
+    """Writes a run's checkpoints, each by all processes together.
 
-    final = iteration_folder(directory, iteration)
-    partial = final.with_name(final.name + ".partial")
-    if dist.get_rank() == 0:
-        for leftover in (partial, final):  # of a run that was killed while saving, or resumed from before it
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _sharded_state(model, optimizer, _SHARDING, is_loading=False)
-    state["scheduler"] = scheduler.state_dict()
-    state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
-    dist_checkpointing.save(state, str(partial), content_metadata=_SHARDING)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.replace(partial, final)
-        write_atomically(Path(directory) / TRACKER, str(iteration))
-    dist.barrier()
+    Every process writes its share of what the data-parallel processes have in common, and its own share of the
+    optimizer's state (`optimizer_state`). With ``async_save`` a process forked from each writes while the run goes on.
+    """
+
+    def __init__(self, run: RunSettings, say: Callable[[str], None]):
+        """``say``: told about each checkpoint that is complete or deleted, on rank zero."""
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self.directory, self.run, self.say = Path(run.save), run, say
+        self.pending = AsyncCallsQueue()
+
+    def save(self, iteration: int, model, optimizer, scheduler, progress: dict) -> None:
+        """Saves one iteration; collective. ``model`` is the bare stage or a list of virtual ones, ``progress`` plain
+        values. With ``async_save`` the weights may change when it returns; `finish` completes the checkpoint."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        self.finish()
+        final = iteration_folder(self.directory, iteration)
+        partial = _partial(final)
+        if dist.get_rank() == 0:
+            for leftover in (partial, final):  # of a run that was killed while saving, or resumed from before it
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        state = _sharded_state(model, optimizer, _SHARDING, is_loading=False)
+        state["scheduler"] = scheduler.state_dict()
+        state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
+        filesystem_async._results_queue = _Results()
+        request = dist_checkpointing.save(
+            state, str(partial), _parallel_save(), async_sharded_save=True, content_metadata=_SHARDING
+        )
+        request.add_finalize_fn(functools.partial(self._complete, iteration))
+        if self.run.async_save:
+            self.pending.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def finish(self, wait: bool = True) -> None:
+        """Completes an asynchronous checkpoint that every process has written, or, to ``wait``, all; collective."""
+        self.pending.maybe_finalize_async_calls(blocking=wait)
+
+    def _complete(self, iteration: int) -> None:
+        """Gives the folder its name and then the tracker its number; only then may older ones go."""
+        if dist.get_rank() == 0:
+            final = iteration_folder(self.directory, iteration)
+            os.replace(_partial(final), final)
+            write_atomically(self.directory / TRACKER, str(iteration))
+            self.say(f"saved {final}")
+            self._delete_older(iteration)
+        dist.barrier()
+
+    def _delete_older(self, iteration: int) -> None:
+        if self.run.keep_last is None:
+            return
+        older = [n for n in complete_iterations(self.directory) if n < iteration]
+        for number in older[: max(0, len(older) + 1 - self.run.keep_last)]:
+            folder = iteration_folder(self.directory, number)
+            os.replace(folder, _partial(folder))  # never half of it under its own name
+            shutil.rmtree(_partial(folder), ignore_errors=True)
+            self.say(f"deleted {folder}: keep_last is {self.run.keep_last}")
+
+
+class _Results:
+    """Brings what a forked process says of its writing back to this one, through a file without a name.
+
+    It stands for megatron-core's queue, which lives in a server process of its own: that takes seconds to start, and
+    dies of the signal that asks a run to save and stop.
+    """
+
+    def __init__(self):
+        self.file = tempfile.TemporaryFile(buffering=0)
+
+    def put(self, results) -> None:
+        with os.fdopen(os.dup(self.file.fileno()), "wb") as stream:
+            pickle.dump(results, stream)
+
+    def get_nowait(self):
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def complete_iterations(directory: Path) -> list[int]:
+    """Iterations in ``directory`` whose folders are complete, the oldest first."""
+    found = (path.parent.name.removeprefix("iter_") for path in directory.glob("iter_*/metadata.json"))
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def _replicas():
+    """The processes that hold the same weights."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _parallel_save():
+    """Divides among data-parallel processes the writing of what each of them has."""
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas())
+
+
+def _parallel_load(folder: Path):
+    """Each data-parallel process reads a part of what all of them need, and they exchange it."""
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+
+    return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _replicas())
 
 
 def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None) -> dict:
@@ -152,7 +254,10 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     sharding = {**_SHARDING, "non_homogeneous_layers": False, **(_content_metadata(folder) or {})}
     wanted = _sharded_state(model, optimizer, sharding, is_loading=True)
     state, _, absent = _explained(
-        folder, lambda: dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
+        folder,
+        lambda: dist_checkpointing.load(
+            wanted, str(folder), _parallel_load(folder), strict=StrictHandling.RETURN_UNEXPECTED
+        ),
     )
     _require_tensors(folder, absent)
     for key, chunk in _by_key(model).items():

@@ -113,6 +113,7 @@ class Trainer:
         if self.is_main:
             changes = write_run_folder(config, tokenizer)
         self.log = MetricLog(run, self.iteration, self.train_iters, config.to_flat()) if self.is_main else None
+        self.writer = checkpoint.Writer(run, self._say)
         self._announce(resume_from, changes)
 
     def _freeze(self) -> None:
@@ -152,6 +153,7 @@ class Trainer:
                     batches, reference_batches = upcoming.result()
                     upcoming = pool.submit(self._build_batches, self.consumed + self.config.data.global_batch_size)
                     stop = self._step(batches, reference_batches)
+                    self.writer.finish(wait=False)
                     interval = self.config.evaluation.eval_interval or self.train_iters
                     if self.iteration % interval == 0 or self.iteration == self.train_iters:
                         self._evaluate()
@@ -159,11 +161,13 @@ class Trainer:
                         self._save()
                         saved_at = self.iteration
                     if stop:
+                        self.writer.finish()
                         after = f"after iteration {self.iteration}; the checkpoint is complete"
                         self._say(f"stopped by {self.stop_signal} {after}")
                         return
             if saved_at != self.iteration:
                 self._save()
+            self.writer.finish()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -278,14 +282,15 @@ class Trainer:
         )
 
     def _last_checkpoint(self) -> str:
+        """What is left of a run that ends here; completes a checkpoint that is being written; collective."""
+        self.writer.finish()
         last = checkpoint.latest_iteration(self.config.run.save)
         return f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
 
     def _save(self) -> None:
         finish_parameter_gather(self.wrapped)
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}
-        checkpoint.save(self.config.run.save, self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
-        self._say(f"saved {checkpoint.iteration_folder(self.config.run.save, self.iteration)}")
+        self.writer.save(self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
 
     def _say(self, message: str) -> None:
         if self.log is not None:

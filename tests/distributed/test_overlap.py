@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,3 +169,56 @@ def test_a_checkpoint_in_megatrons_own_form_goes_on(train, server, folder):
     assert result.status == 0, result.output
     rows = server.train(settings, 2)
     assert disagreements(rows, read_metrics(train({"lr_decay_style": "constant"}))) == []
+
+
+def without_rates(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.endswith("_per_second")}
+
+
+def said(save: Path) -> list[str]:
+    """The lines of a run about its checkpoints."""
+    log = save.with_name(save.name + ".log").read_text()
+    return [line for line in log.splitlines() if line.startswith(("saved ", "deleted ")) and "iter_" in line]
+
+
+def test_an_asynchronous_checkpoint_is_the_same_and_old_ones_go(train, folder):
+    """The run trains on while a checkpoint is written; the last one and its tracker are there at the end."""
+    often = {**ALL, "save_interval": 1}
+    save = train({**often, "async_save": True, "keep_last": 2})
+    assert differing(tensors(save, 3), tensors(train(often), 3)) == []
+    assert differing(tensors(save), tensors(train(often))) == []
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    deleted = [f"deleted {save / 'iter_0000001'}: keep_last is 2", f"deleted {save / 'iter_0000002'}: keep_last is 2"]
+    saved = [f"saved {save / f'iter_{number:07d}'}" for number in range(1, STEPS + 1)]
+    assert said(save) == [*saved[:3], deleted[0], saved[3], deleted[1]]
+
+
+def after_step(save: Path, step: int) -> Callable[[], bool]:
+    metrics = save / "metrics.jsonl"
+    return lambda: metrics.exists() and metrics.read_text().count("\n") >= step
+
+
+def while_saving(save: Path, step: int) -> Callable[[], bool]:
+    """When a checkpoint after ``step`` is being written, and not only left over."""
+    begun, trained = time.time(), after_step(save, step)
+    return lambda: trained() and any(folder.stat().st_ctime > begun for folder in save.glob("iter_*.partial"))
+
+
+def test_ten_kills_change_nothing(server, folder):
+    """Thirty steps on four processes, killed ten times: at random steps, and while a checkpoint is being written."""
+    settings = {
+        **SETTINGS, **with_small_buckets(ALL), "num_layers": 2, "clip_grad": 1, "train_iters": 30, "save_interval": 3,
+        "keep_last": 2, "data_path": folder / "pairs.jsonl",
+    }  # fmt: skip
+    undisturbed, save = folder / "undisturbed", folder / "killed"
+    expected = server.train({**settings, "save_interval": 30, "save": undisturbed}, 4, timeout=240)
+
+    rng = random.Random(14)
+    for number, step in enumerate(sorted(rng.sample(range(1, 29), 10))):
+        moment = while_saving(save, step) if number % 3 == 0 else after_step(save, step)
+        server.kill({**settings, "save": save, "async_save": number % 2 == 1}, 4, moment, rng.uniform(0, 0.3))
+    rows = server.train({**settings, "save": save}, 4, timeout=240)
+
+    assert [without_rates(row) for row in rows] == [without_rates(row) for row in expected]
+    assert differing(tensors(save, 30), tensors(undisturbed, 30)) == []

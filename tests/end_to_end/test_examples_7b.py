@@ -239,7 +239,7 @@ def test_slurm_saves_before_its_limit_queues_again_and_resumes(tmp_path):
 
     job = start(1000)
     wait_for(steps_done(save, 2), [job])
-    job.process.send_signal(signal.SIGUSR1)  # five minutes before the limit, to the batch shell alone
+    job.process.send_signal(signal.SIGUSR1)  # a quarter of an hour before the limit, to the batch shell alone
     assert job.wait() == 0, job.output()
     reached = latest_iteration(save)
     assert f"stopped by SIGUSR1 after iteration {reached}" in job.output()

@@ -13,6 +13,10 @@ the prompt would repeat its clean one. A view may hold some of the blocks only: 
 The noisy copy of the last block is filled with ``[MASK]`` after the end token, as the decoder sees it; or shows tokens
 there that the decoder saw before an earlier end token threw them away.
 
+A response may be several *turns* of the assistant with text between them that it reads and does not write, as the reply
+of a tool. Each turn then is what a response of its own would be after everything before it: its blocks have noisy
+copies, in which later text is ``[MASK]``, and a block that two turns share has a copy for each. The clean run is one.
+
 Legend: P prompt tokens, R response tokens, B block size, n response blocks, K noisy views, S packed tokens,
 N targets. Nothing here touches a device, a process group or global state.
 """
@@ -142,6 +146,14 @@ class PackedSequence:
         return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
+Turns = Sequence[tuple[int, int]]  # first and last plus one of a response's tokens that the assistant writes
+
+
+def turn_blocks(prompt_length: int, turns: Turns, block_size: int) -> list[Blocks]:
+    """The blocks of each turn, everything before it being its prompt."""
+    return [Blocks(prompt_length + begin, end - begin, block_size) for begin, end in turns]
+
+
 def packed_length(prompt_length, response_lengths: Sequence, block_size: int, views: int, copies: Sequence = ()):
     """Packed tokens of one document; works on ints and, elementwise, on arrays (one per response in the sequence).
     ``copies``: per response the number of its noisy blocks, where not every block has ``views``."""
@@ -165,13 +177,14 @@ def lay_out(
     block_start: str,
     behind: Sequence[tuple[Tensor, Tensor]] = (),
     every_step: bool = False,
+    turns: Sequence[Turns] | None = None,
 ) -> PackedSequence:
     """Lays out one document.
 
     Args:
         prompt: int64 ``[P]``, P >= 1.
         responses: int64 ``[R]`` each, R >= 1, the end token included.
-        masked: per response bool ``[K, n, B]``: the tokens that each noisy view hides.
+        masked: per response bool ``[K, n, B]``: the tokens that each noisy view hides; n blocks in all turns.
         weight: per response float ``[K, n, B]``: the weight of predicting a token from its noisy view; tokens of
             weight 0 are not read.
         block_start: ``"clean"`` reads the first token of a block from the clean pass, weight 1, once for all views;
@@ -180,43 +193,54 @@ def lay_out(
         behind: per response places, counted from the response's first token, and ids, int64 ``[d]`` each, of tokens
             behind its end that ``masked`` shows in some view.
         every_step: leaves out the noisy copies of blocks that nothing is read from; with ``block_start="clean"`` only.
+        turns: per response, the parts that the assistant writes, in order, the last up to its end; default: all of it.
     """
-    B = block_size
+    B, P = block_size, prompt.numel()
     parts, targets = [], []
-    prompt_full = prompt.numel() // B * B
+    prompt_full = P // B * B
     parts.append(_run(prompt[:prompt_full], 0, CLEAN, torch.arange(prompt_full)))
     length = prompt_full
     for r, (response, hidden, w) in enumerate(zip(responses, masked, weight, strict=True)):
-        blocks = Blocks(prompt.numel(), response.numel(), B)
-        end = blocks.start + blocks.count * B
-        tokens = torch.full((end - blocks.start,), mask_id, dtype=torch.long)
-        tail = prompt.numel() - blocks.start
+        whole = Blocks(P, response.numel(), B)
+        end = whole.start + whole.count * B
+        tokens = torch.full((end - whole.start,), mask_id, dtype=torch.long)
+        tail = P - whole.start
         tokens[:tail] = prompt[prompt_full:]
         tokens[tail : tail + response.numel()] = response
         if behind:
-            blocks.put(tokens, *behind[r])
+            whole.put(tokens, *behind[r])
 
-        clean_row = length - blocks.start  # packed row of a position's clean copy; the prompt's rows are its positions
-        parts.append(_run(tokens[:-B], r + 1, CLEAN, torch.arange(blocks.start, end - B)))
+        clean_row = torch.arange(end)  # packed row of a position's clean copy; the prompt's rows are its positions
+        clean_row[whole.start :] += length - whole.start
+        parts.append(_run(tokens[:-B], r + 1, CLEAN, torch.arange(whole.start, end - B)))
         length += tokens.numel() - B
-        if block_start == "clean":
-            starts = torch.arange(blocks.start, end, B)
-            starts = starts[starts >= prompt.numel()]
-            rows = torch.where(starts - 1 < blocks.start, starts - 1, starts - 1 + clean_row)
-            targets.append((rows, tokens[starts - blocks.start], torch.ones(starts.numel(), dtype=torch.float64), r))
+        views = hidden.shape[0]
+        before = 0  # blocks of the turns before
+        spans = [(0, response.numel())] if turns is None else turns[r]
+        for number, blocks in enumerate(turn_blocks(P, spans, B)):
+            position = torch.arange(blocks.start, blocks.start + blocks.count * B)
+            written = tokens[position - whole.start]
+            if not behind:  # otherwise the response is one turn, and what lies behind its end was seen
+                written[blocks.prompt_length + blocks.response_length - blocks.start :] = mask_id
+            own = slice(before, before + blocks.count)
+            before += blocks.count
+            if block_start == "clean":
+                starts = position[::B][position[::B] >= blocks.prompt_length]
+                ones = torch.ones(starts.numel(), dtype=torch.float64)
+                targets.append((clean_row[starts - 1], written[starts - blocks.start], ones, r))
 
-        position = torch.arange(blocks.start, end)
-        for k in range(hidden.shape[0]):
-            weights = w[k].flatten()
-            laid_out = w[k].any(1) if every_step else torch.ones(blocks.count, dtype=torch.bool)
-            kept = laid_out.repeat_interleave(B)
-            parts.append(_run(tokens.masked_fill(hidden[k].flatten(), mask_id)[kept], r + 1, k + 1, position[kept]))
-            read = weights.nonzero().squeeze(1)
-            # The token shift: the row before. Before the first response block lies the prompt, clean.
-            row = length - 1 + kept.cumsum(0)
-            rows = torch.where(read == 0, blocks.start - 1, row[read - 1])
-            targets.append((rows, tokens[read], weights[read].double(), r))
-            length += int(kept.sum())
+            for k in range(views):
+                weights = w[k, own].flatten()
+                laid_out = w[k, own].any(1) if every_step else torch.ones(blocks.count, dtype=torch.bool)
+                kept = laid_out.repeat_interleave(B)
+                noisy = written.masked_fill(hidden[k, own].flatten(), mask_id)
+                parts.append(_run(noisy[kept], r + 1, number * views + k + 1, position[kept]))
+                read = weights.nonzero().squeeze(1)
+                # The token shift: the row before. What lies before the turn's first block is clean.
+                row = length - 1 + kept.cumsum(0)
+                rows = torch.where(read == 0, clean_row[blocks.start - 1], row[read - 1])
+                targets.append((rows, written[read], weights[read].double(), r))
+                length += int(kept.sum())
 
     tokens, branch, view, position = (torch.cat(field) for field in zip(*parts, strict=True))
     rows, target_tokens, weights, response_ids = zip(*targets, strict=True)

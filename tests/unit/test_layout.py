@@ -350,3 +350,49 @@ def test_the_tail_is_masked_and_never_read():
             assert (sequence.tokens[after] == MASK).all()
             assert not after[sequence.target_row].any()
         assert (sequence.target_token != MASK).all()
+
+
+@pytest.mark.parametrize("block_start", ["clean", "noisy"])
+@pytest.mark.parametrize(
+    ("prompt_length", "response_length", "turns"),
+    [
+        (5, 21, [(0, 6), (11, 21)]),  # two turns in different blocks
+        (4, 11, [(0, 2), (3, 5), (6, 11)]),  # three within two blocks
+        (6, 14, [(0, 2), (6, 7), (10, 14)]),  # beginning and ending on boundaries
+        (1, 9, [(0, 3), (8, 9)]),
+    ],
+)
+def test_each_turn_is_laid_out_as_a_response_of_its_own(model, prompt_length, response_length, turns, block_start):
+    """Every prediction sees what it would see were the turn the only response, after everything that comes before."""
+    generator = torch.Generator().manual_seed(1)
+    prompt, response = (torch.randint(0, MASK, (n,), generator=generator) for n in (prompt_length, response_length))
+    alone = []
+    for number, (begin, end) in enumerate(turns):
+        one = make_document(prompt_length + begin, (end - begin,), 2, block_start, generator, serial=10_000 * number)
+        one.prompt, one.responses = torch.cat([prompt, response[:begin]]), [response[begin:end]]
+        assert_equals_plain_layout(model, [one], one.lay_out(block_start), block_start)
+        alone.append(one)
+    masked, weight = (torch.cat([getattr(one, name)[0] for one in alone], 1) for name in ("masked", "weight"))
+    known = {"block_size": B, "mask_id": MASK, "block_start": block_start}
+    sequence = lay_out(prompt, [response], [masked], [weight], turns=[turns], **known)
+    sequence_length = packed_length(prompt_length, [response_length], B, 0, [2 * masked.shape[1]])
+    assert len(sequence) == sequence_length
+
+    def predictions(packed: PackedSequence) -> tuple[dict, list]:
+        """Token and logits by weight, of which each token in each view has its own; and of weight 1, in order."""
+        logits = packed_logits(model, packed)[packed.target_row]
+        found = list(zip(packed.target_weight.tolist(), packed.target_token.tolist(), logits, strict=True))
+        ones = [(token, row) for weight, token, row in found if weight == 1.0]
+        return {weight: (token, row) for weight, token, row in found if weight != 1.0}, ones
+
+    together, ones = predictions(sequence)
+    expected, expected_ones = {}, []
+    for one in alone:
+        found, found_ones = predictions(one.lay_out(block_start))
+        expected |= found
+        expected_ones += found_ones
+    assert together.keys() == expected.keys()
+    pairs = [(together[weight], expected[weight]) for weight in expected] + list(zip(ones, expected_ones, strict=True))
+    assert len(pairs) == len(sequence.target_row)
+    for (token, row), (expected_token, expected_row) in pairs:
+        assert token == expected_token and (row - expected_row).abs().max() < 1e-9

@@ -162,6 +162,12 @@ class DataSettings:
     mask_token: str | None = _setting(None, "The mask token; default: the tokenizer's own.")
     eos_token: str | None = _setting(None, "The token that ends a response; default: the tokenizer's own.")
     apply_chat_template: bool = _setting(False, "Wrap text prompts in the chat template as one user message.")
+    assistant_turns: str = _setting(
+        "last",
+        "What sft learns of a conversation in messages: the assistant's last message, or all of them, each an example "
+        "with the conversation before it as its prompt.",
+        ("last", "all"),
+    )
     seq_length: int = _setting(
         8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1
     )

@@ -162,6 +162,10 @@ def validate_training(config: Config, data_parallel: int) -> None:
         check_live_reference(config.parallel)
     _check_length(config, data_parallel)
     _demand(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is larger than lr {optimizer.lr}")
+    _demand(
+        config.data.assistant_turns == "last" or config.objective.objective == "sft",
+        "assistant_turns all is for objective sft: a preference compares one answer; leave it out",
+    )
     interval, path = config.evaluation.eval_interval, config.evaluation.eval_data_path
     _demand(interval is None or path, "eval_interval needs data: give --eval-data-path FILE")
     _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")

@@ -132,12 +132,11 @@ def _different(samples: list[Completion]) -> list[Completion]:
 def _row(tokenizer, prompt, chosen: Completion, rejected: Completion) -> dict:
     """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded, with the
     log-likelihood of everything that was written."""
-    asked = prompt.row.get("prompt") if prompt.row.get("prompt") is not None else prompt.row.get("messages")
     row = {key: value for key, value in prompt.row.items() if key not in ("messages", "completion")}
-    row |= {"prompt": prompt.text if asked is None else asked, "prompt_ids": prompt.ids}
+    row |= {"prompt": prompt.asked, "prompt_ids": prompt.ids}
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         text = tokenizer.decode(completion.tokens)
-        row[name] = [{"role": "assistant", "content": text}] if isinstance(asked, list) else text
+        row[name] = [{"role": "assistant", "content": text}] if isinstance(prompt.asked, list) else text
         row |= {f"{name}_ids": completion.tokens, f"{name}_steps": completion.steps}
         row[f"{name}_discarded"] = discarded_rows(completion)
         row[f"{name}_log_likelihood"] = completion.log_likelihood()

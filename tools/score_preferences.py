@@ -77,8 +77,8 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
     rank = parallel_state.get_data_parallel_rank()
     policy_batches = data.batches(config, rank, data_parallel)
     reference_batches = data.reference_batches(config, rank, data_parallel)
-    for line in data.warnings(config) if initialize.rank() == 0 else ():
-        print(f"warning: {line}", flush=True)
+    for line in data.remarks(config) if initialize.rank() == 0 else ():
+        print(line, flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)

@@ -18,7 +18,7 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
-from megatron_dtrpo.data.token_store import TokenStore
+from megatron_dtrpo.data.token_store import TokenStore, turn_block_counts
 from megatron_dtrpo.diffusion.estimators import (
     ESTIMATORS,
     KEPT,
@@ -32,13 +32,21 @@ from megatron_dtrpo.diffusion.estimators import (
     noise_generator,
     total_views,
 )
-from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, concatenate, lay_out, packed_length
+from megatron_dtrpo.diffusion.layout import (
+    Blocks,
+    PackedSequence,
+    Turns,
+    concatenate,
+    lay_out,
+    packed_length,
+    turn_blocks,
+)
 
 
 @dataclass
 class MicroBatch:
-    """One packed sequence and what it was made of: ``samples`` in packed order and the token count of every response,
-    int64 ``[responses]``."""
+    """One packed sequence and what it was made of: ``samples`` in packed order and how many tokens of every response
+    the assistant writes, int64 ``[responses]``."""
 
     sequence: PackedSequence
     samples: list[Sample]
@@ -119,27 +127,37 @@ class Noising:
     def packed_lengths(self, store: TokenStore) -> np.ndarray:
         """Packed tokens of every example, int64 ``[n]``."""
         prompt, responses = (lengths.astype(np.int64) for lengths in store.lengths)
-        if not self.kind.every_step:
-            return self.packed_length(prompt, list(responses.T))
-        copies = noisy_copies(store, self.block_size)
+        if self.kind.every_step:
+            copies = noisy_copies(store, self.block_size)
+        else:
+            views = total_views(self.estimator, self.num_views, self.options)
+            copies = views * turn_block_counts(store, self.block_size)
         return packed_length(prompt, list(responses.T), self.block_size, 0, list(copies.T))
 
-    def noise(self, sample: Sample, branch: int, blocks: Blocks, decoded: Decoded | None = None) -> Noise:
-        """The noise of one response, ``branch`` 1 or 2 of its example."""
+    def noise(self, sample: Sample, branch: int, blocks: Sequence[Blocks], decoded: Decoded | None = None) -> Noise:
+        """The noise of one response, ``branch`` 1 or 2 of its example, over the blocks of all its turns. What was
+        ``decoded`` is one turn."""
         generators = [
             noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
             for view in range(1, self.num_views + 1)
         ]
-        recording = None if decoded is None else decoded.on(blocks)
-        return self.kind.draw(NoiseRequest(blocks.maskable(self.block_start), generators, self.options, recording))
+        recording = None if decoded is None else decoded.on(blocks[0])
+        maskable = torch.cat([turn.maskable(self.block_start) for turn in blocks])
+        return self.kind.draw(NoiseRequest(maskable, generators, self.options, recording))
 
     def document(
-        self, sample: Sample, prompt: Tensor, responses: Sequence[Tensor], decoded: Sequence[Decoded] | None = None
+        self,
+        sample: Sample,
+        prompt: Tensor,
+        responses: Sequence[Tensor],
+        decoded: Sequence[Decoded] | None = None,
+        turns: Sequence[Turns] | None = None,
     ) -> PackedSequence:
         """Noises and lays out one example: int64 ``[P]``, ``[R]`` each and, where the estimator reads them, their
-        recorded decodings."""
+        recorded decodings. ``turns``: of each response, the parts that the assistant writes; default: all of it."""
         recorded = decoded if self.kind.needs_steps else None
-        blocks = [Blocks(prompt.numel(), response.numel(), self.block_size) for response in responses]
+        turns = [[(0, response.numel())] for response in responses] if turns is None else turns
+        blocks = [turn_blocks(prompt.numel(), each, self.block_size) for each in turns]
         noise = [
             self.noise(sample, r + 1, blocks[r], None if recorded is None else recorded[r])
             for r in range(len(responses))
@@ -154,6 +172,7 @@ class Noising:
             block_start=self.block_start,
             behind=[one.discarded[:, :2].unbind(1) for one in recorded or ()],
             every_step=self.kind.every_step,
+            turns=turns,
         )
 
 
@@ -205,8 +224,8 @@ class BatchBuilder:
             decoded = None
             if example.steps is not None:
                 decoded = [Decoded(*_tensors(pair)) for pair in zip(example.steps, example.discarded, strict=True)]
-            documents.append(self.noising.document(sample, prompt, responses, decoded))
-            lengths += [r.numel() for r in responses]
+            documents.append(self.noising.document(sample, prompt, responses, decoded, example.turns))
+            lengths += [sum(end - begin for begin, end in turns) for turns in example.turns]
         return MicroBatch(concatenate(documents), list(samples), torch.tensor(lengths))
 
 

@@ -7,22 +7,59 @@ knows a tokenizer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 from megatron_dtrpo.errors import UserError
 
 Messages = list[dict[str, Any]]
-Template = Callable[[Messages, bool], str]  # (messages, add_generation_prompt) -> text
+# (messages, add_generation_prompt=, continue_final_message=, tools=, **variables) -> text
+Template = Callable[..., str]
 
 
-def render_prompt(template: Template, prompt: str | Messages, apply_chat_template: bool) -> str:
-    """A prompt's text: with messages, up to where the assistant begins to speak.
+@dataclass(frozen=True)
+class TemplateInputs:
+    """What a row gives to the chat template beside its messages: tools, as JSON schemas, and the template's own
+    variables."""
 
-    ``apply_chat_template`` makes a text prompt one user message.
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def names(self) -> str:
+        """The columns of the row that hold something."""
+        return " and ".join(["tools"] * bool(self.tools) + ["chat_template_kwargs"] * bool(self.variables))
+
+
+class Piece(NamedTuple):
+    """A part of a response's text: written by the assistant, and learned, or read by it, as the reply of a tool."""
+
+    text: str
+    is_learned: bool
+
+
+def render_prompt(
+    template: Template, prompt: str | Messages, apply_chat_template: bool, inputs: TemplateInputs | None = None
+) -> str:
+    """A prompt's text. Messages are rendered up to where the assistant begins to speak, or, if the last one is the
+    assistant's own, goes on to speak.
+
+    ``apply_chat_template`` makes a text prompt one user message. Raises UserError where the template does not write
+    the ``inputs``.
     """
+    inputs = inputs or TemplateInputs()
     if isinstance(prompt, str) and not apply_chat_template:
+        if inputs.names():
+            raise UserError(
+                f"{inputs.names()}: the prompt is text, which no chat template writes; give messages, or "
+                "apply_chat_template"
+            )
         return prompt
-    return template(_as_messages(prompt, "user"), True)
+    messages = _as_messages(prompt, "user")
+    text = _opening(_bound(template, inputs), messages)
+    if inputs.tools and text == _opening(_bound(template, TemplateInputs(None, inputs.variables)), messages):
+        raise UserError("tools: the chat template does not write them; take them out or use another template")
+    return text
 
 
 def render_response(
@@ -31,20 +68,89 @@ def render_response(
     response: str | Messages,
     prompt: str | Messages | None,
     apply_chat_template: bool,
-) -> str:
-    """A response's text: with messages, what the template adds to the rendered prompt.
+    inputs: TemplateInputs | None = None,
+) -> list[Piece]:
+    """A response's text: with messages, what the template adds to the rendered prompt. It begins and ends with what the
+    assistant writes; between two of the assistant's messages lies what it reads.
 
     Templates may write an answer differently after a different prompt; for ``prompt=None`` a short user message
     stands in. Raises UserError where the rendered prompt is not what the answered conversation begins with.
     """
     if isinstance(response, str) and not apply_chat_template:
-        return _cut_after_end(response, eos_token)
+        return [Piece(_cut_after_end(response, eos_token), True)]
+    template = _bound(template, inputs or TemplateInputs())
     before = _as_messages("Hi" if prompt is None else prompt, "user")
-    opening = template(before, True)
-    whole = template(before + _as_messages(response, "assistant"), False)
-    if not whole.startswith(opening):
+    answers = _as_messages(response, "assistant")
+    conversation = _joined(before, answers)
+    whole = _write(template, conversation)
+    # Where each of the assistant's messages begins in `whole`; the first continues a prompt that ends with one.
+    openings = [_opening(template, before)]
+    for place in range(len(conversation) - len(answers) + 1, len(conversation)):
+        if conversation[place]["role"] == "assistant":
+            openings.append(_opening(template, conversation[:place]))
+    if not all(whole.startswith(opening) for opening in openings):
         raise UserError("the chat template writes this prompt differently once it is answered; give text instead")
-    return _cut_after_end(whole[len(opening) :], eos_token)
+    return _pieces(whole, [len(opening) for opening in openings], eos_token)
+
+
+def _pieces(whole: str, begins: list[int], eos_token: str) -> list[Piece]:
+    """``whole`` from the first of ``begins``, where the assistant begins to speak: each time up to its end token."""
+    pieces = []
+    for begin, following in zip(begins, begins[1:], strict=False):
+        end = whole.find(eos_token, begin, following) + len(eos_token)
+        if end < begin + len(eos_token):
+            raise UserError(
+                f"the chat template ends an assistant's message without the end token {eos_token!r}; name the one it "
+                "writes with --eos-token"
+            )
+        pieces += [Piece(whole[begin:end], True), Piece(whole[end:following], False)]
+    return [*pieces, Piece(_cut_after_end(whole[begins[-1] :], eos_token), True)]
+
+
+def _bound(template: Template, inputs: TemplateInputs) -> Template:
+    return partial(template, tools=inputs.tools or None, **inputs.variables)
+
+
+def _opening(template: Template, messages: Messages) -> str:
+    """The text in front of the assistant's next words."""
+    if messages[-1]["role"] == "assistant":
+        return _write(template, messages, continue_final_message=True)
+    return _write(template, messages, add_generation_prompt=True)
+
+
+def _write(template: Template, messages: Messages, **how: bool) -> str:
+    """The template's text of ``messages``. Calls of tools that it does not write are a UserError.
+
+    A message with calls may have no content. Most templates then take an empty text, some a missing one only.
+    """
+    if not any(message.get("tool_calls") for message in messages):
+        return template(messages, **how)
+    filled = [{**message, "content": message.get("content") or ""} for message in messages]
+    without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in filled]
+    silent = _attempt(template, without, **how)
+    attempts = [_attempt(template, variant, **how) for variant in (filled, messages)]
+    for text in attempts:
+        if isinstance(text, str) and text != silent:
+            return text
+    if isinstance(attempts[0], UserError):
+        raise attempts[0]
+    raise UserError("tool_calls: the chat template does not write them; take the row out or use another template")
+
+
+def _attempt(template: Template, messages: Messages, **how: bool) -> str | UserError:
+    try:
+        return template(messages, **how)
+    except UserError as error:
+        return error
+
+
+def _joined(before: Messages, answers: Messages) -> Messages:
+    """The whole conversation. An answer to a prompt that ends with the assistant's message continues that message."""
+    if before[-1]["role"] != "assistant":
+        return before + answers
+    last, first = before[-1], answers[0]
+    content = (last.get("content") or "") + (first.get("content") or "")
+    return [*before[:-1], {**last, **first, "content": content}, *answers[1:]]
 
 
 def _cut_after_end(text: str, eos_token: str) -> str:

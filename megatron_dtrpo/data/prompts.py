@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dtrpo.data.chat import Messages
+from megatron_dtrpo.data.examples import encode_records
+from megatron_dtrpo.data.records import Record, prompt_record
 from megatron_dtrpo.data.rows import open_rows
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
@@ -13,18 +16,20 @@ from megatron_dtrpo.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row of the file as it was, where it stands, its prompt as text and as token ids [P], P >= 1."""
+    """A row of the file as it was, where it stands, its prompt as text and as token ids [P], P >= 1. ``asked`` is the
+    prompt as the row gives it, text or messages; the text where it gives ids."""
 
     row: dict[str, Any]
     location: str
     text: str
     ids: list[int]
+    asked: str | Messages
 
 
 def read_prompts(
     path: str | Path, tokenizer: Tokenizer, max_positions: int, apply_chat_template: bool = False
 ) -> list[Prompt]:
-    """Rows with ``prompt`` (text or messages), ``messages`` or ``prompt_ids``.
+    """The prompts of rows, exactly as training on these rows has them (see `records.prompt_record`).
 
     Raises UserError naming the first row that cannot be decoded: no prompt, an empty one, one that leaves no position
     for an answer, or one that contains the mask token.
@@ -41,32 +46,16 @@ def make_prompt(
 ) -> Prompt:
     """One row of `read_prompts`."""
     try:
-        text, ids = _encode(row, tokenizer, apply_chat_template)
-        if not ids:
-            raise UserError("the prompt is empty; give some text or take the row out")
-        if len(ids) >= max_positions:
+        record = prompt_record(row)
+        (encoded,) = encode_records([record], (), tokenizer, apply_chat_template)
+        if isinstance(encoded, UserError):
+            raise encoded
+        if len(encoded.prompt) >= max_positions:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, the model's max_position_embeddings are {max_positions}; shorten it"
+                f"the prompt has {len(encoded.prompt)} tokens, the model's max_position_embeddings are "
+                f"{max_positions}; shorten it"
             )
-        if tokenizer.mask_id in ids:
-            raise UserError(f"the prompt contains the mask token {tokenizer.mask_token!r}; remove it")
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
-    return Prompt(row, location, text, ids)
-
-
-def _encode(row: dict[str, Any], tokenizer: Tokenizer, apply_chat_template: bool) -> tuple[str, list[int]]:
-    if row.get("prompt_ids") is not None:
-        ids = row["prompt_ids"]
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
-            raise UserError(f"prompt_ids: must be a list of token ids from 0 to {tokenizer.vocab_size - 1}")
-        return tokenizer.decode(ids), ids
-    prompt = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
-    if isinstance(prompt, list):
-        if not prompt or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
-            raise UserError("messages: must be a list of objects with role and content")
-    elif not isinstance(prompt, str):
-        present = ", ".join(sorted(row)) or "nothing"
-        raise UserError(f"a row needs prompt, messages or prompt_ids; this one has {present}")
-    text = tokenizer.render_prompt(prompt, apply_chat_template)
-    return text, tokenizer.encode(text)
+    asked = record.prompt if isinstance(record, Record) else encoded.prompt_text
+    return Prompt(row, location, encoded.prompt_text, encoded.prompt, asked)

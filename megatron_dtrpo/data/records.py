@@ -1,33 +1,48 @@
 """What a row of a data file must hold, checked once, before anything is tokenized.
 
 A record is a prompt and its responses as the user wrote them, text or message lists: two responses (chosen, rejected)
-for preferences, one (the completion) for supervised fine-tuning. The fields are TRL's. A row may instead give exact
-token ids, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` or ``completion_ids``, which are then taken as they are, and
-with them a recorded decoding: the step at which each response token was unmasked, ``chosen_steps`` and
-``rejected_steps``, and what was thrown away behind an end token, ``chosen_discarded`` and ``rejected_discarded``.
+for preferences, one (the completion) for supervised fine-tuning, none for a prompt to decode. The fields are TRL's. A
+row may instead give exact token ids, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` or ``completion_ids``, which are
+then taken as they are, and with them a recorded decoding: the step at which each response token was unmasked,
+``chosen_steps`` and ``rejected_steps``, and what was thrown away behind an end token, ``chosen_discarded`` and
+``rejected_discarded``.
 
 Messages of the errors raised here do not say which row they are about; the caller, who knows, puts that in front.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
-from megatron_dtrpo.data.chat import Messages
+from megatron_dtrpo.data.chat import Messages, TemplateInputs
+from megatron_dtrpo.data.messages import kind_of, read_messages, require_text
+from megatron_dtrpo.data.shared_text import shared_prompt
 from megatron_dtrpo.errors import UserError
 
+_INPUTS = ("tools", "chat_template_kwargs")  # the columns that go to the chat template
 MOST = 2**31 - 2  # of an id or a step, so that they, and steps plus one, are 32-bit integers
+
+# What was done to a row that its owner may not expect: notes, said once for a file, with the number of rows.
+IMPLICIT_TEXT = "note: {count} rows without a prompt: it is what chosen and rejected share, up to a whole turn or word"
+IMPLICIT_MESSAGES = "note: {count} rows without a prompt of messages: it is the messages that chosen and rejected share"
+AFTER_LAST_ANSWER = "warning: {count} rows go on after the assistant's last answer: nothing is learned from that"
+NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt and its responses, each text or a message list; the response lists hold one assistant message."""
+    """A prompt and its responses, each text or a message list. A list of a response holds the assistant's message, or
+    several with the replies of tools between them. ``inputs`` go to the chat template; ``notes`` say what was done to
+    the row."""
 
     prompt: str | Messages
     responses: tuple[str | Messages, ...]
+    inputs: TemplateInputs = TemplateInputs()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,58 +54,180 @@ class TokenRecord:
     responses: tuple[list[int], ...]
     steps: tuple[list[int], ...] | None = None
     discarded: tuple[list[tuple[int, int, int, int]], ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def preference_record(row: dict[str, Any]) -> Record | TokenRecord:
-    """``prompt``, ``chosen``, ``rejected``; or whole conversations in ``chosen`` and ``rejected`` (implicit prompt); or
-    token ids.
+    """``prompt``, ``chosen``, ``rejected``; or ``chosen`` and ``rejected`` that begin with the prompt (implicit
+    prompt), as text or as conversations; or token ids.
 
     As in TRL, a text prompt beside two conversations is a label, and the prompt is what the conversations share.
     """
     if _has_ids(row, ("chosen", "rejected")):
         return _token_record(row, ("chosen", "rejected"))
-    conversations = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
-    implicit = conversations and not isinstance(row.get("prompt"), list)
-    _require(row, ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected"))
-    if not implicit:
-        prompt = _prompt(row["prompt"])
-        return Record(prompt, tuple(_response(row[name], name, prompt) for name in ("chosen", "rejected")))
-    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
-    # The last message is always an answer, so equal conversations still leave one to compare.
-    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    if shared == 0:
-        raise UserError("chosen and rejected share no first message; give the prompt as a list of messages")
-    prompt = _prompt(chosen[:shared])
-    answers = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    return Record(prompt, tuple(_response(answer, name, prompt) for name, answer in answers.items()))
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(row.get("prompt"), list):
+        return _implicit_messages(row)
+    if isinstance(chosen, str) and isinstance(rejected, str) and row.get("prompt") is None:
+        return _implicit_text(row)
+    _require(row, ("prompt", "chosen", "rejected"))
+    prompt = _prompt(row["prompt"])
+    responses = tuple(_response(row[name], name, prompt) for name in ("chosen", "rejected"))
+    return Record(prompt, responses, _template_inputs(row))
 
 
 def sft_record(row: dict[str, Any]) -> Record | TokenRecord:
     """``prompt`` and ``completion``, or ``messages``: the last assistant message answers those before it; or token ids.
 
-    Messages after the last answer are left out: nothing is learned from them.
+    Messages after the last answer are left out: nothing is learned from them. A text prompt beside ``messages`` is a
+    label. A row whose ``label`` says that its completion is bad (KTO's data) is an error.
     """
     if _has_ids(row, ("completion",)):
         return _token_record(row, ("completion",))
-    if "messages" not in row or "prompt" in row:
-        _require(row, ("prompt", "completion"))
-        prompt = _prompt(row["prompt"])
-        return Record(prompt, (_response(row["completion"], "completion", prompt),))
-    messages = _messages(row["messages"], "messages")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise UserError("messages: no message has the role 'assistant'; the last one that has is the completion")
-    if answers[-1] == 0:
-        raise UserError("messages: nothing comes before the assistant's message; begin with the user's")
-    prompt = _prompt(messages[: answers[-1]], name="messages")
-    return Record(prompt, (_response([messages[answers[-1]]], "messages", prompt),))
+    if _is_conversation(row):
+        messages, answers = _conversation(row)
+        return _answer_record(row, messages, answers[-1], (AFTER_LAST_ANSWER,) * (answers[-1] < len(messages) - 1))
+    return _completion_record(row)
+
+
+def sft_turn_records(row: dict[str, Any]) -> list[Record | TokenRecord]:
+    """As `sft_record`, with one record for every assistant message of ``messages``, the conversation before it being
+    its prompt: each is learned as it is decoded."""
+    if _has_ids(row, ("completion",)) or not _is_conversation(row):
+        return [sft_record(row)]
+    messages, answers = _conversation(row)
+    notes = (NO_PROMPT,) * (answers[0] == 0) + (AFTER_LAST_ANSWER,) * (answers[-1] < len(messages) - 1)
+    records = [_answer_record(row, messages, place) for place in answers if place > 0]
+    return [*records[:-1], _answer_record(row, messages, answers[-1], notes)]
+
+
+def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
+    """The prompt that training on this row has, without responses: of ``prompt_ids``, a preference row, a conversation
+    in ``messages`` up to its last answer, or ``prompt``. ``messages`` that end with a question are a prompt as they
+    stand."""
+    if row.get("prompt_ids") is not None:
+        return TokenRecord(_integers(row["prompt_ids"], "prompt_ids"), ())
+    if _has_implicit_prompt(row):
+        record = preference_record({name: row.get(name) for name in ("prompt", "chosen", "rejected", *_INPUTS)})
+        return Record(record.prompt, (), record.inputs, record.notes)
+    if _is_conversation(row):
+        messages = read_messages(row["messages"], "messages")
+        if messages[-1]["role"] == "assistant":
+            messages, answers = _conversation(row)
+            messages = messages[: answers[-1]]
+        return Record(_question(messages, "messages"), (), _template_inputs(row))
+    if row.get("prompt") is None:
+        raise UserError(f"a row needs prompt, messages or prompt_ids; this one has {_present(row)}")
+    return Record(_prompt(row["prompt"]), (), _template_inputs(row))
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
     "preference": preference_record,
     "sft": sft_record,
 }
+
+
+def read_row(kind: str, row: dict[str, Any], assistant_turns: str = "last") -> list[Record | TokenRecord]:
+    """The examples that a row of data of this ``kind`` is: one, or with ``assistant_turns="all"`` one for every
+    assistant message of a conversation. Raises UserError for a row that cannot be used."""
+    if kind == "sft" and assistant_turns == "all":
+        return sft_turn_records(row)
+    return [READERS[kind](row)]
+
+
+def _has_implicit_prompt(row: dict[str, Any]) -> bool:
+    responses = [row.get(name) for name in ("chosen", "rejected")]
+    if all(isinstance(response, list) for response in responses):
+        return not isinstance(row.get("prompt"), list)
+    return all(isinstance(response, str) for response in responses) and row.get("prompt") is None
+
+
+def _implicit_messages(row: dict[str, Any]) -> Record:
+    chosen, rejected = (read_messages(row[name], name) for name in ("chosen", "rejected"))
+    # The last message is always an answer, so equal conversations still leave one to compare.
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared == 0:
+        raise UserError("chosen and rejected share no first message; give the prompt as a list of messages")
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        role = messages[shared]["role"]
+        if role != "assistant":
+            raise UserError(
+                f"{name}[{shared}]: chosen and rejected part at a message of the role {role!r}; end both after the "
+                "first answer that differs"
+            )
+    prompt = _question(chosen[:shared])
+    answers = tuple(_answer(messages[shared:], name) for name, messages in (("chosen", chosen), ("rejected", rejected)))
+    return Record(prompt, answers, _template_inputs(row), (IMPLICIT_MESSAGES,))
+
+
+def _implicit_text(row: dict[str, Any]) -> Record:
+    chosen, rejected = (require_text(row[name], name) for name in ("chosen", "rejected"))
+    prompt = shared_prompt(chosen, rejected)
+    responses = (require_text(chosen[len(prompt) :], "chosen"), require_text(rejected[len(prompt) :], "rejected"))
+    return Record(prompt, responses, _template_inputs(row), (IMPLICIT_TEXT,))
+
+
+def _completion_record(row: dict[str, Any]) -> Record:
+    _require(row, ("prompt", "completion"))
+    _refuse_bad_label(row.get("label"))
+    prompt = _prompt(row["prompt"])
+    return Record(prompt, (_response(row["completion"], "completion", prompt),), _template_inputs(row))
+
+
+def _refuse_bad_label(label: Any) -> None:
+    """KTO's data holds completions to avoid beside those to follow."""
+    if str(label).strip().lower() in ("false", "0", "0.0"):
+        raise UserError(
+            f"label: is {label!r}: the completion is one to avoid, and sft learns what it is given; take the row out"
+        )
+
+
+def _is_conversation(row: dict[str, Any]) -> bool:
+    """Whether the row's prompt and answer are in ``messages``. A text prompt beside them is a label."""
+    return row.get("messages") is not None and row.get("completion") is None and not isinstance(row.get("prompt"), list)
+
+
+def _conversation(row: dict[str, Any]) -> tuple[Messages, list[int]]:
+    """The row's messages, and the places of the assistant's among them."""
+    messages = read_messages(row["messages"], "messages")
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise UserError("messages: no message has the role 'assistant'; the last one that has is the completion")
+    if answers[-1] == 0:
+        raise UserError("messages: nothing comes before the assistant's message; begin with the user's")
+    return messages, answers
+
+
+def _answer_record(row: dict[str, Any], messages: Messages, place: int, notes: tuple[str, ...] = ()) -> Record:
+    prompt, response = _question(messages[:place], "messages"), _answer([messages[place]], "messages")
+    return Record(prompt, (response,), _template_inputs(row), notes)
+
+
+def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
+    """``tools`` and ``chat_template_kwargs``, or their JSON text; null, also of a variable, and empty mean none."""
+    tools = _unpacked(row.get("tools"), "tools") or None
+    variables = _unpacked(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    if tools is not None:
+        if not isinstance(tools, list):
+            raise UserError(f"tools: must be a list of objects, not {kind_of(tools)}")
+        tools = [_unpacked(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
+        for place, tool in enumerate(tools):
+            if not isinstance(tool, dict):
+                raise UserError(f"tools[{place}]: must be an object, a JSON schema, not {kind_of(tool)}")
+    if not isinstance(variables, dict):
+        raise UserError(f"chat_template_kwargs: must be an object, not {kind_of(variables)}")
+    return TemplateInputs(tools, {name: value for name, value in variables.items() if value is not None})
+
+
+def _unpacked(value: Any, name: str) -> Any:
+    """``value``, or what its JSON text says."""
+    if not isinstance(value, str) or not value.strip():
+        return None if isinstance(value, str) else value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise UserError(f"{name}: is text that is no JSON; give a list or object, or its JSON text") from None
 
 
 def _has_ids(row: dict[str, Any], names: tuple[str, ...]) -> bool:
@@ -155,12 +292,12 @@ def _discarded(value: Any, name: str, steps: list[int]) -> list[tuple[int, int, 
 
 def _integers(value: Any, name: str) -> list[int]:
     if not isinstance(value, list):
-        raise UserError(f"{name}: must be a list of integers, not {_kind(value)}")
+        raise UserError(f"{name}: must be a list of integers, not {kind_of(value)}")
     if not value:
         raise UserError(f"{name}: is an empty list; give at least one token or take the row out")
     for place, item in enumerate(value):
         if type(item) is not int or not 0 <= item <= MOST:
-            shown = item if isinstance(item, (int, float)) else _kind(item)
+            shown = item if isinstance(item, (int, float)) else kind_of(item)
             raise UserError(f"{name}[{place}]: must be an integer from 0 to {MOST}, not {shown}")
     return value
 
@@ -168,66 +305,61 @@ def _integers(value: Any, name: str) -> list[int]:
 def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:
     missing = [name for name in names if row.get(name) is None]
     if missing:
-        present = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
-        raise UserError(f"missing field {missing[0]!r}; the row has {present}")
+        is_kto = "chosen" in missing and row.get("label") is not None
+        no_pair = "; a completion and its label (KTO) are no pair" if is_kto else ""
+        raise UserError(f"missing field {missing[0]!r}; the row has {_present(row)}{no_pair}")
 
 
-def _prompt(value: Any, name: str = "prompt") -> str | Messages:
+def _present(row: dict[str, Any]) -> str:
+    return ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
+
+
+def _prompt(value: Any) -> str | Messages:
+    """A prompt that the row gives apart from its responses; it may end with the beginning of the assistant's answer."""
     if isinstance(value, str):
-        return _text(value, name)
+        return require_text(value, "prompt")
     if not isinstance(value, list):
-        raise UserError(f"{name}: must be text or a list of messages, not {_kind(value)}")
-    messages = _messages(value, name)
-    if messages[-1]["role"] == "assistant":
-        raise UserError(f"{name}: the prompt ends with an assistant message; end it with the user's")
+        raise UserError(f"prompt: must be text or a list of messages, not {kind_of(value)}")
+    messages = read_messages(value, "prompt")
+    last = messages[-1]
+    if last["role"] == "assistant" and last.get("tool_calls"):
+        raise UserError("prompt: ends with calls of tools that have no reply; add the tool's message")
+    return messages if last["role"] == "assistant" else _question(messages, "prompt")
+
+
+def _question(messages: Messages, name: str = "prompt") -> Messages:
+    """Messages that the assistant is to answer."""
+    role = messages[-1]["role"]
+    if role == "assistant":
+        raise UserError(f"{name}: two messages of the assistant in a row; join them")
+    if role == "system":
+        raise UserError(f"{name}: the prompt ends with a message of the role 'system'; end it with the user's")
     return messages
 
 
 def _response(value: Any, name: str, prompt: str | Messages) -> str | Messages:
     if not isinstance(value, (str, list)):
-        raise UserError(f"{name}: must be text or a list of messages, not {_kind(value)}")
+        raise UserError(f"{name}: must be text or a list of messages, not {kind_of(value)}")
     if isinstance(value, str) != isinstance(prompt, str):
-        raise UserError(f"{name}: is {_kind(value)} but the prompt is {_kind(prompt)}; give both in one form")
-    if isinstance(value, str):
-        return _text(value, name)
-    messages = _messages(value, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"{name}: must be one assistant message after the prompt, not {roles}")
-    _text(messages[0]["content"], name)
+        raise UserError(f"{name}: is {kind_of(value)} but the prompt is {kind_of(prompt)}; give both in one form")
+    return require_text(value, name) if isinstance(value, str) else _answer(read_messages(value, name), name)
+
+
+def _answer(messages: Messages, name: str) -> Messages:
+    """The assistant's message, or several with replies of tools between them."""
+    roles = [message["role"] for message in messages]
+    listed = ", ".join(roles)
+    if roles[0] != "assistant":
+        raise UserError(f"{name}: must begin with the assistant's message after the prompt, not {listed}")
+    for role in roles:
+        if role not in ("assistant", "tool"):
+            advice = "it after the first answer" if name == "completion" else "both after the first answer that differs"
+            raise UserError(f"{name}: a message of the role {role!r} follows the answer; end {advice}")
+    if roles[-1] != "assistant":
+        raise UserError(f"{name}: must end with the assistant's message, not {listed}")
+    if any(pair == ("assistant", "assistant") for pair in pairwise(roles)):
+        raise UserError(f"{name}: two messages of the assistant in a row; join them")
+    for message in messages:
+        if not message.get("tool_calls"):
+            require_text(message["content"], name)
     return messages
-
-
-def _messages(value: Any, name: str) -> Messages:
-    if not isinstance(value, list):
-        raise UserError(f"{name}: must be a list of messages, not {_kind(value)}")
-    if not value:
-        raise UserError(f"{name}: is an empty list; give at least one message")
-    for number, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise UserError(f"{name}[{number}]: a message is an object with role and content, not {_kind(message)}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise UserError(f"{name}[{number}]: {key!r} must be text, not {_kind(message.get(key))}")
-        _encodable(message["content"], f"{name}[{number}]")
-    return value
-
-
-def _text(value: str, name: str) -> str:
-    if not value.strip():
-        raise UserError(f"{name}: is empty; give some text or take the row out")
-    _encodable(value, name)
-    return value
-
-
-def _encodable(value: str, name: str) -> None:
-    """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name}: character {error.start} is half a surrogate pair; remove it") from None
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", type(None): "missing", bool: "a boolean"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -8,15 +8,17 @@ renders them, and a folder that a checkpoint can carry. Nothing is ever download
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dtrpo.data import chat
-from megatron_dtrpo.data.chat import Messages
+from megatron_dtrpo.data.chat import Messages, Piece, TemplateInputs
 from megatron_dtrpo.data.pieces import split_text
 from megatron_dtrpo.errors import UserError
 
@@ -30,6 +32,7 @@ _LIBRARIES = {
 TOKENIZER_TYPES = tuple(_LIBRARIES)
 # Bytes are their own ids. megatron's defaults (end 0, pad 1) would collide with bytes 0 and 1, so ours follow them.
 _BYTE_SPECIALS = {"<eos>": 256, "<pad>": 257, "<mask>": 258}
+_TEMPLATE_SETTINGS = {"add_generation_prompt", "continue_final_message", "tools"}  # the others are a row's variables
 # Beside the vocabulary files, whose names the tokenizer's class knows.
 _HF_FILES = {"chat_template.jinja", "tokenizer.model"} | {
     f"{name}.json" for name in ("added_tokens", "special_tokens_map", "tokenizer", "tokenizer_config")
@@ -102,40 +105,57 @@ class Tokenizer:
     def encode_response(
         self, response: str | Messages, prompt: str | Messages | None = None, apply_chat_template: bool = False
     ) -> list[int]:
-        """Token ids of a response, text or a list of one assistant message; the end token comes last and once.
+        """Token ids of a response, text or the assistant's message, or several with replies of tools between them; the
+        end token comes last and once.
 
         Give the ``prompt`` where there is one: chat templates may write an answer differently after another.
         """
-        text = self.render_response(response, prompt, apply_chat_template)
-        return self.close(self.encode(text))
+        pieces = self.render_response(response, prompt, apply_chat_template)
+        return self.close([token for ids in self.encode_batch([piece.text for piece in pieces]) for token in ids])
 
     def close(self, ids: list[int]) -> list[int]:
         """``ids`` with the end token appended unless it is already there."""
         return ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
 
-    def render_prompt(self, prompt: str | Messages, apply_chat_template: bool = False) -> str:
+    def render_prompt(
+        self, prompt: str | Messages, apply_chat_template: bool = False, inputs: TemplateInputs | None = None
+    ) -> str:
         """The text that ``encode_prompt`` encodes. Raises UserError where a chat template is needed and fails."""
-        return chat.render_prompt(self._apply_template, prompt, apply_chat_template)
+        return chat.render_prompt(self._apply_template, prompt, apply_chat_template, inputs)
 
     def render_response(
-        self, response: str | Messages, prompt: str | Messages | None = None, apply_chat_template: bool = False
-    ) -> str:
-        """The text that ``encode_response`` encodes, before the end token is made certain. Raises UserError too."""
-        return chat.render_response(self._apply_template, self.eos_token, response, prompt, apply_chat_template)
+        self,
+        response: str | Messages,
+        prompt: str | Messages | None = None,
+        apply_chat_template: bool = False,
+        inputs: TemplateInputs | None = None,
+    ) -> list[Piece]:
+        """What ``encode_response`` encodes, before the end token is made certain. Raises UserError too."""
+        return chat.render_response(self._apply_template, self.eos_token, response, prompt, apply_chat_template, inputs)
 
-    def _apply_template(self, messages: Messages, add_generation_prompt: bool) -> str:
+    def _apply_template(self, messages: Messages, **how: Any) -> str:
+        """``how``: the settings of `chat.Template`, and the template's own variables."""
         if not self.megatron.chat_template:
             raise UserError(f"this {self.tokenizer_type} has no chat template; give prompts and responses as text")
+        self._check_variables(how.keys() - _TEMPLATE_SETTINGS)
         import jinja2
 
         try:
             # Rendered as text: with transformers 5, asking megatron's wrapper for ids returns a BatchEncoding.
-            return self._library.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return self._library.apply_chat_template(messages, tokenize=False, **how)
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"the chat template refuses these messages: {reason}") from None
+
+    def _check_variables(self, names: Iterable[str]) -> None:
+        """Refuses variables that the chat template does not read, which would change nothing in silence."""
+        template = str(self._library.chat_template)
+        reserved = inspect.signature(self._library.apply_chat_template).parameters
+        for name in sorted(names):
+            if name in reserved or name in ("messages", "bos_token", "eos_token"):
+                raise UserError(f"chat_template_kwargs: {name!r} is no variable for a row to set; take it out")
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise UserError(f"chat_template_kwargs: the chat template has no variable {name!r}; take it out")
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of all that decides the ids: the type, the special tokens and the files' contents."""

@@ -97,9 +97,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text, up to where the assistant begins to speak, or goes on to with the words that it is
         given. Raises UserError where there is no template or it refuses."""
-        if add_generation_prompt:
-            return self.text.render_prompt(chat_history)
-        return self.text.render_prompt(chat_history[:-1]) + chat_history[-1]["content"]
+        return self.text.render_prompt(chat_history)  # whose last message says which of the two it is
 
     # What it asks of the model; on the first process.
 

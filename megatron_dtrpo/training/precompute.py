@@ -30,8 +30,8 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     """
     data = open_data(config, tokenizer)
     is_main = dist.get_rank() == 0
-    for line in data.warnings(config) if is_main else ():
-        print(f"warning: {line}", flush=True)
+    for line in data.remarks(config) if is_main else ():
+        print(line, flush=True)
     batch = config.data.global_batch_size
     steps = config.optimizer.steps(len(data.order), batch)
     if steps == 0:

@@ -96,14 +96,16 @@ class Data:
     noising: Noising
     skipped: int
 
-    def warnings(self, config: Config) -> list[str]:
-        """Which rows are not trained on or scored, and why."""
+    def remarks(self, config: Config) -> list[str]:
+        """Lines that the owner of the data should read: which rows are not trained on or scored, and why; what may
+        surprise about the others."""
         found, budget = [], config.data.seq_length
         if self.store.bad_rows.rows:
-            found.append(skipped_line(self.store.bad_rows, self.store.source_rows))
+            found.append(f"warning: {skipped_line(self.store.bad_rows, self.store.source_rows)}")
         if self.skipped:
-            found.append(f"skipped {self.skipped} of {len(self.store)} examples: longer than seq_length {budget}")
-        return found
+            total = len(self.store)
+            found.append(f"warning: skipped {self.skipped} of {total} examples: longer than seq_length {budget}")
+        return [*found, *self.store.notes]
 
     def batches(self, config: Config, rank: int, ranks: int) -> BatchBuilder:
         """What the policy is run on."""
@@ -146,6 +148,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
                     show_bar,
                     split=data.split,
                     bad_rows=data.bad_rows,
+                    assistant_turns=data.assistant_turns,
                 )
             except UserError as error:
                 problem = str(error)

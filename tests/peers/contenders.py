@@ -87,7 +87,7 @@ class World:
 
     def draw(self, estimator: str, views: int = 1) -> Callable[[Pair], list[Noise]]:
         noising = self.noising(estimator, views)
-        return lambda pair: [noising.noise(sample_of(pair), b + 1, k) for b, k in enumerate(self.blocks(pair))]
+        return lambda pair: [noising.noise(sample_of(pair), b + 1, [k]) for b, k in enumerate(self.blocks(pair))]
 
     def every_step(self, pair: Pair) -> list[Noise]:
         generators = (noise_generator(0, 0, pair.index, branch, 1) for branch in (1, 2))

@@ -109,6 +109,7 @@ def test_apply_chat_template_to_text(tmp_path, chat_tokenizer):
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+CHAT_ANSWER = [assistant("a")]
 CHAT = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
 
 
@@ -116,7 +117,8 @@ CHAT = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistan
     ("change", "words"),
     [
         ({"chosen": None}, "missing field 'chosen'; the row has prompt, rejected"),
-        ({"prompt": None}, "missing field 'prompt'; the row has chosen, rejected"),
+        ({"prompt": None}, "chosen and rejected share no first word; give the prompt"),
+        ({"prompt": None, "chosen": CHAT_ANSWER}, "missing field 'prompt'; the row has chosen, rejected"),
         ({"prompt": 3}, "prompt: must be text or a list of messages, not a number"),
         ({"rejected": 3}, "rejected: must be text or a list of messages, not a number"),
         ({"prompt": " \n"}, "prompt: is empty"),
@@ -130,10 +132,13 @@ CHAT = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistan
         ({**CHAT, "prompt": ["p"]}, "prompt[0]: a message is an object with role and content, not text"),
         ({**CHAT, "prompt": [{"content": "p"}]}, "prompt[0]: 'role' must be text, not missing"),
         ({**CHAT, "prompt": [{"role": "user", "content": ["p"]}]}, "prompt[0]: 'content' must be text, not a list"),
-        ({**CHAT, "prompt": [assistant("p")]}, "prompt: the prompt ends with an assistant message"),
+        (
+            {**CHAT, "prompt": [{"role": "system", "content": "p"}]},
+            "prompt: the prompt ends with a message of the role",
+        ),
         (
             {**CHAT, "chosen": [user("p"), assistant("a")]},
-            "chosen: must be one assistant message after the prompt, not",
+            "chosen: must begin with the assistant's message after the prompt, not user, assistant",
         ),
         ({**CHAT, "chosen": [assistant(" ")]}, "chosen: is empty"),
         ({**CHAT, "prompt": None}, "chosen and rejected share no first message"),
@@ -238,7 +243,7 @@ def test_an_interrupted_build_leaves_nothing_finished(tmp_path, tokenizer, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_store, "_check_tokenized", interrupt)
+        patch.setattr(token_store, "encode_records", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build_token_store(path, "preference", tokenizer, cache)
     assert list(cache.iterdir()) == []

@@ -1,0 +1,165 @@
+"""From records to token ids: the one way that training, decoding and evaluation go.
+
+Every text of many records goes to the tokenizer in one call. What only shows once tokenized is checked here; what is
+right, yet may surprise the owner of the data, becomes a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_dtrpo.data.chat import Piece
+from megatron_dtrpo.data.records import Record, TokenRecord
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.errors import UserError
+
+# Notes, as those of `records`.
+BEHIND_END = (
+    "warning: {count} rows have text behind an end token inside an answer: it is learned, but decoding stops at the "
+    "token"
+)
+WHITE_SPACE = (
+    "warning: {count} rows have a prompt that ends in white space which the tokenizer joins with the answer's first "
+    "word: move it to the answer"
+)
+
+Turn = tuple[int, int]  # first and last plus one of a response's tokens that the assistant writes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one record. ``turns``: of each response, the parts that the assistant writes, which are learned; it
+    reads what lies between two of them, as the reply of a tool. ``steps`` and ``discarded`` as of `TokenRecord`."""
+
+    prompt_text: str
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    turns: tuple[tuple[Turn, ...], ...]
+    steps: tuple[list[int], ...] | None = None
+    discarded: tuple[list[tuple[int, int, int, int]], ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A record rendered: the text of its prompt and the pieces of its responses."""
+
+    prompt: str
+    responses: list[list[Piece]]
+    may_join: bool  # the end of the prompt and the beginning of an answer may be one token
+
+    def __iter__(self) -> Iterator[str]:
+        """What is tokenized: prompt, pieces and, where it must be compared, prompt and first piece in one."""
+        yield self.prompt
+        for pieces in self.responses:
+            yield from (piece.text for piece in pieces)
+            if self.may_join:
+                yield self.prompt + pieces[0].text
+
+
+def encode_records(
+    records: Sequence[Record | TokenRecord], names: Sequence[str], tokenizer: Tokenizer, apply_chat_template: bool
+) -> list[Encoded | UserError]:
+    """Token ids of each record, or why it cannot be used. ``names`` of its responses, for errors."""
+    rendered = [_attempt(_render, record, tokenizer, apply_chat_template) for record in records]
+    ids = iter(tokenizer.encode_batch([text for texts in rendered if isinstance(texts, _Texts) for text in texts]))
+    encoded: list[Encoded | UserError] = []
+    for record, texts in zip(records, rendered, strict=True):
+        if isinstance(texts, UserError):
+            encoded.append(texts)
+        else:
+            parts = _given(record, tokenizer) if texts is None else _joined(record, texts, ids, tokenizer)
+            encoded.append(_attempt(_checked, parts, names, tokenizer, isinstance(record, TokenRecord)))
+    return encoded
+
+
+def _attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return error
+
+
+def _render(record: Record | TokenRecord, tokenizer: Tokenizer, apply_chat_template: bool) -> _Texts | None:
+    """None for a record that is token ids already."""
+    if isinstance(record, TokenRecord):
+        return None
+    prompt = tokenizer.render_prompt(record.prompt, apply_chat_template, record.inputs)
+    responses = [
+        tokenizer.render_response(response, record.prompt, apply_chat_template, record.inputs)
+        for response in record.responses
+    ]
+    is_plain = isinstance(record.prompt, str) and not apply_chat_template
+    starts_blank = any(pieces[0].text[:1].isspace() for pieces in responses)
+    return _Texts(prompt, responses, prompt[-1:].isspace() and (is_plain or starts_blank))
+
+
+def _given(record: TokenRecord, tokenizer: Tokenizer) -> Encoded:
+    turns = tuple(((0, len(response)),) for response in record.responses)
+    text = "" if record.responses else tokenizer.decode(record.prompt)
+    return Encoded(text, record.prompt, record.responses, turns, record.steps, record.discarded, record.notes)
+
+
+def _joined(record: Record, texts: _Texts, ids: Iterator[list[int]], tokenizer: Tokenizer) -> Encoded:
+    """Takes the texts' ids from ``ids`` and joins the pieces of each response."""
+    prompt, responses, turns, notes = next(ids), [], [], record.notes
+    for pieces in texts.responses:
+        response: list[int] = []
+        learned: list[Turn] = []
+        for piece in pieces:
+            begin = len(response)
+            response = response + next(ids)
+            if piece is pieces[-1]:
+                response = tokenizer.close(response)
+            if piece.is_learned:
+                learned.append((begin, len(response)))
+        if texts.may_join:
+            together = next(ids)
+            if together != (prompt + response)[: len(together)] and WHITE_SPACE not in notes:
+                notes = (*notes, WHITE_SPACE)
+        responses.append(response)
+        turns.append(tuple(learned))
+    return Encoded(texts.prompt, prompt, tuple(responses), tuple(turns), notes=notes)
+
+
+def _checked(parts: Encoded, names: Sequence[str], tokenizer: Tokenizer, given: bool) -> Encoded:
+    ids = (parts.prompt, *parts.responses)
+    check = _check_given if given else _check_tokenized
+    for name, tokens in zip(("prompt", *names), ids, strict=False):
+        check(name, tokens, tokenizer)
+    for name, discarded in zip(names, parts.discarded or (), strict=False):
+        _check_discarded(name, discarded, tokenizer)
+    if len(parts.responses) == 2 and parts.responses[0] == parts.responses[1]:
+        raise UserError("chosen and rejected are the same; take the row out, it prefers nothing")
+    for response, turns in zip(parts.responses, parts.turns, strict=True):
+        if any(tokenizer.eos_id in response[begin : end - 1] for begin, end in turns):
+            return replace(parts, notes=(*parts.notes, BEHIND_END))
+    return parts
+
+
+def _check_tokenized(name: str, ids: list[int], tokenizer: Tokenizer) -> None:
+    """Refuse what only shows once tokenized."""
+    if tokenizer.mask_id in ids:
+        raise UserError(f"{name}: contains the mask token {tokenizer.mask_token!r}; remove it from the text")
+    if len(ids) < (1 if name == "prompt" else 2):  # a response's end token does not count
+        raise UserError(f"{name}: is empty once tokenized; give some text or take the row out")
+
+
+def _check_given(name: str, ids: list[int], tokenizer: Tokenizer) -> None:
+    """Refuse ids that are not text in this vocabulary."""
+    if tokenizer.mask_id in ids:
+        place = ids.index(tokenizer.mask_id)
+        raise UserError(f"{name}_ids[{place}]: is the mask token {tokenizer.mask_id}; only text has ids here")
+    if max(ids) >= tokenizer.vocab_size:
+        place = ids.index(max(ids))
+        raise UserError(
+            f"{name}_ids[{place}]: {ids[place]} is not in the vocabulary of {tokenizer.vocab_size} tokens; "
+            "give ids of this tokenizer"
+        )
+
+
+def _check_discarded(name: str, discarded: list[tuple[int, int, int, int]], tokenizer: Tokenizer) -> None:
+    for place, token, *_ in discarded:
+        if token >= tokenizer.vocab_size or token == tokenizer.mask_id:
+            raise UserError(f"{name}_discarded: token {token} at place {place} is not one that decoding writes")

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dtrpo.config import Config
-from megatron_dtrpo.data.prompts import Prompt, make_prompt
+from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import DecodingOptions
@@ -58,15 +58,25 @@ class PeriodicEvaluation:
         self.reference: dict[int, tuple[float, float]] = {}
 
     def _problems(self) -> list[Prompt]:
-        """Prompts of the rows that have an answer."""
-        store = self.data.store
-        data, positions = self.config.data, self.config.model.max_position_embeddings
-        found = [(store.row(index), store.location(index)) for index in self.indices]
-        return [
-            make_prompt(row, location, self.tokenizer, positions, data.apply_chat_template)
-            for row, location in found
-            if row.get("answer") is not None and row.get("prompt") is not None
-        ]
+        """The prompts, token for token those of the examples, of the rows that have an answer."""
+        store, problems = self.data.store, []
+        for index in self.indices:
+            # A row may be several examples, one for each of the assistant's messages: its answer is that of the last.
+            if index + 1 < len(store) and store.row_number(index + 1) == store.row_number(index):
+                continue
+            row, ids = store.row(index), store[index].prompt.tolist()
+            if row.get("answer") is not None:
+                text = self.tokenizer.decode(ids)
+                problems.append(Prompt(row, store.location(index), text, ids, text))
+        return problems
+
+    def remarks(self) -> list[str]:
+        """Lines that the owner of the held-out data should read."""
+        path, count = self.config.data.data_path, len(self.indices)
+        silent = (
+            [] if self.problems else [f"note: none of the {count} examples of {path} has an answer: nothing is decoded"]
+        )
+        return [line.replace(": ", ": eval_data_path: ", 1) for line in self.data.remarks(self.config)] + silent
 
     def remember_reference(self, model) -> None:
         """Scores the held-out pairs under ``model``, the run's starting point, where the objective reads a reference.

@@ -132,10 +132,9 @@ class Trainer:
         if self.iteration >= self.train_iters:
             self.log.say(f"nothing to do: iteration {self.iteration} is reached; raise --train-iters to go on")
         usable, batch = len(self.data.order), self.config.data.global_batch_size
-        for line in self.data.warnings(self.config):
-            self.log.say(f"warning: {line}")
-        for line in self.evaluation.data.warnings(self.config) if self.evaluation is not None else ():
-            self.log.say(f"warning: eval_data_path: {line}")
+        heldout = self.evaluation.remarks() if self.evaluation is not None else []
+        for line in self.data.remarks(self.config) + heldout:
+            self.log.say(line)
         if usable < batch:
             self.log.say(f"warning: {usable} examples are fewer than global_batch_size {batch}: a step repeats some")
 

@@ -43,6 +43,6 @@ setup(
         "verify": ["math-verify>=0.9,<1"],
         "examples": ["matplotlib"],
         "benchmark": ["trl>=1.16,<2"],
-        "dev": ["pytest", "pytest-xdist", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
 )

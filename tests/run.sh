@@ -17,6 +17,7 @@ while read -r module package; do
             echo "warning: $package could not be installed: its tests are skipped" >&2
     fi
 done <<'PACKAGES'
+datasets datasets
 lm_eval lm-eval>=0.4.13,<0.5
 trl trl>=1.16,<2
 math_verify math-verify>=0.9,<1

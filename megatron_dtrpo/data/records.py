@@ -13,7 +13,7 @@ Messages of the errors raised here do not say which row they are about; the call
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any
@@ -24,6 +24,11 @@ from megatron_dtrpo.data.shared_text import shared_prompt
 from megatron_dtrpo.errors import UserError
 
 _INPUTS = ("tools", "chat_template_kwargs")  # the columns that go to the chat template
+# What data sets call a column elsewhere: Orca's pairs, GSM8K, Alpaca.
+_OTHER_NAMES = {
+    "prompt": ("question", "instruction", "query", "problem", "input"),
+    "completion": ("answer", "response", "output", "solution"),
+}
 MOST = 2**31 - 2  # of an id or a step, so that they, and steps plus one, are 32-bit integers
 
 # What was done to a row that its owner may not expect: notes, said once for a file, with the number of rows.
@@ -108,7 +113,9 @@ def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     if row.get("prompt_ids") is not None:
         return TokenRecord(_integers(row["prompt_ids"], "prompt_ids"), ())
     if _has_implicit_prompt(row):
-        record = preference_record({name: row.get(name) for name in ("prompt", "chosen", "rejected", *_INPUTS)})
+        record = preference_record(
+            {name: value for name, value in row.items() if not name.endswith(("_ids", "_steps", "_discarded"))}
+        )
         return Record(record.prompt, (), record.inputs, record.notes)
     if _is_conversation(row):
         messages = read_messages(row["messages"], "messages")
@@ -117,7 +124,9 @@ def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
             messages = messages[: answers[-1]]
         return Record(_question(messages, "messages"), (), _template_inputs(row))
     if row.get("prompt") is None:
-        raise UserError(f"a row needs prompt, messages or prompt_ids; this one has {_present(row)}")
+        raise UserError(
+            f"a row needs prompt, messages or prompt_ids; this one has {_present(row)}{_renaming(row, ['prompt'])}"
+        )
     return Record(_prompt(row["prompt"]), (), _template_inputs(row))
 
 
@@ -162,6 +171,9 @@ def _implicit_messages(row: dict[str, Any]) -> Record:
 
 
 def _implicit_text(row: dict[str, Any]) -> Record:
+    renaming = _renaming(row, ["prompt"])
+    if renaming:  # two answers that happen to begin with the same words hold no prompt
+        raise UserError(f"missing field 'prompt'; the row has {_present(row)}{renaming}")
     chosen, rejected = (require_text(row[name], name) for name in ("chosen", "rejected"))
     prompt = shared_prompt(chosen, rejected)
     responses = (require_text(chosen[len(prompt) :], "chosen"), require_text(rejected[len(prompt) :], "rejected"))
@@ -305,9 +317,17 @@ def _integers(value: Any, name: str) -> list[int]:
 def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:
     missing = [name for name in names if row.get(name) is None]
     if missing:
+        renaming = _renaming(row, missing)
         is_kto = "chosen" in missing and row.get("label") is not None
         no_pair = "; a completion and its label (KTO) are no pair" if is_kto else ""
-        raise UserError(f"missing field {missing[0]!r}; the row has {_present(row)}{no_pair}")
+        raise UserError(f"missing field {missing[0]!r}; the row has {_present(row)}{no_pair}{renaming}")
+
+
+def _renaming(row: dict[str, Any], missing: Sequence[str]) -> str:
+    """What to rename, where columns of the row are likely the ``missing`` ones."""
+    found = [(next((o for o in _OTHER_NAMES.get(name, ()) if row.get(o) is not None), None), name) for name in missing]
+    renamed = ", ".join(f"{other!r} to {name!r}" for other, name in found if other is not None)
+    return f"; rename {renamed}" if renamed else ""
 
 
 def _present(row: dict[str, Any]) -> str:

@@ -1,20 +1,33 @@
-"""Runs the trainer many times without importing torch and megatron-core, six seconds a process, each time.
+"""Runs the trainer, or a tool, many times without importing torch and megatron-core, six seconds a process, each time.
 
 Imports them once and forks the ranks of every run from there, with the environment that torchrun would give them. Reads
 one job a line, ``{"arguments": [...], "processes": 2, "log": FILE}``, and answers with the ranks' process ids, and at
-their end with their exit statuses.
+their end with their exit statuses. As torchrun does, it asks the others to end when one has failed, and kills them
+half a minute later.
+
+A job may name a ``tool``, e.g. ``tools/generate.py``, and ``events``: what happens to which ranks in the middle of it,
+each ``[before, call, action, ranks]``: before that call, from 1, of the function ``module:name``.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
+import runpy
+import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 
 from megatron_dtrpo import train
+from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
+
+GRACE = 30.0  # torchrun's
 
 
 def main() -> None:
@@ -29,7 +42,27 @@ def main() -> None:
         port = _free_port()
         children = [_fork(rank, job, port) for rank in range(job["processes"])]
         print(json.dumps(children), flush=True)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+        print(json.dumps(_statuses(children)), flush=True)
+
+
+def _statuses(children: list[int]) -> list[int]:
+    """Waits for all; ends the others once one has failed."""
+    statuses: dict[int, int] = {}
+    killing = threading.Timer(GRACE, lambda: _signal(children, statuses, signal.SIGKILL))
+    while len(statuses) < len(children):
+        child, status = os.wait()
+        statuses[child] = os.waitstatus_to_exitcode(status)
+        if statuses[child] != 0 and not killing.is_alive():
+            _signal(children, statuses, signal.SIGTERM)
+            killing.start()
+    killing.cancel()
+    return [statuses[child] for child in children]
+
+
+def _signal(children: list[int], ended: dict[int, int], number: signal.Signals) -> None:
+    for child in children:
+        if child not in ended:
+            os.kill(child, number)
 
 
 def _fork(rank: int, job: dict, port: int) -> int:
@@ -45,13 +78,66 @@ def _fork(rank: int, job: dict, port: int) -> int:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"]}
             os.environ |= {key: str(value) for key, value in world.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        status = train.main(job["arguments"])
+        for before, call, action, ranks in job.get("events", ()):
+            if rank in ranks:
+                _before(before, call, ACTIONS[action])
+        status = _run(job)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _run(job: dict) -> int:
+    if job.get("tool") is None:
+        return train.main(job["arguments"])
+    sys.argv = [job["tool"], *job["arguments"]]
+    try:
+        runpy.run_path(job["tool"], run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def _before(name: str, call: int, action) -> None:
+    module, _, path = name.partition(":")
+    *owners, last = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), itertools.count(1)
+
+    def replacement(*args, **kwargs):
+        if next(calls) == call:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, last, replacement)
+
+
+def _fail() -> None:
+    raise RuntimeError("a fault of this test")
+
+
+def _refuse() -> None:
+    raise UserError("a mistake of this test")
+
+
+def _hang() -> None:
+    """As NCCL does where a process waits for another that is gone."""
+    time.sleep(1000)
+
+
+ACTIONS = {
+    "hang": _hang,
+    "fail": _fail,
+    "refuse": _refuse,
+    **{
+        name: lambda name=name: os.kill(os.getpid(), signal.Signals[name]) for name in ("SIGKILL", "SIGTERM", "SIGUSR1")
+    },
+}
 
 
 def _free_port() -> int:

@@ -180,19 +180,32 @@ class ForkServer:
             )  # fmt: skip
 
     def train(self, settings: dict, processes: int = 1, timeout: float = 120) -> list[dict]:
-        statuses, output = self._run(settings, processes, timeout, None)
+        save = Path(settings["save"])
+        statuses, output = self.run(settings, save.with_name(save.name + ".log"), processes, timeout)
         assert statuses == [0] * processes, output
-        return read_metrics(Path(settings["save"]))
+        return read_metrics(save)
 
     def kill(self, settings: dict, processes: int, moment: Callable[[], bool], delay: float) -> None:
         """Trains as `train` does until ``delay`` seconds after ``moment()`` holds, and then kills every process."""
-        statuses, output = self._run(settings, processes, 120, (moment, delay))
+        save = Path(settings["save"])
+        statuses, output = self.run(settings, save.with_name(save.name + ".log"), processes, kill=(moment, delay))
         assert statuses == [-signal.SIGKILL] * processes, output
 
-    def _run(self, settings: dict, processes: int, timeout: float, kill: tuple | None) -> tuple[list[int], str]:
-        save = Path(settings["save"])
-        log = save.with_name(save.name + ".log")
-        job = {"arguments": flags(settings), "processes": processes, "log": str(log)}
+    def run(
+        self,
+        settings: dict,
+        log: Path,
+        processes: int = 1,
+        timeout: float = 120,
+        kill: tuple[Callable[[], bool], float] | None = None,
+        **others,
+    ) -> tuple[list[int], str]:
+        """The ranks' exit statuses and what they printed.
+
+        Args:
+            kill: of `kill`; others: of a job, see `tests.fork_server`.
+        """
+        job = {"arguments": flags(settings), "processes": processes, "log": str(log), **others}
         watchdog = threading.Timer(timeout, self.close)
         watchdog.start()
         try:

@@ -70,7 +70,7 @@ class BlockDecoder:
         finished: Callable[[int, Completion], None] = lambda index, completion: None,
         stop: Callable[[int, list[int]], bool] = lambda index, tokens: False,
     ) -> list[Completion]:
-        """The completion of each prompt.
+        """The completion of each prompt; of none where there are fewer prompts than data-parallel processes.
 
         Args:
             prompts: token ids, 1 to max_positions - 1 of them each.
@@ -80,6 +80,8 @@ class BlockDecoder:
             finished: called with place and completion as soon as a prompt is done.
             stop: called with place and the response so far whenever a block of it is finished; True ends it there.
         """
+        if not prompts:
+            return []
         if keys is None:
             keys = [(index, 0) for index in range(len(prompts))]
         completions: list[Completion | None] = [None] * len(prompts)

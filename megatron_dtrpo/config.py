@@ -138,6 +138,9 @@ class ParallelSettings:
     recompute_num_layers: int | None = _setting(
         None, "Layers per recomputed chunk (uniform) or recomputed (block).", at_least=1
     )
+    distributed_timeout_minutes: int = _setting(
+        60, "A collective on the device that takes longer ends the run.", at_least=1
+    )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The one error type that is meant for the person who started the command."""
+"""How a program ends before its end, other than by a fault of ours."""
 
 
 class UserError(Exception):
@@ -7,3 +7,13 @@ class UserError(Exception):
     The message is one line that names the file and line, or the key, and says what to do. Command-line entry
     points print it as ``error: ...`` and exit with status 2; a traceback would only hide it.
     """
+
+
+class SharedError(UserError):
+    """A `UserError` that every process of a run raises, because it was made of what all of them know of each other
+    (`runtime.objects`). Rank zero prints it, and all leave their process groups together."""
+
+
+class StopRequest(Exception):
+    """Somebody asked the run to stop, by a signal, whose name is the text. Raised on every process, at the same place,
+    or on one that hands it on by `runtime.objects.raise_together`. Entry points exit with status 0."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from megatron_dtrpo.config import ParallelSettings
-from megatron_dtrpo.runtime import cpu
+from megatron_dtrpo.errors import SharedError, StopRequest
+from megatron_dtrpo.runtime import cpu, objects
 
 
 def world_size() -> int:
@@ -41,7 +44,21 @@ def enable_device() -> None:
     cpu.enable()
 
 
-def start(parallel: ParallelSettings, seed: int, timeout_minutes: float = 10.0) -> None:
+@contextmanager
+def process_groups(parallel: ParallelSettings, seed: int) -> Iterator[None]:
+    """Between `start` and `stop`. An error that this process alone may have leaves the groups as they are: to leave one
+    in order is to wait for the others, which may be waiting for this process. `train.run_command` then ends it."""
+    start(parallel, seed)
+    try:
+        yield
+    except BaseException as error:
+        if world_size() == 1 or isinstance(error, (SharedError, StopRequest)):
+            stop()
+        raise
+    stop()
+
+
+def start(parallel: ParallelSettings, seed: int) -> None:
     """Joins the process group (of one, when not started by torchrun) and builds megatron-core's parallel state."""
     cpu.enable()
     cpu.use_huge_pages()
@@ -50,11 +67,12 @@ def start(parallel: ParallelSettings, seed: int, timeout_minutes: float = 10.0) 
     backend = "gloo" if cpu.is_cpu() else "nccl"
     if not cpu.is_cpu():
         torch.cuda.set_device(local_rank())
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    objects.open_channel()
     build_parallel_state(parallel)
     # Nothing of ours draws from these streams (weights and noise have generators of their own); megatron-core's
     # tensor-parallel regions ask that they exist.
@@ -71,6 +89,7 @@ def build_parallel_state(parallel: ParallelSettings) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
 
 
@@ -80,3 +99,4 @@ def stop() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        objects.forget_channel()

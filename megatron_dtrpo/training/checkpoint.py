@@ -28,8 +28,9 @@ import yaml
 
 from megatron_dtrpo.arguments import read_yaml
 from megatron_dtrpo.config import ModelSettings, RunSettings
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import SharedError, UserError
 from megatron_dtrpo.model.chunks import chunks_of
+from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -148,7 +149,7 @@ class Writer:
             for leftover in (partial, final):  # of a run that was killed while saving, or resumed from before it
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier()
+        objects.barrier()
         state = _sharded_state(model, optimizer, _SHARDING, is_loading=False)
         state["scheduler"] = scheduler.state_dict()
         state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
@@ -174,7 +175,7 @@ class Writer:
             write_atomically(self.directory / TRACKER, str(iteration))
             self.say(f"saved {final}")
             self._delete_older(iteration)
-        dist.barrier()
+        objects.barrier()
 
     def _delete_older(self, iteration: int) -> None:
         if self.run.keep_last is None:
@@ -277,11 +278,10 @@ _EXTRA_STATE = "_extra_state"
 def _require_tensors(folder: Path, absent: set[str]) -> None:
     """Raises UserError on every process if some process's model needs more than the checkpoint has; collective.
     ``absent`` are keys that this one's model asked for in vain."""
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, sorted(key for key in absent if not key.endswith(_EXTRA_STATE)))
-    missing = sorted(set().union(*gathered))
+    wanted = objects.gather([key for key in absent if not key.endswith(_EXTRA_STATE)])
+    missing = sorted(set().union(*wanted))
     if missing:
-        raise UserError(
+        raise SharedError(
             f"{folder}: does not load into this model: {missing[0]} and {len(missing) - 1} more are not in it"
         )
 

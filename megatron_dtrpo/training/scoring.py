@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dtrpo.data.batches import BatchBuilder, MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.chunks import chunks_of
+from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.training.step import DeviceBatch, score
 
 CHUNK = 256  # pairs whose micro-batches are alive at once
@@ -21,10 +21,11 @@ CHUNK = 256  # pairs whose micro-batches are alive at once
 def score_pairs(
     model, builder: BatchBuilder, indices: list[int], device: torch.device, backend: str
 ) -> dict[int, tuple[float, float]]:
-    """``L`` of chosen and rejected per example index, on every process. The noise is that of epoch 0. ``model`` is this
-    rank's stage, or a list of its virtual ones."""
+    """``L`` of chosen and rejected per example index, on every process; collective. The noise is that of epoch 0.
+    ``model`` is this rank's stage, or a list of its virtual ones."""
     scores: dict[int, tuple[float, float]] = {}
     for start in range(0, len(indices), CHUNK):
+        objects.stop_together()
         batches = builder.batches([Sample(0, index) for index in indices[start : start + CHUNK]])
         scores |= {s.index: pair for s, pair in gathered_scores(model, batches, device, backend).items()}
     return {index: scores[index] for index in indices}
@@ -48,9 +49,7 @@ def joined(found: dict) -> dict:
     """What any process ``found``, on every process; collective. Those that found the same key have the same value."""
     # Tensor- and context-parallel processes hold the same: one of them speaks.
     speaks = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found if speaks else {})
-    return {key: value for part in gathered for key, value in part.items()}
+    return {key: value for part in objects.gather(found if speaks else {}) for key, value in part.items()}
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import hashlib
 import json
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.initialization import global_parameter_names
+from megatron_dtrpo.runtime import objects
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROWS = 1024  # summed at a time
@@ -24,8 +24,7 @@ _ROWS = 1024  # summed at a time
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """Hex fingerprint of all stages' parameters, on every process; collective. ``model`` is this rank's stage, or a
     list of its virtual ones."""
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [_own_sums(chunk) for chunk in chunks_of(model)])
+    gathered = objects.gather([_own_sums(chunk) for chunk in chunks_of(model)])
     total: dict[str, int] = {}
     for part in (sums for rank in gathered for sums in rank):
         for name, value in part.items():

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
-import time
+import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import SharedError, StopRequest, UserError
+from megatron_dtrpo.runtime import stop
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs a command line; returns the exit status, having said in one line what the user can mend."""
+    """Runs a command line; returns the exit status, having said in one line what the user can fix.
+
+    One of several processes does not return from an error that the others may not have: it says it and ends at once.
+    Nothing that waits for another process is in its way, and its launcher ends the others.
+    """
     # megatron-core reports at import which optional kernels it does without, once per process and kernel.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed.*", category=FutureWarning)
@@ -24,24 +30,61 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except UserError as error:
-        _wait_for_rank_zero()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except StopRequest as request:
+        if _rank() == 0:
+            print(f"stopped by {request} before the first step; start the same command again", flush=True)
+    except SharedError as error:
+        if _rank() == 0:
+            _print_error(error)
         return 2
+    except UserError as error:
+        if not _rank_zero_said_it():
+            _print_error(error)
+        return _leave(2)
     except BrokenPipeError:  # who reads the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _leave(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return _leave(130)
+    except Exception:
+        if not _is_among_others():
+            raise
+        print(f"rank {_rank()}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        return _leave(1)
     return 0
 
 
-def _wait_for_rank_zero(seconds: float = 20.0) -> None:
-    """Most errors meet every process and one of them is to say it: rank 0 does, exits, and its launcher ends the rest
-    while they wait here. A process that outlives the wait has met an error of its own."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(seconds)
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _is_among_others() -> bool:
+    """Whether this process is still in groups with others; those were left in order that could be."""
+    distributed = sys.modules.get("torch.distributed")  # whose import takes seconds
+    return distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _print_error(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _rank_zero_said_it(seconds: float = 10.0) -> bool:
+    """Most mistakes in files and flags meet every process, and one of them is to say it: rank 0 does, exits, and its
+    launcher ends the rest while they wait here. A process that outlives the wait has met an error of its own."""
+    return _rank() > 0 and stop.wait(seconds)
+
+
+def _leave(status: int) -> int:
+    """``status``, to exit with. A process among others exits here, without a destructor, an exit handler or a thread's
+    end: each of them may wait for a process that waits for this one."""
+    if _is_among_others():
+        for child in multiprocessing.active_children():  # nobody would end them
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +105,9 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(_train, argv)
+    """Trains; returns the exit status. SIGTERM and SIGUSR1 save and end it with 0, from here on."""
+    with stop.listening():
+        return run_command(_train, argv)
 
 
 def _train(argv: list[str]) -> None:
@@ -90,15 +135,14 @@ def _train(argv: list[str]) -> None:
     from megatron_dtrpo.training.setup import prepare
 
     tokenizer, data_parallel_size = prepare(config, given)
-    initialize.start(config.parallel, config.optimizer.seed)
-    try:
+    with initialize.process_groups(config.parallel, config.optimizer.seed):
         from megatron_dtrpo.evaluation.periodic import periodic_evaluation
+        from megatron_dtrpo.runtime import objects
         from megatron_dtrpo.training.loop import Trainer
 
+        objects.stop_together()
         evaluation = periodic_evaluation(config, tokenizer, data_parallel_size)
         Trainer(config, tokenizer, data_parallel_size, evaluation).run()
-    finally:
-        initialize.stop()
 
 
 if __name__ == "__main__":

@@ -43,13 +43,10 @@ def _precompute(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if config.run.save is None:  # otherwise the run itself will read what is tokenized here
             config.data.data_cache_path = config.data.data_cache_path or scratch
-        initialize.start(config.parallel, config.optimizer.seed)
-        try:
+        with initialize.process_groups(config.parallel, config.optimizer.seed):
             from megatron_dtrpo.training.precompute import precompute
 
             said = precompute(config, tokenizer, data_parallel, output)
-        finally:
-            initialize.stop()
     if initialize.rank() == 0:
         print(said)
 

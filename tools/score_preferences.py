@@ -51,11 +51,8 @@ def _score(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config.data.data_cache_path = config.data.data_cache_path or scratch
         tokenizer, data_parallel = prepare(config, given, training=False)
-        initialize.start(config.parallel, config.optimizer.seed)
-        try:
+        with initialize.process_groups(config.parallel, config.optimizer.seed):
             rows = _rows(config, tokenizer, data_parallel, arguments.reference)
-        finally:
-            initialize.stop()
     if initialize.rank() == 0:
         _report(rows, arguments.output)
 

@@ -32,6 +32,7 @@ from megatron_dtrpo.data.source import stored_files
 from megatron_dtrpo.data.tally import Tally, bad_rows_error
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import stop
 
 FORMAT_VERSION = 6
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
@@ -398,6 +399,7 @@ def _record_batches(
         numbers = tqdm(numbers, desc="tokenizing", unit=" rows")
     numbers = iter(numbers)
     while batch := list(islice(numbers, _BATCH)):
+        stop.raise_if_requested()
         records = []
         for index in batch:
             with bad.catching(rows, index):

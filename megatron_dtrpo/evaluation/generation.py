@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+
+import torch
+import torch.distributed as dist
 
 from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
+from megatron_dtrpo.errors import StopRequest
 from megatron_dtrpo.evaluation.session import Session
+from megatron_dtrpo.runtime import initialize, objects, stop
+
+BLOCKS_BETWEEN_CHECKS = 8  # of all sequences that are decoded at once: well under a second
 
 
 def decode_prompts(
@@ -21,7 +29,8 @@ def decode_prompts(
     end_ids: Iterable[int] = (),
     progress: bool = True,
 ) -> list[list[Completion]]:
-    """``samples`` completions of every prompt, on every process; data-parallel processes share the prompts out.
+    """``samples`` completions of every prompt, on every process; data-parallel processes share the prompts out, and
+    some have none where there are few. Raises StopRequest on every process if one was asked to stop. Collective.
 
     A completion depends on the prompt's place in the list and the sample's number, not on how many processes there are.
     """
@@ -29,17 +38,45 @@ def decode_prompts(
 
     mine = [(p, s) for p in range(session.replica, len(prompts), session.replicas) for s in range(samples)]
     show = progress and session.is_main and sys.stderr.isatty()
-    with tqdm(total=len(mine), desc="decoding", unit=" responses", disable=not show) as bar:
-        done = session.decoder(end_ids).decode(
-            [prompts[p].ids for p, _ in mine],
-            options,
-            batch_size=batch_size,
-            seed=seed,
-            keys=mine,
-            finished=lambda place, completion: bar.update(),
-        )
+    done, request = [], None
+    try:
+        with tqdm(total=len(mine), desc="decoding", unit=" responses", disable=not show) as bar:
+            done = session.decoder(end_ids).decode(
+                [prompts[p].ids for p, _ in mine],
+                options,
+                batch_size=batch_size,
+                seed=seed,
+                keys=mine,
+                finished=lambda place, completion: bar.update(),
+                stop=_between_blocks(),
+            )
+    except StopRequest as error:
+        request = error
+    objects.raise_together(request)
     found = session.gather(dict(zip(mine, done, strict=True)))
     return [[found[p, s] for s in range(samples)] for p in range(len(prompts))]
+
+
+def _between_blocks() -> Callable[[int, list[int]], bool]:
+    """A ``stop`` of `BlockDecoder.decode` that ends no response. It raises StopRequest on every process of this model
+    if one of them was asked to stop: they decode in step, and none may go on alone."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    calls = count()
+
+    def check(place: int, tokens: list[int]) -> bool:
+        if next(calls) % BLOCKS_BETWEEN_CHECKS == 0:
+            name = stop.requested()
+            if group.size() > 1:
+                asked = torch.tensor([name is not None], dtype=torch.int32, device=initialize.device())
+                dist.all_reduce(asked, dist.ReduceOp.MAX, group=group)
+                name = name or ("a signal to another process" if asked.item() else None)
+            if name is not None:
+                raise StopRequest(name)
+        return False
+
+    return check
 
 
 def efficiency(completions: Sequence[Completion]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from megatron_dtrpo.evaluation.generation import decode_prompts, efficiency
 from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
 from megatron_dtrpo.model.attention import attention_width, choose_backend
-from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.transfer import to_device
 from megatron_dtrpo.training.objectives import OBJECTIVES
 from megatron_dtrpo.training.scoring import CHUNK, score_pairs
@@ -101,6 +101,7 @@ class PeriodicEvaluation:
         names = self.objective.metric_names
         outcomes = []
         for start in range(0, len(self.indices), CHUNK):
+            objects.stop_together()
             samples = [Sample(0, index) for index in self.indices[start : start + CHUNK]]
             batches = [DeviceBatch(batch, self.device, self.backend, width) for batch in builder.batches(samples)]
             for batch in batches:

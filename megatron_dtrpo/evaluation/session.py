@@ -71,8 +71,7 @@ class Source:
     def open(self) -> Iterator[Session]:
         """Starts the process group, builds the model and loads its weights."""
         config = self.config
-        initialize.start(config.parallel, config.optimizer.seed)
-        try:
+        with initialize.process_groups(config.parallel, config.optimizer.seed):
             from megatron.core import parallel_state
 
             from megatron_dtrpo.model.provider import build_model
@@ -81,8 +80,6 @@ class Source:
             model = build_model(config.model, config.parallel).to(initialize.device()).eval()
             checkpoint.load(self.folder, self.iteration, model)
             yield Session(config, model, self.tokenizer, parallel_state.get_data_parallel_rank(), self.replicas)
-        finally:
-            initialize.stop()
 
 
 @contextmanager

@@ -87,6 +87,11 @@ class MetricLog:
         shown = [f"{name} {value:.4f}" for name, value in metrics.items() if name != "iteration"]
         self.say(f"evaluation after iteration {metrics['iteration']}: {', '.join(shown)}")
 
+    def has_evaluation(self, iteration: int) -> bool:
+        path = Path(self.settings.save) / EVALUATIONS_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        return any(json.loads(line)["iteration"] == iteration for line in lines)
+
     def _send(self, metrics: dict) -> None:
         iteration = metrics["iteration"]
         if self._tensorboard is not None:
@@ -112,5 +117,9 @@ class MetricLog:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def finish(self) -> None:
+        """After `close`, of a run that ended in order: this one waits for the network. Weights & Biases takes a run
+        whose process is gone for a crashed one."""
         if self._wandb is not None:
             self._wandb.finish()

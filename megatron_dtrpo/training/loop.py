@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,10 +16,10 @@ from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import SharedError, StopRequest
 from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.attention import attention_width, choose_backend
-from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import checkpoint, resume
@@ -39,9 +38,6 @@ from megatron_dtrpo.training.step import DeviceBatch, HostBatch, prepare, reduce
 from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 from megatron_dtrpo.validation import validate_decoding
 
-# What asks a run to save and stop: SIGTERM, on which torchrun gives its processes half a minute, and SIGUSR1, on which
-# nobody hurries them.
-_STOPS = (signal.SIGTERM, signal.SIGUSR1)
 # A gradient that enters the logits with less than this per example may be lost to rounding in the norm's squares.
 _NO_SLOPE = 1e-8
 
@@ -61,7 +57,6 @@ class Trainer:
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
         self.backend = choose_backend(config.parallel.attention_backend, self.device)
         self.train_iters = config.optimizer.steps(len(self.data.order), config.data.global_batch_size)
-        self.stop_requested, self.stop_signal = False, "a signal to another process"
         self.cache = self._open_cache()
         # The reference has batches of its own where it is run, and on other noise than the policy.
         self.reads_reference_live = self.objective.reads_reference and self.cache is None
@@ -97,6 +92,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config, self.train_iters)
 
         self.iteration = self.consumed = 0
+        self.saved_at = resume_from
         self.data_facts = resume.data_facts(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
         if resume_from is not None:
             progress = checkpoint.load(run.save, resume_from, self.chunks, self.optimizer, self.scheduler)
@@ -118,8 +114,7 @@ class Trainer:
 
     def _freeze(self) -> None:
         patterns = self.config.objective.trainable_modules
-        matched = [None] * dist.get_world_size()
-        dist.all_gather_object(matched, select_trainable(self.chunks, patterns))
+        matched = objects.gather(select_trainable(self.chunks, patterns))
         check_patterns(patterns, set().union(*matched))
 
     def _announce(self, resume_from: int | None, changes: list[str]) -> None:
@@ -139,39 +134,60 @@ class Trainer:
             self.log.say(f"warning: {usable} examples are fewer than global_batch_size {batch}: a step repeats some")
 
     def run(self) -> None:
-        """Trains to the last step, or until SIGTERM or SIGUSR1, and saves."""
-        previous = {number: signal.signal(number, self._on_signal) for number in _STOPS}
-        saved_at = self.iteration
+        """Trains to the last step, or until some process is asked to stop, and saves."""
+        # The next step's batches are built while this one computes.
+        pool = ThreadPoolExecutor(max_workers=1)
         try:
-            # The next step's batches are built while this one computes.
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                upcoming = pool.submit(self._build_batches, self.consumed)
-                if self.iteration == 0:
-                    self._evaluate()
-                while self.iteration < self.train_iters:
-                    batches, reference_batches = upcoming.result()
-                    upcoming = pool.submit(self._build_batches, self.consumed + self.config.data.global_batch_size)
-                    stop = self._step(batches, reference_batches)
-                    self.writer.finish(wait=False)
-                    interval = self.config.evaluation.eval_interval or self.train_iters
-                    if self.iteration % interval == 0 or self.iteration == self.train_iters:
-                        self._evaluate()
-                    if stop or self.iteration % self.config.run.save_interval == 0:
-                        self._save()
-                        saved_at = self.iteration
-                    if stop:
-                        self.writer.finish()
-                        after = f"after iteration {self.iteration}; the checkpoint is complete"
-                        self._say(f"stopped by {self.stop_signal} {after}")
-                        return
-            if saved_at != self.iteration:
-                self._save()
-            self.writer.finish()
+            self._train(pool)
+        except StopRequest as request:
+            self._stop(request)
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            pool.shutdown(wait=False, cancel_futures=True)
             if self.log is not None:
                 self.log.close()
+        if self.log is not None:
+            self.log.finish()
+
+    def _train(self, pool: ThreadPoolExecutor) -> None:
+        """Raises StopRequest on every process, at any moment between two steps or within an evaluation."""
+        upcoming = pool.submit(self._build_batches, self.consumed)
+        objects.stop_together()
+        if self._lacks_evaluation():
+            self._evaluate()
+        while self.iteration < self.train_iters:
+            batches, reference_batches = upcoming.result()
+            upcoming = pool.submit(self._build_batches, self.consumed + self.config.data.global_batch_size)
+            stopping = self._step(batches, reference_batches)
+            self.writer.finish(wait=False)
+            if stopping:
+                objects.stop_together()
+            if self._is_evaluated():
+                self._evaluate()
+            if self.iteration % self.config.run.save_interval == 0:
+                self._save()
+        if self.saved_at != self.iteration:
+            self._save()
+        self.writer.finish()
+
+    def _stop(self, request: StopRequest) -> None:
+        """Keeps every step that was made."""
+        if self.iteration > 0 and self.saved_at != self.iteration:
+            self._save()
+        self.writer.finish()
+        last = f"after iteration {self.iteration}; the checkpoint is complete"
+        first = "before the first step; start the same command again"
+        self._say(f"stopped by {request} {last if self.iteration > 0 else first}")
+
+    def _is_evaluated(self) -> bool:
+        """Whether there is an evaluation after the present iteration."""
+        interval = self.config.evaluation.eval_interval
+        return interval is not None and (self.iteration % interval == 0 or self.iteration == self.train_iters)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the evaluation after the iteration that the run starts at is not done: before the first step, or
+        where a request to stop came in the middle of it; collective."""
+        done = self.log is not None and self.log.has_evaluation(self.iteration)
+        return self._is_evaluated() and not objects.broadcast(done)
 
     def _evaluate(self) -> None:
         if self.evaluation is None:
@@ -193,7 +209,7 @@ class Trainer:
         return [prepare(batch, self.device, self.backend, multiple) for batch in batches]
 
     def _step(self, host_batches: list[HostBatch], reference_batches: list[HostBatch] | None) -> bool:
-        """One optimizer step. Returns whether some process was asked to stop."""
+        """One optimizer step. Returns whether some process was asked to stop before it ended."""
         started = time.perf_counter()
         samples = [batch.batch.samples for batch in host_batches]
         packed = sum(batch.tokens for batch in host_batches)
@@ -207,8 +223,8 @@ class Trainer:
         self.optimizer.zero_grad()
         outcomes = train_pass(self.wrapped, batches, self.objective)
         names = self.objective.metric_names
-        reduced = reduce_metrics(outcomes, len(names), packed, self.stop_requested, self.device)
-        sums, count, tokens, stop, slope = (t.tolist() for t in reduced)
+        reduced = reduce_metrics(outcomes, len(names), packed, stop.requested() is not None, self.device)
+        sums, count, tokens, stopping, slope = (t.tolist() for t in reduced)
         metrics = {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
         if not math.isfinite(metrics["loss"]):
             self._fail("loss", metrics["loss"], samples, outcomes)
@@ -237,7 +253,7 @@ class Trainer:
                     **compiled,
                 }
             )
-        return stop > 0
+        return stopping > 0
 
     def _to_device(self, batches: list[HostBatch]) -> list[DeviceBatch]:
         width = attention_width(self.chunks[0].config)
@@ -266,15 +282,14 @@ class Trainer:
         if outcomes:
             finite = torch.cat([o.per_example for o in outcomes]).isfinite().tolist()
             culprits = [sample for sample, ok in zip(flat, finite, strict=True) if not ok]
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (culprits, flat))
+        gathered = objects.gather((culprits, flat))
         named = {s.index for mine, _ in gathered for s in mine} or {s.index for _, all_ in gathered for s in all_}
         places = ", ".join(self.data.store.location(index) for index in sorted(named))
-        raise UserError(f"{what} is {value} at iteration {self.iteration + 1} on {places}; {self._last_checkpoint()}")
+        raise SharedError(f"{what} is {value} at iteration {self.iteration + 1} on {places}; {self._last_checkpoint()}")
 
     def _fail_without_gradient(self) -> None:
         """The loss asks for a change, and nothing that is trained has a part in it: the run would train nothing."""
-        raise UserError(
+        raise SharedError(
             f"gradient norm is 0 at iteration {self.iteration + 1}: no trained parameter has a part in the loss, and "
             f"the run would train nothing: choose other trainable_modules, or leave recompute_granularity out; "
             f"{self._last_checkpoint()}"
@@ -290,10 +305,8 @@ class Trainer:
         finish_parameter_gather(self.wrapped)
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}
         self.writer.save(self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
+        self.saved_at = self.iteration
 
     def _say(self, message: str) -> None:
         if self.log is not None:
             self.log.say(message)
-
-    def _on_signal(self, signum, frame) -> None:
-        self.stop_requested, self.stop_signal = True, signal.Signals(signum).name

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 import yaml
 
 from megatron_dtrpo.config import Config
@@ -25,8 +24,8 @@ from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
-from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.errors import StopRequest, UserError
+from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
 from megatron_dtrpo.training import checkpoint, resume
 from megatron_dtrpo.training.logging import check_logging
@@ -150,12 +149,12 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
                     bad_rows=data.bad_rows,
                     assistant_turns=data.assistant_turns,
                 )
-            except UserError as error:
-                problem = str(error)
+            except (UserError, StopRequest) as error:
+                problem = error
                 for folder in missing:  # a run that never began leaves no empty folders behind
                     with contextlib.suppress(OSError):
                         folder.rmdir()
-        _raise_together(problem)
+        objects.raise_together(problem)
     noising = Noising.from_config(config, tokenizer.mask_id)
     needs_steps, who = ESTIMATORS[noising.estimator].needs_steps, f"estimator {noising.estimator}"
     if needs_steps:
@@ -165,16 +164,6 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     if needs_steps:
         _check_steps(store, usable, config.model.block_size)
     return Data(store, SampleOrder(usable, config.optimizer.seed, data.shuffle), noising, skipped)
-
-
-def _raise_together(problem: str | None) -> None:
-    """Raises UserError on every process if one of them has a ``problem``; collective. A process that left alone would
-    take the others down in the middle of a collective."""
-    problems: list = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for problem in problems:
-        if problem is not None:
-            raise UserError(problem)
 
 
 def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> None:
@@ -195,8 +184,8 @@ def _check_steps(store: TokenStore, usable: np.ndarray, block_size: int) -> None
         try:
             require_steps(store, usable, block_size)
         except UserError as error:
-            problem = str(error)
-    _raise_together(problem)
+            problem = error
+    objects.raise_together(problem)
 
 
 def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tokenizer, int]:

@@ -61,7 +61,7 @@ def _warn(arguments: argparse.Namespace) -> None:
 def _build(argv: list[str]) -> None:
     arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
     _check(arguments)
-    from megatron_dtrpo.data.prompts import read_prompts
+    from megatron_dtrpo.data.prompts import prompt_notes, read_prompts
     from megatron_dtrpo.evaluation.generation import decode_prompts, speed
     from megatron_dtrpo.evaluation.session import locate_checkpoint
     from megatron_dtrpo.evaluation.verifiers import load_verifier
@@ -72,6 +72,8 @@ def _build(argv: list[str]) -> None:
         limit = config.model.max_position_embeddings
         prompts = read_prompts(arguments.prompts, source.tokenizer, limit, arguments.apply_chat_template)
         with source.open() as session:
+            for note in prompt_notes(prompts) if session.is_main else ():
+                print(note, file=sys.stderr)
             started = time.perf_counter()
             completions = decode_prompts(
                 session,

@@ -4,7 +4,8 @@
     python tools/generate.py --checkpoint RUN --prompt "Tom has 3 apples, buys 4. How many now? "
     python tools/generate.py --checkpoint RUN --prompts prompts.jsonl --output answers.jsonl --batch-size 16
 
-Prompt rows (JSONL, Parquet) hold `prompt` (text or messages), `messages` or `prompt_ids`. Each output row is the input
+Prompt rows (JSONL, Parquet) hold `prompt` (text or messages), `messages` or `prompt_ids`, or are rows of training data,
+whose prompt is decoded as it is trained (docs/data.md). Each output row is the input
 row with `completion`, `completion_ids` and `completion_passes` (forward passes it took), and with --record-trajectory
 also `completion_steps` (the decoding step that wrote each token), `completion_confidence` and `completion_discarded`
 (what was thrown away behind an end token). --trace writes a page that replays the decoding. RUN is a checkpoint or run
@@ -64,7 +65,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _generate(argv: list[str]) -> None:
     arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
     _check(arguments)
-    from megatron_dtrpo.data.prompts import make_prompt, read_prompts
+    from megatron_dtrpo.data.prompts import make_prompt, prompt_notes, read_prompts
     from megatron_dtrpo.evaluation.generation import decode_prompts, speed
     from megatron_dtrpo.evaluation.session import locate_checkpoint, token_ids
     from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
@@ -79,6 +80,8 @@ def _generate(argv: list[str]) -> None:
         else:
             prompts = [make_prompt({"prompt": arguments.prompt}, "--prompt", *known)]
         with source.open() as session:
+            for note in prompt_notes(prompts) if session.is_main else ():
+                print(note, file=sys.stderr)
             started = time.perf_counter()
             decoded = decode_prompts(
                 session,

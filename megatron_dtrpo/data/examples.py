@@ -6,6 +6,7 @@ right, yet may surprise the owner of the data, becomes a note.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,10 @@ BEHIND_END = (
 WHITE_SPACE = (
     "warning: {count} rows have a prompt that ends in white space which the tokenizer joins with the answer's first "
     "word: move it to the answer"
+)
+QUOTED = (
+    "warning: {count} rows give the arguments of a call as JSON text, which the chat template writes in quotes: give "
+    "an object"
 )
 
 Turn = tuple[int, int]  # first and last plus one of a response's tokens that the assistant writes
@@ -56,6 +61,11 @@ class _Texts:
             yield from (piece.text for piece in pieces)
             if self.may_join:
                 yield self.prompt + pieces[0].text
+
+
+def note_line(note: str, count: int, first: str) -> str:
+    """What to say of ``count`` rows, the first of which stands at ``first``."""
+    return f"{note.format(count=count)} (first: {first})"
 
 
 def encode_records(
@@ -103,7 +113,8 @@ def _given(record: TokenRecord, tokenizer: Tokenizer) -> Encoded:
 
 def _joined(record: Record, texts: _Texts, ids: Iterator[list[int]], tokenizer: Tokenizer) -> Encoded:
     """Takes the texts' ids from ``ids`` and joins the pieces of each response."""
-    prompt, responses, turns, notes = next(ids), [], [], record.notes
+    prompt, responses, turns = next(ids), [], []
+    notes = record.notes + (QUOTED,) * _quotes_arguments(record, texts)
     for pieces in texts.responses:
         response: list[int] = []
         learned: list[Turn] = []
@@ -121,6 +132,15 @@ def _joined(record: Record, texts: _Texts, ids: Iterator[list[int]], tokenizer: 
         responses.append(response)
         turns.append(tuple(learned))
     return Encoded(texts.prompt, prompt, tuple(responses), tuple(turns), notes=notes)
+
+
+def _quotes_arguments(record: Record, texts: _Texts) -> bool:
+    """Whether arguments that are JSON text are text in quotes once rendered, which no model is asked to write."""
+    messages = [m for part in (record.prompt, *record.responses) if isinstance(part, list) for m in part]
+    functions = [call.get("function", call) for m in messages for call in m.get("tool_calls", ())]
+    arguments = [f.get("arguments") for f in functions if isinstance(f, dict)]
+    quoted = [json.dumps(a, ensure_ascii=False) for a in arguments if isinstance(a, str)]
+    return any(each in text for each in quoted for text in texts)
 
 
 def _checked(parts: Encoded, names: Sequence[str], tokenizer: Tokenizer, given: bool) -> Encoded:

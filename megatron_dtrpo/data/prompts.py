@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dtrpo.data.chat import Messages
-from megatron_dtrpo.data.examples import encode_records
+from megatron_dtrpo.data.examples import encode_records, note_line
 from megatron_dtrpo.data.records import Record, prompt_record
 from megatron_dtrpo.data.rows import open_rows
 from megatron_dtrpo.data.tokenizer import Tokenizer
@@ -17,13 +18,14 @@ from megatron_dtrpo.errors import UserError
 @dataclass(frozen=True)
 class Prompt:
     """A row of the file as it was, where it stands, its prompt as text and as token ids [P], P >= 1. ``asked`` is the
-    prompt as the row gives it, text or messages; the text where it gives ids."""
+    prompt as the row gives it, text or messages; the text where it gives ids. ``notes`` as of `examples.Encoded`."""
 
     row: dict[str, Any]
     location: str
     text: str
     ids: list[int]
     asked: str | Messages
+    notes: tuple[str, ...] = ()
 
 
 def read_prompts(
@@ -57,5 +59,14 @@ def make_prompt(
             )
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
-    asked = record.prompt if isinstance(record, Record) else encoded.prompt_text
-    return Prompt(row, location, encoded.prompt_text, encoded.prompt, asked)
+    asked = record.prompt if isinstance(record, Record) else row.get("prompt") or encoded.prompt_text
+    return Prompt(row, location, encoded.prompt_text, encoded.prompt, asked, encoded.notes)
+
+
+def prompt_notes(prompts: Sequence[Prompt]) -> list[str]:
+    """Lines about ``prompts`` that the owner of the data should read."""
+    places: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for note in prompt.notes:
+            places.setdefault(note, []).append(prompt.location)
+    return [note_line(note, len(where), where[0]) for note, where in places.items()]

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dtrpo.data.examples import Encoded, Turn, encode_records
+from megatron_dtrpo.data.examples import Encoded, Turn, encode_records, note_line
 from megatron_dtrpo.data.records import READERS, Record, TokenRecord, read_row
 from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.source import stored_files
@@ -332,7 +332,7 @@ def _write(
 
 def _lines(notes: dict[str, list[int]], rows: Rows) -> list[str]:
     """What to say of the rows that each note is about."""
-    return [f"{note.format(count=len(set(about)))} (first: {rows.location(about[0])})" for note, about in notes.items()]
+    return [note_line(note, len(set(about)), rows.location(about[0])) for note, about in notes.items()]
 
 
 def _several(row_numbers: Sequence[int]) -> list[str]:

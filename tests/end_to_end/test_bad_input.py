@@ -142,7 +142,8 @@ def test_overlong_pair_is_an_error_if_wanted(overlong, error_of):
     # The tokens are complete and serve the next run; nothing else is there.
     assert [p.name for p in overlong["save"].iterdir()] == ["data_cache"]
     (cache,) = (overlong["save"] / "data_cache").iterdir()
-    assert sorted(p.name for p in cache.iterdir()) == ["discarded.int32", "ends.int64", "meta.json", "tokens.int32"]
+    names = ["discarded.int32", "ends.int64", "meta.json", "rows.int64", "tokens.int32", "turns.int64"]
+    assert sorted(p.name for p in cache.iterdir()) == names
 
 
 # --- settings

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
-from megatron_dtrpo.data.prompts import make_prompt
+from megatron_dtrpo.data.prompts import make_prompt, prompt_notes
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
+from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.diffusion.estimators import EstimatorOptions
 from megatron_dtrpo.errors import UserError
 
@@ -423,3 +424,54 @@ def test_a_packed_exchange_masks_and_reads_what_the_assistant_writes(fast_dllm, 
             assert sorted(read.tolist()) == sorted(token for turn in turns for token in turn)
             assert batch.response_length[response] == sum(map(len, turns))
     assert len(store[0].turns[0]) == 2 and len(store[0].turns[1]) == len(store[1].turns[0]) == 1
+
+
+def test_pairs_keep_the_prompt_and_not_the_answer(fast_dllm):
+    """A pair that was built from a conversation with its answer has the question as its prompt."""
+    from tools.build_preferences import _row
+
+    row = {"messages": [*QUESTION, assistant("Yes.")], "answer": "Yes."}
+    prompt = make_prompt(row, "row", fast_dllm, 4096)
+    good, bad = (completion_of(fast_dllm, text) for text in ("Yes.", "No."))
+    pair = _row(fast_dllm, prompt, good, bad)
+    assert pair["prompt"] == QUESTION and pair["chosen"] == [assistant("Yes.")] and "messages" not in pair
+    assert pair["prompt_ids"] == fast_dllm.encode_prompt(QUESTION)
+    again = make_prompt(pair, "row", fast_dllm, 4096)
+    assert again.ids == pair["prompt_ids"] and again.asked == QUESTION
+
+
+def completion_of(tokenizer, text):
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    steps = list(range(len(ids)))
+    return Completion(ids, steps, [1.0] * len(ids), [0] * len(ids), passes=len(ids), ended=True, discarded=[])
+
+
+def test_the_harness_gives_the_trained_prompt(tokenizer):
+    pytest.importorskip("lm_eval")
+    from megatron_dtrpo.evaluation.harness import HarnessModel
+
+    model = HarnessModel.__new__(HarnessModel)
+    model.text = tokenizer
+    begun = [*QUESTION, assistant("The answer is")]
+    for history, asks in ((QUESTION, True), (begun, False)):
+        text = model.apply_chat_template(history, add_generation_prompt=asks)
+        assert tokenizer.encode(text) == make_prompt({"prompt": history}, "row", tokenizer, 99).ids
+    assert text.endswith("The answer is")
+
+
+def test_prompts_that_were_found_are_counted_when_decoding(fast_dllm):
+    rows = [ROWS["preference"]["UltraFeedback"], ROWS["preference"]["text"], ROWS["preference"]["implicit text"]]
+    prompts = [make_prompt(row, f"row {n}", fast_dllm, 4096) for n, row in enumerate([*rows, rows[0]])]
+    messages, text = prompt_notes(prompts)
+    assert messages.startswith("note: 2 rows without a prompt of messages") and messages.endswith("(first: row 0)")
+    assert text.startswith("note: 1 rows without a prompt: ") and text.endswith("(first: row 2)")
+
+
+def test_arguments_that_a_template_writes_in_quotes(fast_dllm, sdar, store_of):
+    as_text = call("Oslo")
+    as_text["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
+    row = {"messages": [*QUESTION, as_text], "tools": TOOLS}
+    (note,) = store_of([row], "sft", fast_dllm).notes
+    assert note.startswith("warning: 1 rows give the arguments of a call as JSON text")
+    assert store_of([row], "sft", sdar).notes == ()  # its template writes the text itself
+    assert store_of([{**row, "messages": [*QUESTION, call("Oslo")]}], "sft", fast_dllm).notes == ()

@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     to.add_argument("--add-mask-token", action="store_true", help="Reserve the mask token |<MASK>| in the tokenizer, "
                     "behind its last token; for models that are no diffusion models yet.")  # fmt: skip
     to.add_argument("--mask-token", metavar="TOKEN", help="Use this token of the tokenizer as the mask.")
+    to.add_argument("--eos-token", metavar="TOKEN", help="Use this token of the tokenizer as the end of an answer. "
+                    "Default: the tokenizer's own.")  # fmt: skip
     to.add_argument("--block-size", type=_positive, metavar="N", help="Tokens per diffusion block, where config.json "
                     "has no bd_size. Default: 32.")  # fmt: skip
     to.add_argument("--make-vocab-size-divisible-by", type=_positive, metavar="N",
@@ -102,11 +104,14 @@ def _import(arguments) -> None:
     from megatron_dtrpo.conversion.dtypes import FLAGS
     from megatron_dtrpo.conversion.hf_config import CONFIG, assumptions, read_config
     from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+    from megatron_dtrpo.data.tokenizer import load_tokenizer
+    from megatron_dtrpo.training.checkpoint import TOKENIZER
 
     options = ImportOptions(
         params_dtype=FLAGS.get(arguments.params_dtype),
         add_mask_token=arguments.add_mask_token,
         mask_token=arguments.mask_token,
+        eos_token=arguments.eos_token,
         block_size=arguments.block_size,
         make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
         check_finite=arguments.check_finite,
@@ -114,7 +119,9 @@ def _import(arguments) -> None:
     )
     started = time.monotonic()
     import_checkpoint(arguments.hf_path, arguments.megatron_path, options)
-    for note in assumptions(read_config(arguments.hf_path), arguments.hf_path / CONFIG):
+    notes = assumptions(read_config(arguments.hf_path), arguments.hf_path / CONFIG)
+    notes += filter(None, [load_tokenizer(arguments.megatron_path / TOKENIZER).note_on_end()])
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"imported {arguments.hf_path} to {arguments.megatron_path} in {time.monotonic() - started:.1f} s")
 

@@ -36,6 +36,7 @@ class ImportOptions:
     params_dtype: torch.dtype | None = None  # None: as stored
     add_mask_token: bool = False
     mask_token: str | None = None
+    eos_token: str | None = None
     block_size: int | None = None
     make_vocab_size_divisible_by: int = ModelSettings.make_vocab_size_divisible_by
     check_finite: bool = False
@@ -60,7 +61,11 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
             model, mask_row = settings, None
             if options.tokenizer:
                 tokenizer = import_tokenizer(
-                    hf_path, partial / checkpoint.TOKENIZER, options.mask_token, options.add_mask_token
+                    hf_path,
+                    partial / checkpoint.TOKENIZER,
+                    options.mask_token,
+                    options.add_mask_token,
+                    options.eos_token,
                 )
                 model = dataclasses.replace(settings, vocab_size=max(settings.vocab_size, tokenizer.vocab_size))
                 if model.vocab_size != settings.vocab_size:

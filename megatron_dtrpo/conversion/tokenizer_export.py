@@ -20,9 +20,12 @@ from megatron_dtrpo.conversion.sentencepiece_json import (
     read_model,
     tokenizer_from_sentencepiece,
 )
+from megatron_dtrpo.conversion.template import GENERATION_CONFIG
 from megatron_dtrpo.conversion.tokenizer_check import check_tokenizer
+from megatron_dtrpo.conversion.tokenizer_files import MASK_TOKEN, vocabulary
 from megatron_dtrpo.data.tokenizer import METADATA_FILE, Tokenizer, load_tokenizer
 
+SETTINGS_FILE = "tokenizer_config.json"
 # Beside the tokens' names. None stands for none: left out, classes of transformers fill in their own.
 _SETTINGS = {
     "bos_token": None,
@@ -65,7 +68,54 @@ def _copy(saved: Path, target: Path) -> list[str]:
     for file in sorted(saved.iterdir()):
         if file.is_file() and file.name not in (METADATA_FILE, CONFIG):
             shutil.copyfile(file, target / file.name)
-    return []
+    return [*_write_end_token(saved, target), *_write_mask_token(saved, target)]
+
+
+def _write_end_token(saved: Path, target: Path) -> list[str]:
+    """Where the run has another end token than the files it began with, puts it into each of them that names one."""
+    token = read_json(saved / METADATA_FILE)["eos_token"]
+    if token == _named(target, "eos_token"):
+        return []
+    number = vocabulary(saved).get(token)
+    _name_token(target, "eos_token", token)
+    for name in (CONFIG, GENERATION_CONFIG):
+        content = read_json(target / name) if (target / name).is_file() else {}
+        old = content.get("eos_token_id")
+        if old is not None and number is not None:
+            content["eos_token_id"] = [number, *(n for n in old if n != number)] if isinstance(old, list) else number
+            _dump(target / name, content)
+    return [f"the end token is {token}, as in the run: written into the tokenizer and the generation settings"]
+
+
+def _write_mask_token(saved: Path, target: Path) -> list[str]:
+    token, default = read_json(saved / METADATA_FILE)["mask_token"], _named(target, "mask_token")
+    has_usual = MASK_TOKEN in vocabulary(saved)
+    if token == (MASK_TOKEN if has_usual else default):
+        return []
+    _name_token(target, "mask_token", token)
+    advice = f"; an import takes {MASK_TOKEN} unless it is given --mask-token '{token}'" if has_usual else ""
+    return [f"the mask token is {token}, as in the run: written into the tokenizer{advice}"]
+
+
+def _named(folder: Path, key: str) -> str | None:
+    """A special token that the files of a Hugging Face tokenizer name."""
+    for name in (SETTINGS_FILE, "special_tokens_map.json"):
+        token = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        if token is not None:
+            return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def _name_token(folder: Path, key: str, token: str) -> None:
+    settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+    _dump(folder / SETTINGS_FILE, {**settings, key: token})
+    names = folder / "special_tokens_map.json"
+    if names.is_file():
+        _dump(names, {**read_json(names), key: token})
+
+
+def _dump(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _by(convert: Callable[[Tokenizer], _Converted]) -> Callable[[Path, Path], list[str]]:

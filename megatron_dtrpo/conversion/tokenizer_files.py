@@ -31,29 +31,31 @@ _FILES = (
 )
 
 
-def import_tokenizer(folder: Path, target: Path, mask_token: str | None, add_mask_token: bool) -> Tokenizer:
+def import_tokenizer(
+    folder: Path, target: Path, mask_token: str | None, add_mask_token: bool, eos_token: str | None = None
+) -> Tokenizer:
     """Saves the tokenizer of a Hugging Face folder to ``target``, as training reads it. Raises UserError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json is there")
-    if not add_mask_token or MASK_TOKEN in _vocabulary(folder):
+    if not add_mask_token or MASK_TOKEN in vocabulary(folder):
         try:
-            tokenizer = build_tokenizer(_KIND, folder, mask_token)
+            tokenizer = build_tokenizer(_KIND, folder, mask_token, eos_token)
         except UserError as error:
-            if MASK_TOKEN in _vocabulary(folder):
+            if MASK_TOKEN in vocabulary(folder):
                 raise
             raise UserError(f"{error}; --add-mask-token reserves one") from None
         tokenizer.save(target)
         return tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         expected = _add_mask_token(folder, Path(scratch))
-        tokenizer = build_tokenizer(_KIND, scratch, MASK_TOKEN)
+        tokenizer = build_tokenizer(_KIND, scratch, MASK_TOKEN, eos_token)
         if (tokenizer.mask_id, tokenizer.vocab_size) != (expected, expected + 1):
             raise UserError(f"{folder}: {MASK_TOKEN} cannot be added to this kind of tokenizer")
         tokenizer.save(target)
     return tokenizer
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
+def vocabulary(folder: Path) -> dict[str, int]:
     """Every token and its id, from whichever files there are."""
     tokens: dict[str, int] = {}
     for name in ("vocab.json", "added_tokens.json"):
@@ -72,7 +74,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 def _add_mask_token(folder: Path, target: Path) -> int:
     """Copies the tokenizer's files to ``target`` and adds the mask token behind the last one. Returns its id."""
-    tokens = _vocabulary(folder)
+    tokens = vocabulary(folder)
     if not tokens:
         raise UserError(f"{folder}: --add-mask-token needs the tokenizer as tokenizer.json or vocab.json")
     number = max(tokens.values()) + 1

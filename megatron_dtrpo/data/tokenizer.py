@@ -133,6 +133,24 @@ class Tokenizer:
         """What ``encode_response`` encodes, before the end token is made certain. Raises UserError too."""
         return chat.render_response(self._apply_template, self.eos_token, response, prompt, apply_chat_template, inputs)
 
+    def note_on_end(self) -> str | None:
+        """A line for the user where the chat template ends an answer with a special token that is not the end token."""
+        if self.tokenizer_type != "HuggingFaceTokenizer" or not self.megatron.chat_template:
+            return None
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            behind = self.encode(self._apply_template(messages, add_generation_prompt=False).rpartition("answer")[2])
+        except UserError:  # rows that it refuses are errors of their own
+            return None
+        special = {number: str(token) for number, token in self._library.added_tokens_decoder.items() if token.special}
+        name = next((special[number] for number in behind if number in special), self.eos_token)
+        if name == self.eos_token:
+            return None
+        return (
+            f"the chat template ends an answer with {name}, the end token is {self.eos_token}: answers as messages "
+            f"end with both; --eos-token '{name}' ends them with {name} alone"
+        )
+
     def _apply_template(self, messages: Messages, **how: Any) -> str:
         """``how``: the settings of `chat.Template`, and the template's own variables."""
         if not self.megatron.chat_template:
@@ -209,17 +227,23 @@ def build_tokenizer(
     raise UserError(f"tokenizer_type: unknown {tokenizer_type!r}; use one of {', '.join(TOKENIZER_TYPES)}")
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Rebuild the tokenizer that ``Tokenizer.save`` wrote into ``directory``. Raises UserError if it is not there."""
+def load_tokenizer(directory: str | Path, mask_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
+    """Rebuild the tokenizer that ``Tokenizer.save`` wrote into ``directory``, with other special tokens where given.
+
+    Raises UserError if it is not there, or lacks one of the tokens.
+    """
     file = Path(directory) / METADATA_FILE
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
-        kind, mask_token, eos_token = (metadata[key] for key in ("tokenizer_type", "mask_token", "eos_token"))
+        kind, *saved = (metadata[key] for key in ("tokenizer_type", "mask_token", "eos_token"))
     except OSError:
         raise UserError(f"{file}: no such file; give a folder that holds a saved tokenizer") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not the metadata of a saved tokenizer; save the tokenizer again") from None
     model = Path(directory) / "tokenizer.model" if kind == "SentencePieceTokenizer" else Path(directory)
+    mask_token, eos_token = (
+        theirs if given is None else given for given, theirs in zip((mask_token, eos_token), saved, strict=True)
+    )
     return build_tokenizer(kind, model, mask_token, eos_token)
 
 
@@ -229,6 +253,8 @@ def _build_huggingface(folder: Path, mask_token: str | None, eos_token: str | No
     vocab = library.get_vocab()
     if mask_token is None:
         mask_token = "|<MASK>|" if "|<MASK>|" in vocab else library.mask_token
+    if eos_token is None:
+        eos_token = library.eos_token
     names = _HF_FILES | set(library.vocab_files_names.values())
     if not _names_its_class(folder):
         names.add("config.json")
@@ -239,7 +265,7 @@ def _build_huggingface(folder: Path, mask_token: str | None, eos_token: str | No
         # len() is too small for a vocabulary with holes, and ids beyond it would fall outside the embedding.
         vocab_size=max(vocab.values()) + 1,
         mask=(mask_token, vocab.get(mask_token)),
-        eos=(eos_token or library.eos_token, vocab.get(eos_token or library.eos_token)),
+        eos=(eos_token, vocab.get(eos_token)),
         special_ids=library.all_special_ids,
         files=tuple(folder / name for name in sorted(names) if (folder / name).is_file()),
     )
@@ -248,12 +274,13 @@ def _build_huggingface(folder: Path, mask_token: str | None, eos_token: str | No
 def _build_sentencepiece(file: Path, mask_token: str | None, eos_token: str | None) -> Tokenizer:
     megatron = _from_megatron("SentencePieceTokenizer", file)
     library = megatron._tokenizer.tokenizer
-    eos_token = eos_token or (library.id_to_piece(library.eos_id()) if library.eos_id() >= 0 else None)
+    if eos_token is None and library.eos_id() >= 0:
+        eos_token = library.id_to_piece(library.eos_id())
 
     def known(token: str | None) -> int | None:
         return None if token is None else _sentencepiece_id(library, token)
 
-    mask_token = mask_token or "[MASK]"
+    mask_token = "[MASK]" if mask_token is None else mask_token
     return _checked_tokenizer(
         "SentencePieceTokenizer",
         megatron,
@@ -272,7 +299,8 @@ def _sentencepiece_id(library: Any, token: str) -> int | None:
 
 
 def _build_byte_level(mask_token: str | None, eos_token: str | None) -> Tokenizer:
-    mask_token, eos_token = mask_token or "<mask>", eos_token or "<eos>"
+    mask_token = "<mask>" if mask_token is None else mask_token
+    eos_token = "<eos>" if eos_token is None else eos_token
     # megatron hands out ids from the end of the vocabulary down.
     specials = sorted(_BYTE_SPECIALS, key=_BYTE_SPECIALS.get, reverse=True)
     ids = {"_eos_id": _BYTE_SPECIALS["<eos>"], "_pad_id": _BYTE_SPECIALS["<pad>"]}
@@ -293,7 +321,9 @@ def _checked_tokenizer(tokenizer_type, megatron, where, vocab_size, mask, eos, s
     """Assemble a Tokenizer once its mask and end tokens, each ``(token, id or None)``, are known to exist."""
     for (token, token_id), name, flag in ((mask, "mask", "--mask-token"), (eos, "end", "--eos-token")):
         if token_id is None:
-            missing = f"the {name} token {token!r} is not in the vocabulary" if token else f"has no {name} token"
+            missing = (
+                f"the {name} token {token!r} is not in the vocabulary" if token is not None else f"has no {name} token"
+            )
             raise UserError(f"{where}: {missing}; name one that is with {flag}")
     if mask[1] == eos[1]:
         raise UserError(f"{where}: {mask[0]!r} is both mask and end token; name another with --mask-token")

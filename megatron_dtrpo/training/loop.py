@@ -111,6 +111,8 @@ class Trainer:
         self.log = MetricLog(run, self.iteration, self.train_iters, config.to_flat()) if self.is_main else None
         self.writer = checkpoint.Writer(run, self._say)
         self._announce(resume_from, changes)
+        if self.is_main and (note := tokenizer.note_on_end()):
+            self.log.say(f"warning: {note}")
 
     def _freeze(self) -> None:
         patterns = self.config.objective.trainable_modules

@@ -47,7 +47,8 @@ def _in_new_words(record: dict) -> dict:
 
 
 def return_to_first_start(config: Config) -> None:
-    """A resumed run keeps the starting point of its first start, which is its reference policy, and what is pinned."""
+    """A resumed run keeps the starting point of its first start, which is its reference policy, its special tokens,
+    and what is pinned."""
     run = config.run
     if run.save is None or checkpoint.latest_iteration(run.save) is None:
         return
@@ -64,6 +65,12 @@ def return_to_first_start(config: Config) -> None:
         run.load is not None and Path(run.load).resolve() != Path(first["load"]).resolve()
     ):
         raise UserError(f"{run.save}: this run started from {first['load'] or 'random weights'}, not from {run.load}")
+    for key in ("mask_token", "eos_token"):
+        given, theirs = getattr(config.data, key), first.get(key)
+        if given is None:
+            setattr(config.data, key, theirs)
+        elif theirs is not None and given != theirs:  # of its tokenizer's own tokens the data's fingerprint knows
+            raise UserError(f"{run.save}: this run has {key} {theirs}, not {given}")
     _check_pinned(config, first)
 
 

@@ -66,12 +66,12 @@ def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that was asked for, else the starting checkpoint's own."""
+    """The tokenizer that was asked for, else the starting checkpoint's own; with the special tokens asked for."""
     data, load = config.data, config.run.load
     if data.tokenizer_type is None:
         if load is None:
             raise UserError("tokenizer_type is missing: give --tokenizer-type, or --load a checkpoint that has one")
-        return load_tokenizer(Path(load) / checkpoint.TOKENIZER)
+        return load_tokenizer(Path(load) / checkpoint.TOKENIZER, data.mask_token, data.eos_token)
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token, data.eos_token)
 
 

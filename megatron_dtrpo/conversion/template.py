@@ -91,4 +91,6 @@ def with_dtype(config: dict, dtype: torch.dtype) -> dict:
 def find_template(checkpoint: Path) -> Path | None:
     """The template of a checkpoint folder, None if what it holds was not imported."""
     folder = checkpoint / FOLDER
-    return folder if (folder / CONFIG).is_file() else None
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: damaged: {CONFIG} is missing: bring it back from the imported folder")
+    return folder if folder.is_dir() else None

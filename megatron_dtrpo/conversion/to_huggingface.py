@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_dtrpo.config import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.ahead import ahead
-from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, new_config, read_config
+from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, new_config, read_config, read_json
 from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, Piece
 from megatron_dtrpo.conversion.output import output_folder, require_space
 from megatron_dtrpo.conversion.safetensors_writer import (
@@ -192,6 +192,7 @@ def _write_small_files(
     else:
         shutil.copyfile(template / CONFIG, partial / CONFIG)
     if template is not None and (template / GENERATION_CONFIG).is_file():
+        read_json(template / GENERATION_CONFIG)
         shutil.copyfile(template / GENERATION_CONFIG, partial / GENERATION_CONFIG)
     if options.tokenizer:
         notes += export_tokenizer(megatron_path / checkpoint.TOKENIZER, partial)

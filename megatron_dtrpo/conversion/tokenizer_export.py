@@ -74,7 +74,7 @@ def _copy(saved: Path, target: Path) -> list[str]:
 def _write_end_token(saved: Path, target: Path) -> list[str]:
     """Where the run has another end token than the files it began with, puts it into each of them that names one."""
     token = read_json(saved / METADATA_FILE)["eos_token"]
-    if token == _named(target, "eos_token"):
+    if token == _named(saved, "eos_token"):
         return []
     number = vocabulary(saved).get(token)
     _name_token(target, "eos_token", token)
@@ -88,7 +88,7 @@ def _write_end_token(saved: Path, target: Path) -> list[str]:
 
 
 def _write_mask_token(saved: Path, target: Path) -> list[str]:
-    token, default = read_json(saved / METADATA_FILE)["mask_token"], _named(target, "mask_token")
+    token, default = read_json(saved / METADATA_FILE)["mask_token"], _named(saved, "mask_token")
     has_usual = MASK_TOKEN in vocabulary(saved)
     if token == (MASK_TOKEN if has_usual else default):
         return []

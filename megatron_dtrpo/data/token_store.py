@@ -86,7 +86,7 @@ class TokenStore:
             self._steps = np.memmap(steps, dtype=np.int32, mode="r") if meta["steps"] else None
             self._discarded = _mapped(self.directory / _DISCARDED).reshape(-1, _DISCARDED_COLUMNS)
             self._discarded_by = np.array(self._discarded[:, 0])  # searched for every example: a copy, close together
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
         self.kind: str = meta["kind"]
         self.source: tuple[str, str | None] = (meta["source"], meta["split"])

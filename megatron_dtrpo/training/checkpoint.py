@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import pickle
 import queue
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,9 +31,10 @@ import yaml
 
 from megatron_dtrpo.arguments import read_yaml
 from megatron_dtrpo.config import ModelSettings, RunSettings
-from megatron_dtrpo.errors import SharedError, UserError
+from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
+from megatron_dtrpo.errors import SharedError, StopRequest, UserError
 from megatron_dtrpo.model.chunks import chunks_of
-from megatron_dtrpo.runtime import objects
+from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -55,16 +59,57 @@ def iteration_folder(directory: str | Path, iteration: int) -> Path:
 
 
 def latest_iteration(directory: str | Path) -> int | None:
-    """The last complete iteration in ``directory``, or None. Raises UserError if the tracker names a missing one."""
-    tracker = Path(directory) / TRACKER
+    """The iteration that the tracker file of ``directory`` names, or None where there is no such file. Where its folder
+    was deleted, it is the latest that is left.
+
+    Raises:
+        UserError: if the tracker or that iteration is damaged.
+    """
+    tracker, known = Path(directory) / TRACKER, complete_iterations(directory)
     if not tracker.exists():
+        if known:
+            raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing; write {known[-1]} into it, the "
+                            "latest of the iterations beside it")  # fmt: skip
         return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise UserError(f"{tracker}: expected an iteration number, found {text!r}")
-    if not (iteration_folder(directory, int(text)) / "metadata.json").exists():
-        raise UserError(f"{tracker} names iteration {text}, but {iteration_folder(directory, int(text))} is incomplete")
-    return int(text)
+    try:
+        text = tracker.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        text = "something else"
+    if not text.isdecimal():
+        advice = f"; write {known[-1]} into it, the latest of the iterations beside it" if known else ""
+        raise UserError(f"{tracker}: expected an iteration number, found {text!r}{advice}")
+    iteration = int(text)
+    folder = iteration_folder(directory, iteration)
+    if not folder.exists():
+        earlier = [number for number in known if number < iteration]
+        if not earlier:
+            raise UserError(f"{tracker} names iteration {text}, but {folder} is missing")
+        _say_once(f"warning: {tracker} names iteration {text}, which was deleted: iteration {earlier[-1]} is used")
+        return earlier[-1]
+    for name in _ALWAYS_THERE:
+        if not (folder / name).is_file():
+            raise damaged(folder, f"{tracker.name} names it, but {name} is missing")
+    return iteration
+
+
+_ALWAYS_THERE = ("metadata.json", ".metadata")  # megatron-core writes them last
+
+
+def damaged(folder: Path, detail: str) -> UserError:
+    """The error for an iteration's ``folder`` that cannot be read, with the way on if there is one."""
+    here = int(folder.name.removeprefix("iter_"))
+    earlier = [iteration for iteration in complete_iterations(folder.parent) if iteration < here]
+    if earlier:
+        advice = f"delete {folder.name} to go on from {iteration_folder('', earlier[-1])}"
+    else:
+        advice = "no earlier iteration is beside it: bring a copy back, or write it again"
+    return UserError(f"{folder}: damaged: {detail}; {advice}")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if initialize.rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def require_latest(directory: str | Path) -> int:
@@ -97,6 +142,9 @@ def load_model_config(directory: str | Path) -> ModelSettings:
     for key in values:
         if key not in names:
             raise UserError(f"{path}: {key} is not part of an architecture")
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        if values.get(key) is None:
+            raise UserError(f"{path}: damaged: {key} is missing; bring a copy back from where the checkpoint was made")
     return ModelSettings(**values)
 
 
@@ -214,10 +262,11 @@ def _partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
-def complete_iterations(directory: Path) -> list[int]:
+def complete_iterations(directory: str | Path) -> list[int]:
     """Iterations in ``directory`` whose folders are complete, the oldest first."""
-    found = (path.parent.name.removeprefix("iter_") for path in directory.glob("iter_*/metadata.json"))
-    return sorted(int(name) for name in found if name.isdigit())
+    found = [folder for folder in Path(directory).glob("iter_*") if folder.name.removeprefix("iter_").isdecimal()]
+    complete = [folder for folder in found if all((folder / name).is_file() for name in _ALWAYS_THERE)]
+    return sorted(int(folder.name.removeprefix("iter_")) for folder in complete)
 
 
 def _replicas():
@@ -249,6 +298,7 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     folder = iteration_folder(directory, iteration)
+    _check_description(folder)
     if optimizer is not None:
         _check_optimizer_kind(folder, optimizer)
     # Megatron-LM's checkpoints say here whether they keep one key per layer; old ones say nothing and do not.
@@ -299,7 +349,7 @@ def _load_stage(chunk, state: dict) -> None:
 def _content_metadata(folder: Path) -> dict | None:
     from megatron.core import dist_checkpointing
 
-    return _explained(folder, lambda: dist_checkpointing.load_content_metadata(str(folder)))
+    return _explained(folder, lambda: dist_checkpointing.load_content_metadata(str(folder)), "common.pt")
 
 
 def _is_distributed(optimizer) -> bool:
@@ -309,21 +359,66 @@ def _is_distributed(optimizer) -> bool:
 def _check_optimizer_kind(folder: Path, optimizer) -> None:
     from megatron.core import dist_checkpointing
 
-    progress = _explained(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)))["progress"]
+    common = _explained(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)), "common.pt")
+    progress = common.get("progress") if isinstance(common, dict) else None
+    if not progress or _DISTRIBUTED not in progress:
+        raise damaged(folder, "common.pt: it does not say how far training was")
     if progress[_DISTRIBUTED] != _is_distributed(optimizer):
         kind = "with" if progress[_DISTRIBUTED] else "without"
         raise UserError(f"{folder}: written {kind} use_distributed_optimizer: resume it {kind} that setting")
 
 
-def _explained(folder: Path, read: Callable):
-    """Turns megatron-core's complaint about keys and shapes into one line."""
+def _check_description(folder: Path) -> None:
+    """Raises UserError unless ``.metadata`` describes tensors and nothing else: torch's reader would run its code."""
+    try:
+        json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(folder, f"metadata.json is not JSON ({error})") from None
+    try:
+        read_metadata(folder)
+    except UserError as error:
+        detail = str(error).removeprefix(f"{folder}{os.sep}").removeprefix(".metadata: damaged: ")
+        raise damaged(folder, f".metadata: {detail.removeprefix('.metadata: ')}") from None
+
+
+@contextmanager
+def _no_code_of_pickles() -> Iterator[None]:
+    """Inside, torch.load builds tensors and plain values only, whatever its caller or the environment asks for: torch's
+    reader of distributed checkpoints would run the code of a pickle inside a .distcp file."""
+    wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _explained(folder: Path, read: Callable, file: str = ""):
+    """Turns what megatron-core and torch raise into one line: about keys and shapes, or about a damaged ``file``."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        return read()
-    except (CheckpointingException, CheckpointException, KeyError, RuntimeError, ValueError, OSError) as error:
+        with _no_code_of_pickles():
+            return read()
+    except (Exception, CheckpointException) as error:  # a damaged file raises what it likes; torch's is no Exception
         failures = getattr(error, "failures", None)  # torch wraps each rank's error, traceback and all
         cause = next(iter(failures.values()))[0] if failures else error
-        reason = re.sub(r"\s+", " ", str(cause)).strip() or type(cause).__name__
-        raise UserError(f"{folder}: does not load into this model: {reason[:300]}") from error
+        if isinstance(cause, (UserError, StopRequest)):
+            raise cause from None
+        reason = "it is missing" if file and not (folder / file).exists() else _in_one_line(cause)
+        if not file and isinstance(cause, (CheckpointingException, CheckpointException, KeyError, ValueError)):
+            raise UserError(f"{folder}: does not load into this model: {reason}") from error
+        raise damaged(folder, f"{file}{': ' if file else ''}{reason}") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    if isinstance(error, pickle.UnpicklingError):  # torch advises at length how to run the code all the same
+        named = re.search(r"GLOBAL (\S+)", text)
+        return f"it names {named[1]}; code in a checkpoint is never run" if named else "not what torch.save writes"
+    return text[:300] or type(error).__name__

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,8 +62,10 @@ class ReferenceCache:
         except OSError as error:
             missing = Path(error.filename or self.directory).name
             raise self._refusal(f"{missing} cannot be read: it is not a folder of reference scores") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # numpy's own words for bad files
             raise self._refusal("the reference scores are damaged") from None
+        if not isinstance(self._facts, dict) or not isinstance(self._scores, np.ndarray):
+            raise self._refusal("the reference scores are damaged")
         if version != FORMAT_VERSION:
             raise self._refusal(f"its format is {version}, this program reads {FORMAT_VERSION}")
         if list(self._scores.shape) != shape:

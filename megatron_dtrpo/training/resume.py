@@ -58,6 +58,10 @@ def return_to_first_start(config: Config) -> None:
             f"{run.save}: holds a checkpoint but no {RUN_CONFIG}: give the run a folder of its own with --save"
         )
     first = read_record(record)
+    if "load" not in first:
+        raise UserError(
+            f"{record}: damaged: it has no settings; bring a copy back, or --load {run.save} into a new run"
+        )
     same_folder = run.load is not None and Path(run.load).resolve() == Path(run.save).resolve()
     if run.load is None or same_folder:  # Megatron-LM's habit: --load and --save name the run
         run.load = first["load"]

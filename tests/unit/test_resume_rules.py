@@ -20,7 +20,8 @@ def run(tmp_path):
     """A run folder with a checkpoint of iteration 3 and the record of a start with FIRST."""
     folder = tmp_path / "run"
     (folder / "iter_0000003").mkdir(parents=True)
-    (folder / "iter_0000003" / "metadata.json").write_text("{}")
+    for name in ("metadata.json", ".metadata"):
+        (folder / "iter_0000003" / name).write_text("{}")
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     config = Config.from_flat({**FIRST, "save": str(folder)})
     fill_objective_defaults(config.objective)

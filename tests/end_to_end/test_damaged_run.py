@@ -1,0 +1,235 @@
+"""A run folder with one damaged file: every command that reads the file says so in one line, and runs no code of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_dtrpo import train
+from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+from tests import conversion_folders as folders
+from tests.launch import flags, latest_iteration, read_metrics, write_lines
+from tools import convert_checkpoint, generate
+
+pytestmark = pytest.mark.end_to_end
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "garbage": lambda file: file.write_bytes(random.Random(0).randbytes(500)),
+}
+ALL = tuple(DAMAGES)
+PRESENT = ("empty", "truncated", "garbage")
+
+# Command -> file that it reads -> the damages that it must refuse. What it does not read must not stop it.
+_ITERATION = {f"iter_0000004/{name}": ALL for name in (".metadata", "metadata.json", "common.pt", "__0_0.distcp")}
+_TRACKER = {"latest_checkpointed_iteration.txt": ALL, "model_config.yaml": ALL}
+_TOKENIZER = {f"tokenizer/{name}": ALL for name in ("tokenizer_metadata.json", "tokenizer_config.json", "vocab.json")}
+_TOKENIZER |= {
+    "tokenizer/merges.txt": ("missing", "truncated", "garbage"),
+    "tokenizer/chat_template.jinja": ("garbage",),
+}
+_EXPORTED = {
+    f"tokenizer/{name}": PRESENT for name in ("tokenizer_metadata.json", "tokenizer_config.json", "vocab.json")
+}
+_DATA = {f"data_cache/*/{name}": ALL for name in ("ends.int64", "meta.json", "tokens.int32")}
+REFUSED = {
+    "resume": {**_ITERATION, **_TRACKER, "run_config.yaml": ALL, **_DATA},
+    "load": {**_ITERATION, **_TRACKER, **_TOKENIZER},
+    "generate": {**_ITERATION, **_TRACKER, **_TOKENIZER},
+    "export": {
+        "iter_0000004/.metadata": ALL,
+        "iter_0000004/metadata.json": ("missing",),
+        "iter_0000004/__0_0.distcp": ALL,
+        "latest_checkpointed_iteration.txt": ALL,
+        "model_config.yaml": PRESENT,
+        "huggingface/config.json": ALL,
+        "huggingface/generation_config.json": PRESENT,
+        "huggingface/source.json": PRESENT,
+        **_EXPORTED,
+    },
+    "inspect": {
+        "iter_0000004/.metadata": ALL,
+        "iter_0000004/metadata.json": ("missing",),
+        **_TRACKER,
+        "huggingface/config.json": ALL,
+    },
+}
+# What is read but not needed: any damage, and the command does its work.
+BORNE = {"resume": ("metrics.jsonl", "tokenizer/vocab.json"), "load": ("run_config.yaml", "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A checkpoint that was imported, with pairs beside it."""
+    folder = tmp_path_factory.mktemp("damaged")
+    hf = folders.write_folder(folder / "hf", shape={"layers": 1})
+    import_checkpoint(hf, folder / "base", ImportOptions(progress=False))
+    write_lines(
+        folder / "pairs.jsonl", [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "0"} for n in range(6)]
+    )
+    return folder / "base"
+
+
+def settings(base: Path, **changes) -> list[str]:
+    fixed = {"data_path": base.parent / "pairs.jsonl", "seq_length": 256, "global_batch_size": 4, "lr": 1e-3}
+    return flags({**fixed, "save_interval": 2, "lr_decay_style": "constant", **changes})
+
+
+@pytest.fixture(scope="module")
+def good(base) -> Path:
+    """A run with the checkpoints of iterations 2 and 4."""
+    save = base.parent / "run"
+    assert train.main(settings(base, load=base, save=save, train_iters=4)) == 0
+    return save
+
+
+@pytest.fixture
+def run(good, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return shutil.copytree(good, tmp_path / "run")
+
+
+@pytest.fixture
+def command(base, tmp_path) -> Callable[[str, Path], int]:
+    """(name, run folder) -> exit status."""
+    out = tmp_path / "out"
+
+    def words(*some) -> list[str]:
+        return [str(word) for word in some]
+
+    commands = {
+        "resume": lambda run: train.main(settings(base, load=base, save=run, train_iters=5)),
+        "load": lambda run: train.main(settings(base, load=run, save=out, train_iters=1)),
+        "generate": lambda run: train.run_command(
+            generate._generate, words("--checkpoint", run, "--prompt", "1+1=", "--max-new-tokens", 8)
+        ),
+        "export": lambda run: convert_checkpoint.main(words("export", "--megatron-path", run, "--hf-path", out)),
+        "inspect": lambda run: convert_checkpoint.main(words("inspect", run)),
+    }
+    return lambda name, run: commands[name](run)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def one_line(capfd) -> str:
+    printed = capfd.readouterr().err.splitlines()
+    errors = [line for line in printed if line.startswith("error: ")]
+    assert len(errors) == 1 and not any("Traceback" in line for line in printed), printed
+    return errors[0]
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in REFUSED.items() for file in files])
+def test_a_damaged_file_is_one_line(good, run, command, capfd, tmp_path, name, file):
+    for damage in REFUSED[name][file]:
+        shutil.rmtree(run)
+        shutil.copytree(good, run)
+        (damaged,) = run.glob(file)
+        DAMAGES[damage](damaged)
+        before = contents(run)
+        capfd.readouterr()
+        assert command(name, run) == 2, (damage, capfd.readouterr())
+        assert str(run) in one_line(capfd), damage
+        assert contents(run) == before, f"{damage}: the run folder was changed"
+        assert not (tmp_path / "out" / "metrics.jsonl").exists() and not list((tmp_path / "out").glob("iter_*")), damage
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in BORNE.items() for file in files])
+def test_what_is_not_needed_stops_nobody(run, command, name, file):
+    DAMAGES["garbage"](run / file)
+    assert command(name, run) == 0
+
+
+# --- the way on
+
+
+@pytest.mark.parametrize("file", ["iter_0000004/.metadata", "iter_0000004/common.pt", "iter_0000004/__0_1.distcp"])
+def test_the_advice_works(good, run, command, capfd, file):
+    (run / file).unlink()
+    assert command("resume", run) == 2
+    assert one_line(capfd).endswith("; delete iter_0000004 to go on from iter_0000002")
+    shutil.rmtree(run / "iter_0000004")
+    assert command("resume", run) == 0
+    printed = capfd.readouterr()
+    assert "names iteration 4, which was deleted: iteration 2 is used" in printed.err
+    assert "resuming from iteration 2" in printed.out
+    assert [row["iteration"] for row in read_metrics(run)] == [1, 2, 3, 4, 5] and latest_iteration(run) == 5
+    losses = [[row["loss"] for row in read_metrics(folder)[:4]] for folder in (run, good)]
+    assert losses[0] == losses[1], "the same steps again"
+
+
+def test_nothing_is_left_to_go_on_from(run, command, capfd):
+    shutil.rmtree(run / "iter_0000002")
+    (run / "iter_0000004" / "common.pt").write_bytes(b"")
+    assert command("resume", run) == 2
+    assert "no earlier iteration is beside it" in one_line(capfd)
+    shutil.rmtree(run / "iter_0000004")
+    assert command("resume", run) == 2
+    assert one_line(capfd).endswith(f"names iteration 4, but {run / 'iter_0000004'} is missing")
+
+
+# --- code in pickles
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def plant_in_objects(iteration: Path, value: Planted) -> None:
+    """Every object of the checkpoint that is no tensor becomes ``value``; torch unpickles those without restraint."""
+    metadata = pickle.loads((iteration / ".metadata").read_bytes())
+    torch.save(value, iteration / "__9_0.distcp")
+    size = (iteration / "__9_0.distcp").stat().st_size
+    objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
+    assert objects
+    for index, info in metadata.storage_data.items():
+        if index.fqn in objects:
+            where = {"relative_path": "__9_0.distcp", "offset": 0, "length": size}
+            metadata.storage_data[index] = dataclasses.replace(info, **where)
+    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+PLANTS: dict[str, Callable[[Path, Planted], object]] = {
+    "common.pt": lambda iteration, value: torch.save({"progress": value}, iteration / "common.pt"),
+    "common.pt, a bare pickle": lambda iteration, value: (iteration / "common.pt").write_bytes(pickle.dumps(value)),
+    ".metadata": lambda iteration, value: (iteration / ".metadata").write_bytes(pickle.dumps(value)),
+    "objects": plant_in_objects,
+}
+
+
+@pytest.mark.parametrize("place", PLANTS)
+@pytest.mark.parametrize("force", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_code_in_a_pickle_is_not_run(run, command, capfd, tmp_path, monkeypatch, place, force):
+    """Not even where the environment asks torch to."""
+    if force:
+        monkeypatch.setenv(force, "1")
+    proof = tmp_path / "proof"
+    PLANTS[place](run / "iter_0000004", Planted(proof))
+    for name in REFUSED:
+        capfd.readouterr()
+        status = command(name, run)
+        assert not proof.exists(), f"{name} ran the code"
+        assert status in (0, 2)
+        if status == 2:
+            one_line(capfd)
+        if name == "resume":
+            assert status == 2
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") is None

@@ -19,7 +19,7 @@ import torch
 from megatron_dtrpo.conversion.dtypes import dtype_name, dtype_named
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training.checkpoint import HUGGINGFACE
+from megatron_dtrpo.training.checkpoint import HUGGINGFACE, MODEL_CONFIG
 
 FOLDER = HUGGINGFACE
 GENERATION_CONFIG = "generation_config.json"
@@ -91,6 +91,8 @@ def with_dtype(config: dict, dtype: torch.dtype) -> dict:
 def find_template(checkpoint: Path) -> Path | None:
     """The template of a checkpoint folder, None if what it holds was not imported."""
     folder = checkpoint / FOLDER
-    if folder.is_dir() and not (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file():
+        return folder
+    if folder.is_dir() and (checkpoint / MODEL_CONFIG).is_file():
         raise UserError(f"{folder}: damaged: {CONFIG} is missing: bring it back from the imported folder")
-    return folder if folder.is_dir() else None
+    return None

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,10 @@ class Tokenizer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"the chat template refuses these messages: {reason}") from None
 
-    def _check_variables(self, names: Iterable[str]) -> None:
+    def _check_variables(self, names: set[str]) -> None:
         """Refuses variables that the chat template does not read, which would change nothing in silence."""
+        if not names:
+            return
         template = str(self._library.chat_template)
         reserved = inspect.signature(self._library.apply_chat_template).parameters
         for name in sorted(names):

@@ -12,7 +12,6 @@ function(row, text) -> bool. Prompt rows are those of tools/generate.py. Runs un
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from megatron_dtrpo.arguments import parse_tool, tool_parser
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file_flags, decoding_options
 from megatron_dtrpo.inference.recording import discarded_rows
 from megatron_dtrpo.train import run_command
 
@@ -36,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verifier", default="numeric", metavar="NAME", help="numeric, or module:function. Default: "
                         "%(default)s.")  # fmt: skip
     parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
+    add_prompt_file_flags(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="Responses decoded at once. Default: %(default)s.")
     parser.add_argument("--no-progress", action="store_true", help="No progress bar.")
     add_decoding_flags(parser, temperature=1.0, top_p=1.0)
@@ -62,6 +62,7 @@ def _build(argv: list[str]) -> None:
     arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
     _check(arguments)
     from megatron_dtrpo.data.prompts import prompt_notes, read_prompts
+    from megatron_dtrpo.data.tally import Tally
     from megatron_dtrpo.evaluation.generation import decode_prompts, speed
     from megatron_dtrpo.evaluation.session import locate_checkpoint
     from megatron_dtrpo.evaluation.verifiers import load_verifier
@@ -70,9 +71,12 @@ def _build(argv: list[str]) -> None:
     with locate_checkpoint(arguments.checkpoint, config) as source:
         options = decoding_options(arguments, config.model.block_size)
         limit = config.model.max_position_embeddings
-        prompts = read_prompts(arguments.prompts, source.tokenizer, limit, arguments.apply_chat_template)
+        skipped = Tally() if arguments.bad_rows == "skip" else None
+        prompts = read_prompts(
+            arguments.prompts, source.tokenizer, limit, arguments.apply_chat_template, arguments.split, skipped
+        )
         with source.open() as session:
-            for note in prompt_notes(prompts) if session.is_main else ():
+            for note in prompt_notes(prompts, skipped) if session.is_main else ():
                 print(note, file=sys.stderr)
             started = time.perf_counter()
             completions = decode_prompts(
@@ -86,12 +90,12 @@ def _build(argv: list[str]) -> None:
             )
             seconds = time.perf_counter() - started
             if session.is_main:
-                _warn(arguments)
                 print(speed([c for each in completions for c in each], seconds), file=sys.stderr)
                 _judge_and_write(session.tokenizer, prompts, completions, verifier, arguments)
 
 
 def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> None:
+    from megatron_dtrpo.data.json_line import json_line
     from megatron_dtrpo.evaluation.verifiers import Judge
     from megatron_dtrpo.training.checkpoint import write_atomically
 
@@ -110,7 +114,7 @@ def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> No
         right = [completion for completion in right if completion.ended]
         pairs = list(zip(right, wrong, strict=False))[: arguments.pairs_per_prompt]
         both += bool(pairs)
-        lines += [json.dumps(_row(tokenizer, prompt, *pair), ensure_ascii=False) + "\n" for pair in pairs]
+        lines += [json_line(_row(tokenizer, prompt, *pair)) for pair in pairs]
     judge.report()
     if not lines:
         raise UserError(

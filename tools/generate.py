@@ -15,7 +15,6 @@ folder, or an exported Hugging Face folder. Runs under torchrun too: tensor, pip
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from contextlib import suppress
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from megatron_dtrpo.arguments import parse_tool, tool_parser
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
+from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file_flags, decoding_options
 from megatron_dtrpo.inference.recording import discarded_rows
 from megatron_dtrpo.train import run_command
 
@@ -37,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", metavar="FILE", help="Many prompts.")
     parser.add_argument("--output", metavar="FILE", help="JSONL file to write; needed with --prompts.")
     parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
+    add_prompt_file_flags(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
     parser.add_argument("--stop-token", action="append", default=[], metavar="TOKEN", help="A token that ends a "
                         "response and stays in it, beside the tokenizer's end token; may be repeated.")  # fmt: skip
@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _check(arguments: argparse.Namespace) -> None:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE")
+    if arguments.prompt is not None and arguments.split is not None:
+        raise UserError("--split is a part of --prompts FILE: leave it out")
     if arguments.prompts is not None and arguments.output is None:
         raise UserError("--output is missing: give the JSONL file to write")
     if arguments.batch_size < 1:
@@ -66,6 +68,7 @@ def _generate(argv: list[str]) -> None:
     arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
     _check(arguments)
     from megatron_dtrpo.data.prompts import make_prompt, prompt_notes, read_prompts
+    from megatron_dtrpo.data.tally import Tally
     from megatron_dtrpo.evaluation.generation import decode_prompts, speed
     from megatron_dtrpo.evaluation.session import locate_checkpoint, token_ids
     from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
@@ -75,12 +78,13 @@ def _generate(argv: list[str]) -> None:
         options = decoding_options(arguments, config.model.block_size)
         end_ids = token_ids(source.tokenizer, arguments.stop_token)
         known = (source.tokenizer, config.model.max_position_embeddings, arguments.apply_chat_template)
+        skipped = Tally() if arguments.bad_rows == "skip" else None
         if arguments.prompts is not None:
-            prompts = read_prompts(arguments.prompts, *known)
+            prompts = read_prompts(arguments.prompts, *known, arguments.split, skipped)
         else:
             prompts = [make_prompt({"prompt": arguments.prompt}, "--prompt", *known)]
         with source.open() as session:
-            for note in prompt_notes(prompts) if session.is_main else ():
+            for note in prompt_notes(prompts, skipped) if session.is_main else ():
                 print(note, file=sys.stderr)
             started = time.perf_counter()
             decoded = decode_prompts(
@@ -120,6 +124,7 @@ def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | Non
 
 
 def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
+    from megatron_dtrpo.data.json_line import json_line
     from megatron_dtrpo.training.checkpoint import write_atomically
 
     lines = []
@@ -132,7 +137,7 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
             row["completion_steps"] = completion.steps
             row["completion_confidence"] = [round(c, 6) for c in completion.confidence]
             row["completion_discarded"] = discarded_rows(completion)
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines.append(json_line(row))
     try:
         if arguments.output:
             write_atomically(Path(arguments.output), "".join(lines))

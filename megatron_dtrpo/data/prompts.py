@@ -11,6 +11,7 @@ from megatron_dtrpo.data.chat import Messages
 from megatron_dtrpo.data.examples import encode_records, note_line
 from megatron_dtrpo.data.records import Record, prompt_record
 from megatron_dtrpo.data.rows import open_rows
+from megatron_dtrpo.data.tally import Tally, bad_rows_error, skipped_line
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 
@@ -29,18 +30,30 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | Path, tokenizer: Tokenizer, max_positions: int, apply_chat_template: bool = False
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_positions: int,
+    apply_chat_template: bool = False,
+    split: str | None = None,
+    skipped: Tally | None = None,
 ) -> list[Prompt]:
     """The prompts of rows, exactly as training on these rows has them (see `records.prompt_record`).
 
-    Raises UserError naming the first row that cannot be decoded: no prompt, an empty one, one that leaves no position
-    for an answer, or one that contains the mask token.
+    A row cannot be decoded that has no prompt, an empty one, one that leaves no position for an answer, or one that
+    contains the mask token. Such rows are left out and added to ``skipped`` where that is given. Raises UserError that
+    names every kind of them where it is not, or where no row is left.
     """
-    rows = open_rows(path)
-    return [
-        make_prompt(rows[index], rows.location(index), tokenizer, max_positions, apply_chat_template)
-        for index in range(len(rows))
-    ]
+    rows = open_rows(path, split)
+    bad = Tally() if skipped is None else skipped
+    prompts = []
+    for index in range(len(rows)):
+        with bad.catching(rows, index):
+            prompts.append(
+                make_prompt(rows[index], rows.location(index), tokenizer, max_positions, apply_chat_template)
+            )
+    if bad.rows and (skipped is None or not prompts):
+        raise bad_rows_error(bad, len(rows))
+    return prompts
 
 
 def make_prompt(
@@ -63,10 +76,11 @@ def make_prompt(
     return Prompt(row, location, encoded.prompt_text, encoded.prompt, asked, encoded.notes)
 
 
-def prompt_notes(prompts: Sequence[Prompt]) -> list[str]:
-    """Lines about ``prompts`` that the owner of the data should read."""
+def prompt_notes(prompts: Sequence[Prompt], skipped: Tally | None = None) -> list[str]:
+    """Lines about ``prompts``, and about rows that `read_prompts` ``skipped``, that the owner of the data should read."""
     places: dict[str, list[str]] = {}
     for prompt in prompts:
         for note in prompt.notes:
             places.setdefault(note, []).append(prompt.location)
-    return [note_line(note, len(where), where[0]) for note, where in places.items()]
+    left_out = [f"warning: {skipped_line(skipped, len(prompts) + skipped.rows)}"] if skipped else []
+    return left_out + [note_line(note, len(where), where[0]) for note, where in places.items()]

@@ -36,6 +36,9 @@ class Tally:
         except UserError as error:
             self.add(rows.location(index), str(error))
 
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
     @property
     def rows(self) -> int:
         """Findings; those of a row that is dropped at its first are the rows dropped."""

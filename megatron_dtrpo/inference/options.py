@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_dtrpo.arguments import FIELDS
 from megatron_dtrpo.diffusion.decoding import DecodingOptions
 from megatron_dtrpo.errors import UserError
 
@@ -25,6 +26,16 @@ def add_decoding_flags(parser: argparse.ArgumentParser, **defaults) -> None:
                         "most probable tokens that together have this probability. Default: %(default)s.")  # fmt: skip
     parser.add_argument("--seed", type=int, default=default["seed"], help="Seed of what is sampled. Default: "
                         "%(default)s.")  # fmt: skip
+
+
+def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
+    """How a file of prompts is read, in the words of the trainer's settings."""
+    for name in ("split", "bad_rows"):
+        field = FIELDS[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"), choices=field.metadata["choices"] or None, default=field.default,
+            help=field.metadata["help"] + (" Default: %(default)s." if field.default else ""),
+        )  # fmt: skip
 
 
 def decoding_options(arguments: argparse.Namespace, block_size: int) -> DecodingOptions:

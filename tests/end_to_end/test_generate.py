@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -94,6 +95,44 @@ def test_one_prompt_prints_its_answer(folder, capfd):
     assert run_tool(generate, generate._generate, folder, prompt="Tom has 3 apples. ", max_new_tokens=20) == 0
     expected = decode(folder, "again.jsonl", small_block_size=8)[0]["completion"]
     assert capfd.readouterr().out.split("\n")[0] == expected.split("\n")[0]
+
+
+def test_bad_rows_are_skipped_or_all_named(folder, tmp_path, capfd, monkeypatch):
+    """Prompts, pairs and scores; a table's rows hold what JSON cannot, and are written all the same."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = datetime.date(2024, 1, 1)
+    rows = [{"prompt": text, "when": when, "answer": "1"} for text in ("ab", "", "cd", None, "x" * POSITIONS, "")]
+    data = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    write_lines(tmp_path / "test.jsonl", [{"prompt": "e"}])
+    problems = [
+        f"{data} row 1: prompt: is empty; give some text or take the row out (2 rows, also {data} row 5)",
+        f"{data} row 3: a row needs prompt",
+        f"{data} row 4: the prompt has {POSITIONS} tokens",
+    ]
+    asked = {"prompts": tmp_path / "*", "split": "train", "output": tmp_path / "out.jsonl", "max_new_tokens": 8}
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half.py").write_text("def verify(row, text):\n    return len(text) % 2 == 0\n")
+    for tool, command, more in (
+        (generate, generate._generate, {}),
+        (build_preferences, build_preferences._build, {"verifier": "half:verify", "samples": 20}),
+    ):
+        assert run_tool(tool, command, folder, **asked, **more) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("error: 4 of 6 rows cannot be used") and all(problem in line for problem in problems)
+        assert run_tool(tool, command, folder, bad_rows="skip", **asked, **more) == 0
+        said = capfd.readouterr().err
+        assert "warning: skipped 4 of 6 rows" in said and all(problem in said for problem in problems)
+        written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert written and {row["prompt"] for row in written} <= {"ab", "cd"}
+        assert {row["when"] for row in written} == {str(when)}
+    pairs = write_lines(tmp_path / "pairs.jsonl", [*written, {"prompt": "ab"}])
+    scoring = {"data": pairs, "seq_length": 2048}
+    assert run_tool(score_preferences, score_preferences._score, folder, **scoring) == 2
+    assert f"error: {pairs}:{len(written) + 1}: missing field 'chosen'" in capfd.readouterr().err
+    assert run_tool(score_preferences, score_preferences._score, folder, bad_rows="skip", **scoring) == 0
+    out = capfd.readouterr().out
+    assert f"warning: skipped 1 of {len(written) + 1} rows" in out and f"pairs                {len(written)}\n" in out
 
 
 def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_path, monkeypatch, capfd):

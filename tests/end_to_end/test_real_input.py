@@ -49,7 +49,7 @@ def test_overfits_32_real_pairs(shared_dir, tmp_path):
     settings = {**SETTINGS, "data_path": data, "tokenizer_model": tokenizer, "save": tmp_path / "run"}
     rows = train(settings, processes=4, timeout=400)
     assert 0.69314 < rows[0]["loss"] < 0.69316
-    assert rows[0]["rewards/accuracies"] == 0.0
+    assert rows[0]["rewards/accuracies"] == 0.5  # a tie counts half
     # Every step draws new noise, so the last two are two independent measurements.
     assert [row["rewards/accuracies"] for row in rows[-2:]] == [1.0, 1.0], rows
     assert rows[-1]["loss"] < 0.05

@@ -6,6 +6,7 @@ activations, quantised weights) is an error here, not a surprise later.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from megatron_dtrpo.config import ModelSettings
 from megatron_dtrpo.errors import UserError
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DEFAULT_BLOCK_SIZE = 32
 DEFAULT_ROPE_THETA = 10000.0  # transformers' for Qwen2
 
@@ -20,8 +23,16 @@ DEFAULT_ROPE_THETA = 10000.0  # transformers' for Qwen2
 ARCHITECTURES = {"Fast_dLLM_QwenForCausalLM": True, "Qwen2ForCausalLM": False}
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError for the few lines that git leaves in place of a large file that was not fetched."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(f"{path}: a Git LFS pointer, not the file: run `git lfs pull` in {path.parent}")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file of the user's. Raises UserError."""
+    refuse_lfs_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -37,6 +48,8 @@ def read_config(folder: str | Path) -> dict:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if (folder / ADAPTER).is_file() and not any(folder.glob("model*.safetensors")):
+        raise UserError(f"{folder}: an adapter (LoRA), not a model: merge it into its base first and give that folder")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a Hugging Face checkpoint: {CONFIG} is missing")
     return read_json(folder / CONFIG)

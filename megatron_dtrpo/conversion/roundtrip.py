@@ -14,7 +14,7 @@ from megatron_dtrpo.conversion.dtypes import dtype_name
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
 from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
-from megatron_dtrpo.conversion.to_megatron import CHUNK_BYTES, ImportOptions, import_checkpoint
+from megatron_dtrpo.conversion.to_megatron import CHUNK_BYTES, ImportOptions, ignored, import_checkpoint
 from megatron_dtrpo.errors import UserError
 
 
@@ -48,7 +48,8 @@ def roundtrip(hf_path: str | Path, options: ImportOptions, scratch: str | Path |
 def compare(folder: str | Path, other: str | Path) -> list[Comparison]:
     """Every tensor of either Hugging Face folder, a bounded number of rows at a time, and the configuration."""
     with SafetensorsFolder(folder) as ours, SafetensorsFolder(other) as theirs:
-        rows = [_compare_tensor(name, ours, theirs) for name in sorted(set(ours.tensors) | set(theirs.tensors))]
+        names = sorted(name for name in {*ours.tensors, *theirs.tensors} if not ignored(name))
+        rows = [_compare_tensor(name, ours, theirs) for name in names]
     same = read_json(Path(folder) / CONFIG) == read_json(Path(other) / CONFIG)
     return [*rows, Comparison(CONFIG, (), "", same, "differs")]
 

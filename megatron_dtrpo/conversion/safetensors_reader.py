@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.conversion.dtypes import SAFETENSORS
-from megatron_dtrpo.conversion.hf_config import read_json
+from megatron_dtrpo.conversion.hf_config import read_json, refuse_lfs_pointer
 from megatron_dtrpo.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -102,6 +102,7 @@ class SafetensorsFolder:
 
 def _read_header(file: Path) -> dict[str, Stored]:
     """Every tensor of one file, after checking that the file holds all their bytes and no others."""
+    refuse_lfs_pointer(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

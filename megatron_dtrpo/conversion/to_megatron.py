@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,13 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
     settings = model_settings(config, hf_path / CONFIG, options.block_size, options.make_vocab_size_divisible_by)
     with SafetensorsFolder(hf_path) as weights:
         head_is_double = _check_names_and_shapes(weights, settings)
-        dtypes = {name: stored.dtype for name, stored in weights.tensors.items()}
+        dtypes = {name: stored.dtype for name, stored in weights.tensors.items() if not ignored(name)}
+        if len(dtypes) < len(weights.tensors):
+            count = len(weights.tensors) - len(dtypes)
+            print(
+                f"note: {hf_path}: {count} tensors rotary_emb.inv_freq are left out: rope_theta says the same",
+                file=sys.stderr,
+            )
         with output_folder(megatron_path, options.overwrite, hf_path) as partial:
             if head_is_double:
                 _require_equal(weights, HEAD, EMBEDDING)
@@ -83,15 +90,27 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
     return model
 
 
+def ignored(name: str) -> bool:
+    """Whether a tensor holds what is computed from the configuration: the rotary frequencies in older checkpoints."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
 def _check_names_and_shapes(weights: SafetensorsFolder, settings: ModelSettings) -> bool:
     """Raises UserError at the first tensor that is missing, unknown or of another shape. Returns whether the folder
     holds an output matrix although it is tied."""
     expected = mapping.huggingface_tensors(mapping.megatron_tensors(settings, settings.vocab_size))
     tied = not settings.untie_embeddings_and_output_weights
     for name in expected:
+        if name == HEAD and name not in weights.tensors:
+            raise UserError(
+                f"{weights.folder}: tensor {HEAD} is missing, though {CONFIG} does not tie it to the embedding: if the "
+                "model is tied, set tie_word_embeddings to true there"
+            )
         if name not in weights.tensors:
             raise UserError(f"{weights.folder}: tensor {name} is missing")
     for name, stored in weights.tensors.items():
+        if ignored(name):
+            continue
         if name not in expected and not (tied and name == HEAD):
             raise UserError(f"{weights.folder}: unexpected tensor {name}: the architecture has none of that name")
         shape = mapping.huggingface_shape(expected[EMBEDDING if tied and name == HEAD else name])

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
+from megatron_dtrpo.conversion.hf_config import CONFIG, read_json, refuse_lfs_pointer
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_dtrpo.errors import UserError
 
@@ -37,6 +37,8 @@ def import_tokenizer(
     """Saves the tokenizer of a Hugging Face folder to ``target``, as training reads it. Raises UserError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json is there")
+    for name in _FILES:
+        refuse_lfs_pointer(folder / name)
     if not add_mask_token or MASK_TOKEN in vocabulary(folder):
         try:
             tokenizer = build_tokenizer(_KIND, folder, mask_token, eos_token)

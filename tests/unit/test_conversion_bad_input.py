@@ -254,3 +254,52 @@ def test_overwrite_keeps_its_hands_off_what_is_not_its_own(tmp_path):
     (other / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is not a checkpoint"):
         import_checkpoint(source, other, options)
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", INDEX, "config.json", "vocab.json", "merges.txt"])
+def test_git_lfs_pointers(source, capsys, name):
+    (source / name).write_text(POINTER)
+    import_refused(capsys, source, f"{source / name}: a Git LFS pointer, not the file: run `git lfs pull` in {source}")
+
+
+def test_git_lfs_pointer_as_the_only_file(tmp_path, capsys):
+    source = folders.write_folder(tmp_path / "hf")
+    for name in ("model.safetensors", "tokenizer.json"):
+        content = (source / name).read_bytes() if (source / name).exists() else None
+        (source / name).write_text(POINTER)
+        import_refused(capsys, source, f"{source / name}: a Git LFS pointer")
+        (source / name).unlink() if content is None else (source / name).write_bytes(content)
+
+
+def test_adapters_are_named(source, capsys):
+    for file in [*source.glob("*.safetensors"), source / INDEX]:
+        file.unlink()
+    (source / "adapter_config.json").write_text("{}")
+    save_file({"a.lora_A.weight": torch.zeros(2)}, source / "adapter_model.safetensors")
+    import_refused(capsys, source, f"{source}: an adapter (LoRA), not a model: merge it into its base first")
+    (source / "config.json").unlink()
+    import_refused(capsys, source, "merge it into its base first")
+
+
+@pytest.mark.parametrize("shape", [{}, {"dtype": torch.float64}])
+def test_rotary_frequencies_of_old_checkpoints_are_left_out(source, good_megatron, capsys, shape):
+    frequencies = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(1, **shape) for n in range(4)}
+    replace_weights(source, lambda weights: weights.update(frequencies))
+    out = source.parent / "out"
+    status, printed = run_tool(capsys, "import", "--hf-path", source, "--megatron-path", out)
+    assert status == 0 and "note: " in printed and "4 tensors rotary_emb.inv_freq are left out" in printed, printed
+    ours, theirs = folders.read_megatron(out), folders.read_megatron(good_megatron)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_untied_configuration_without_a_head(source, capsys):
+    replace_weights(source, lambda weights: weights.pop("lm_head.weight"))
+    import_refused(capsys, source, "tensor lm_head.weight is missing", "--check-finite")
+    import_refused(capsys, source, "if the model is tied, set tie_word_embeddings to true")
+    (source / "config.json").write_text(json.dumps(folders.config(tie_word_embeddings=True)))
+    assert run_tool(capsys, "import", "--hf-path", source, "--megatron-path", source.parent / "out")[0] == 0

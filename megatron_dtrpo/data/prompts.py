@@ -77,7 +77,7 @@ def make_prompt(
 
 
 def prompt_notes(prompts: Sequence[Prompt], skipped: Tally | None = None) -> list[str]:
-    """Lines about ``prompts``, and about rows that `read_prompts` ``skipped``, that the owner of the data should read."""
+    """Lines that the owner of the data should read about ``prompts`` and about rows that `read_prompts` ``skipped``."""
     places: dict[str, list[str]] = {}
     for prompt in prompts:
         for note in prompt.notes:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the processes that write a checkpoint import this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from megatron_dtrpo.train import main
+    from megatron_dtrpo.train import program
 
-    sys.exit(main(["--config", str(Path(__file__).with_suffix(".yaml")), *sys.argv[1:]]))
+    program(["--config", str(Path(__file__).with_suffix(".yaml")), *sys.argv[1:]])
 pass

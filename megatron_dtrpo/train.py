@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError
 from megatron_dtrpo.runtime import stop
@@ -145,5 +146,11 @@ def _train(argv: list[str]) -> None:
         Trainer(config, tokenizer, data_parallel_size, evaluation).run()
 
 
+def program(argv: list[str] | None = None) -> NoReturn:
+    """`main` as all that a process does: the signals that ask it to stop cannot spoil its end either."""
+    stop.block()
+    sys.exit(main(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -20,11 +20,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _delivered: list[int] = []
 
 
+def block() -> set[int]:
+    """Blocks the signals on this thread and on those that it starts. Returns the mask before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 @contextmanager
 def listening() -> Iterator[None]:
     """Inside, SIGTERM and SIGUSR1 end nothing; `requested` tells of them. On the main thread."""
     handlers = {number: signal.signal(number, lambda signum, frame: _delivered.append(signum)) for number in SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = block()
     try:
         yield
     finally:

@@ -245,9 +245,17 @@ def test_slurm_saves_before_its_limit_queues_again_and_resumes(tmp_path):
     assert f"stopped by SIGUSR1 after iteration {reached}" in job.output()
     assert (stubs / "requeued").read_text() == "4711\n"
 
+    (stubs / "step").unlink()
+    job = start(1000)
+    wait_for(lambda: (stubs / "step").exists() and (stubs / "step").read_text(), [job])
+    job.process.send_signal(signal.SIGUSR1)  # while Python starts, which may not hear it yet
+    assert job.wait() == 0, job.output()
+    assert f"stopped by SIGUSR1 after iteration {reached}" in job.output()
+    assert (stubs / "requeued").read_text() == "4711\n4711\n"
+
     job = start(reached + 2)
     assert job.wait() == 0, job.output()
     assert f"resuming from iteration {reached}" in job.output()
     assert [row["iteration"] for row in read_metrics(save)] == list(range(1, reached + 3))
-    assert (stubs / "requeued").read_text() == "4711\n"  # a finished run is not queued again
+    assert (stubs / "requeued").read_text() == "4711\n4711\n"  # a finished run is not queued again
     assert (stubs / "srun.log").read_text().startswith("bash examples/dtrpo_7b.sh --num-layers 2")

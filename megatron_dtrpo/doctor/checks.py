@@ -188,7 +188,7 @@ def apex(facts: Facts, needs: Needs) -> Iterator[Line]:
     elif facts.apex:
         yield Line(OK, "Apex", "extensions: " + (", ".join(facts.apex_extensions) or "none"))
     else:
-        yield Line(NOTE, "Apex", "not installed; Transformer Engine's fused Adam or ours does the same", source)
+        yield Line(NOTE, "Apex", "not installed, and not needed for this run", source)
 
 
 def flex_attention(facts: Facts, needs: Needs) -> Iterator[Line]:

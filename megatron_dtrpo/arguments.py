@@ -34,6 +34,10 @@ _OTHER_NAMES = {
     "num_train_epochs": "num_epochs",
     "output_dir": "save",
     "per_device_train_batch_size": "micro_batch_size",
+    "precompute_ref_log_probs": "reference_cache",
+    "ref_model": "reference",
+    "ref_model_name_or_path": "reference",
+    "reference_model": "reference",
 }
 # Settings that are gone, and what does the same now.
 _FORMER = {
@@ -48,10 +52,9 @@ def _unknown(kind: str, given: str, known) -> UserError:
     name = given.lstrip("-").replace("-", "_")
     if name in _FORMER:
         return UserError(f"{kind} {given} is gone: {_FORMER[name]}")
-    if name in _OTHER_NAMES:
-        near = given.replace(given.lstrip("-"), _OTHER_NAMES[name])
-        near = near.replace("_", "-") if near.startswith("-") else near
-    else:
+    near = given.replace(given.lstrip("-"), _OTHER_NAMES.get(name, ""))
+    near = near.replace("_", "-") if near.startswith("-") else near
+    if near not in known:
         near = difflib.get_close_matches(given, list(known), n=1, cutoff=0)[0]
     return UserError(f"unknown {kind} {given}: the nearest known one is {near}")
 

@@ -278,7 +278,12 @@ class OptimizerSettings:
 class RunSettings:
     """Where a run starts from and what it leaves behind."""
 
-    load: str | None = _setting(None, "Checkpoint folder to start from (and the reference policy's weights).")
+    load: str | None = _setting(None, "Checkpoint folder to start from.")
+    reference: str | None = _setting(
+        None,
+        "Checkpoint folder of the reference policy, of the same architecture and tokenizer. The first step's rewards "
+        "are then not 0, nor is its loss ln 2. Default: what the run starts from.",
+    )
     reference_cache: str | None = _setting(
         None,
         "Folder of reference scores that tools/precompute_reference.py wrote for this run; no reference policy is kept "

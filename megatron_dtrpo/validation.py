@@ -155,8 +155,12 @@ def validate_training(config: Config, data_parallel: int) -> None:
     """Checks what only training needs; after `validate`. Raises UserError."""
     optimizer = config.optimizer
     _demand(config.run.save, "save is missing: give --save DIR, the run folder")
+    for key in ("reference", "reference_cache"):
+        _demand(
+            config.objective.has_reference or getattr(config.run, key) is None,
+            f"{key}: {_no_reference(config.objective)}: leave it out",
+        )
     if config.run.reference_cache is not None:
-        _demand(config.objective.has_reference, f"reference_cache: {_no_reference(config.objective)}: leave it out")
         check_cached_reference(config.parallel)
     elif config.objective.has_reference:
         check_live_reference(config.parallel)

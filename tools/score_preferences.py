@@ -7,9 +7,9 @@ Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likel
 under the checkpoint alone. With --estimator exact_trajectory the last line says how far any log-likelihood is from what
 the decoder itself recorded: rounding, if the checkpoint is the one that decoded.
 
-What a preference run was trained with (estimator, steps_per_block, beta, seq_length ...) is read from its folder; every
-such setting is a flag here too (--num-views 8 for less noise), as `python -m megatron_dtrpo.train --help` lists them.
-Runs under torchrun as well.
+What a preference run was trained with (reference, estimator, steps_per_block, beta, seq_length ...) is read from its
+folder; every such setting is a flag here too (--num-views 8 for less noise), as `python -m megatron_dtrpo.train --help`
+lists them. Without a reference there are no rewards. Runs under torchrun as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ def _score(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="score_preferences.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", required=True, help="Run folder whose policy is scored.")
-    parser.add_argument("--reference", help="Run folder of the reference policy; default: likelihoods only.")
     parser.add_argument("--data", required=True, help="Preference pairs, as for training.")
     parser.add_argument("--output", help="JSONL file: one object per pair.")
     arguments, rest = parser.parse_known_args(argv)
@@ -47,29 +46,41 @@ def _score(argv: list[str]) -> None:
     from megatron_dtrpo.training.setup import follow_run, prepare
 
     follow_run(config, given, arguments.checkpoint)
+    _drop_missing_reference(config.run, given)
 
     with tempfile.TemporaryDirectory() as scratch:
         config.data.data_cache_path = config.data.data_cache_path or scratch
         tokenizer, data_parallel = prepare(config, given, training=False)
         with initialize.process_groups(config.parallel, config.optimizer.seed):
-            rows = _rows(config, tokenizer, data_parallel, arguments.reference)
+            rows = _rows(config, tokenizer, data_parallel, "reference" in given)
     if initialize.rank() == 0:
-        _report(rows, arguments.output)
+        _report(rows, config.run.reference, arguments.output)
 
 
-def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[dict]:
+def _drop_missing_reference(run, given: set[str]) -> None:
+    """What a run trained against may be gone by now; what was asked for may not."""
+    from megatron_dtrpo.runtime import initialize
+
+    if "reference" in given or run.reference is None or Path(run.reference).is_dir():
+        return
+    if initialize.rank() == 0:
+        where = f"{run.load}: its reference {run.reference} is not there"
+        print(f"warning: {where}: no rewards; give --reference DIR", flush=True)
+    run.reference = None
+
+
+def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[dict]:
+    """``other_reference``: than that of the run that is scored."""
     from megatron.core import parallel_state
 
     from megatron_dtrpo.model.attention import choose_backend
     from megatron_dtrpo.model.provider import build_chunks
     from megatron_dtrpo.runtime import initialize
-    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.training import checkpoint, resume
     from megatron_dtrpo.training.scoring import score_pairs
     from megatron_dtrpo.training.setup import open_data
 
-    if reference is not None:
-        saved = checkpoint.load_model_config(reference)
-        checkpoint.check_same_architecture(config.model, saved, reference)
+    reference = config.run.reference
     data = open_data(config, tokenizer)
     rank = parallel_state.get_data_parallel_rank()
     policy_batches = data.batches(config, rank, data_parallel)
@@ -81,12 +92,15 @@ def _rows(config, tokenizer, data_parallel: int, reference: str | None) -> list[
     backend = choose_backend(config.parallel.attention_backend, device)
     model = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
 
-    def scores(folder: str, builder) -> dict:
-        checkpoint.load(folder, checkpoint.require_latest(folder), model)
+    def scores(folder: str, iteration: int, builder) -> dict:
+        checkpoint.load(folder, iteration, model)
         return score_pairs(model, builder, indices, device, backend)
 
-    policy = scores(config.run.load, policy_batches)
-    base = scores(reference, reference_batches) if reference is not None else None
+    run = config.run.load
+    policy, base = scores(run, checkpoint.require_latest(run), policy_batches), None
+    if reference is not None:
+        taken = checkpoint.require_latest(reference) if other_reference else resume.run_reference_iteration(run)
+        base = scores(reference, taken, reference_batches)
     rows = []
     for index in indices:
         row = {
@@ -111,13 +125,14 @@ def _recorded(row: dict) -> dict:
     return {name: value for name, value in fields.items() if isinstance(value, float)}
 
 
-def _report(rows: list[dict], output: str | None) -> None:
+def _report(rows: list[dict], reference: str | None, output: str | None) -> None:
     from megatron_dtrpo.training.checkpoint import write_atomically
     from megatron_dtrpo.training.scoring import accuracy, mean
 
     print(f"pairs                {len(rows)}")
     if "rewards/margins" in rows[0]:
         margins = [row["rewards/margins"] for row in rows]
+        print(f"reference            {reference}")
         print(f"reward accuracy      {accuracy(margins)}")
         print(f"reward margin        {mean(margins)}")
     differences = [row["logps/chosen"] - row["logps/rejected"] for row in rows]

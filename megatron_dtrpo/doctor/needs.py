@@ -103,6 +103,8 @@ def _paths(config) -> tuple[tuple[str, str, bool], ...]:
         "tokenizer_model": data.tokenizer_model,
         "load": run.load,
         "load (its model_config.yaml)": run.load and os.path.join(run.load, "model_config.yaml"),
+        "reference": run.reference,
+        "reference (its model_config.yaml)": run.reference and os.path.join(run.reference, "model_config.yaml"),
         "reference_cache": run.reference_cache,
     }
     return tuple((name, path, Path(path).exists()) for name, path in wanted.items() if path)

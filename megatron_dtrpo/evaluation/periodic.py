@@ -1,6 +1,6 @@
 """What a run measures of itself every so many steps: its objective on held-out data, and decoded exact match.
 
-The reference is the run's starting point, so its scores are computed once, before the first step.
+The reference does not change, so its scores are computed once, before the first step.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ class PeriodicEvaluation:
         return [line.replace(": ", ": eval_data_path: ", 1) for line in self.data.remarks(self.config)] + silent
 
     def remember_reference(self, model) -> None:
-        """Scores the held-out pairs under ``model``, the run's starting point, where the objective reads a reference.
-        Collective."""
+        """Scores the held-out pairs under ``model``, the run's reference, where the objective reads one. Collective."""
         if self.objective.reads_reference:
             builder = self.data.reference_batches(self.config, self.replica, self.replicas)
             self.reference = score_pairs(model, builder, self.indices, self.device, self.backend)

@@ -356,13 +356,23 @@ def _is_distributed(optimizer) -> bool:
     return optimizer.config.use_distributed_optimizer
 
 
-def _check_optimizer_kind(folder: Path, optimizer) -> None:
+def load_progress(directory: str | Path, iteration: int) -> dict:
+    """``progress`` of a run's checkpoint, without its tensors."""
+    return _progress(iteration_folder(directory, iteration))
+
+
+def _progress(folder: Path) -> dict:
     from megatron.core import dist_checkpointing
 
     common = _explained(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)), "common.pt")
     progress = common.get("progress") if isinstance(common, dict) else None
     if not progress or _DISTRIBUTED not in progress:
         raise damaged(folder, "common.pt: it does not say how far training was")
+    return progress
+
+
+def _check_optimizer_kind(folder: Path, optimizer) -> None:
+    progress = _progress(folder)
     if progress[_DISTRIBUTED] != _is_distributed(optimizer):
         kind = "with" if progress[_DISTRIBUTED] else "without"
         raise UserError(f"{folder}: written {kind} use_distributed_optimizer: resume it {kind} that setting")

@@ -16,7 +16,7 @@ from megatron_dtrpo.planning.report import gib, memory_table
 from megatron_dtrpo.planning.time import examples_of_step, micro_batches_of_step
 from megatron_dtrpo.runtime import initialize, pretend
 from megatron_dtrpo.training.checkpoint import MODEL_CONFIG
-from megatron_dtrpo.training.setup import resolve_start
+from megatron_dtrpo.training.setup import check_reference_architecture, resolve_start
 from megatron_dtrpo.validation import validate, validate_training
 
 # What a run must be given and a look at one need not: any name does.
@@ -49,6 +49,8 @@ def _settle(config: Config, given: set[str], world_size: int | None) -> tuple[in
     if world_size < 1:
         raise UserError(f"--world-size is {world_size}: it must be positive")
     data_parallel = validate(config, world_size)
+    if run.reference is not None and (Path(run.reference) / MODEL_CONFIG).exists():
+        check_reference_architecture(config)
     run.save = run.save or _PLACEHOLDER
     validate_training(config, data_parallel)
     return data_parallel, world_size
@@ -78,6 +80,9 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
             f"FP8: {parallel.fp8_format}, {parallel.fp8_recipe}; micro-batches are padded to a multiple of {multiple} "
             f"tokens per context-parallel rank; reference in {'FP8' if parallel.fp8_reference else 'bf16'}"
         )
+    if config.run.reference is not None:
+        kept = "its scores are read from the cache" if config.run.reference_cache else "a copy of its weights is kept"
+        lines.append(f"reference: {config.run.reference}: {kept}")
     plans = stage_plans(config, data_parallel)
     most = max(plan.total for plan in plans)
     verdict = "fits" if fits_in(plans, int(gpu_memory * GIB)) else "does not fit"

@@ -31,7 +31,13 @@ from megatron_dtrpo.training.optimizer import (
     finish_parameter_gather,
     wrap_data_parallel,
 )
-from megatron_dtrpo.training.reference import ReferencePolicy, check_patterns, select_trainable, starting_model
+from megatron_dtrpo.training.reference import (
+    ReferencePolicy,
+    check_patterns,
+    reference_model,
+    select_trainable,
+    starting_model,
+)
 from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
 from megatron_dtrpo.training.step import DeviceBatch, HostBatch, prepare, reduce_metrics, score, train_pass
@@ -81,18 +87,14 @@ class Trainer:
 
         self.chunks = starting_model(config, self.device)
         self._freeze()
-        if self.evaluation is not None:
-            with without_fp8(self.chunks):
-                self.evaluation.remember_reference(self.chunks)
-        self.reference = ReferencePolicy(self.chunks) if self.reads_reference_live else None
-        if self.cache is not None:
-            self.cache.require({"weights": weights_fingerprint(self.chunks)})
+        self.reference = self._open_reference() if self.objective.reads_reference else None
         self.wrapped = wrap_data_parallel(self.chunks, config)
         self.optimizer = build_optimizer(self.wrapped, config)
         self.scheduler = build_scheduler(self.optimizer, config, self.train_iters)
 
         self.iteration = self.consumed = 0
         self.saved_at = resume_from
+        self.sources = resume.source_iterations(run)
         self.data_facts = resume.data_facts(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
         if resume_from is not None:
             progress = checkpoint.load(run.save, resume_from, self.chunks, self.optimizer, self.scheduler)
@@ -113,6 +115,18 @@ class Trainer:
         self._announce(resume_from, changes)
         if self.is_main and (note := tokenizer.note_on_end()):
             self.log.say(f"warning: {note}")
+
+    def _open_reference(self) -> ReferencePolicy | None:
+        """Computes with the reference what is computed once, and keeps what every step needs of it."""
+        own = self.config.run.reference is not None
+        model = reference_model(self.config, self.device) if own else self.chunks
+        if self.evaluation is not None:
+            with without_fp8(model):
+                self.evaluation.remember_reference(model)
+        if self.cache is not None:
+            self.cache.require({"weights": weights_fingerprint(model)})
+            return None
+        return ReferencePolicy(self.chunks, model if own else None)
 
     def _freeze(self) -> None:
         patterns = self.config.objective.trainable_modules
@@ -305,7 +319,8 @@ class Trainer:
 
     def _save(self) -> None:
         finish_parameter_gather(self.wrapped)
-        progress = {"iteration": self.iteration, "consumed_samples": self.consumed, **self.data_facts}
+        progress = {"iteration": self.iteration, "consumed_samples": self.consumed}
+        progress |= self.data_facts | self.sources
         self.writer.save(self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
         self.saved_at = self.iteration
 

@@ -16,7 +16,7 @@ from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.attention import choose_backend
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.fp8 import reference_pass
-from megatron_dtrpo.training.reference import starting_model
+from megatron_dtrpo.training.reference import reference_model
 from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
 from megatron_dtrpo.training.scoring import gathered_scores
 from megatron_dtrpo.training.setup import open_data
@@ -41,7 +41,7 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)
     multiple = token_multiple(config.parallel)
-    model = starting_model(config, device)
+    model = reference_model(config, device)
     facts = run_facts(config, tokenizer) | {"data": data.store.content, "weights": weights_fingerprint(model)}
 
     writer = CacheWriter(output, facts, epochs, len(data.store)) if is_main else None

@@ -1,7 +1,7 @@
 """The frozen reference policy, live beside the policy.
 
-It is the policy's own modules with the starting values of the trained tensors swapped in: whatever is frozen is
-shared, nothing is built twice, and only trained tensors are copied.
+It is the policy's own modules with the reference's tensors swapped in, where those differ or will differ: what is
+frozen and equal is shared.
 """
 
 from __future__ import annotations
@@ -17,18 +17,34 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
 from megatron_dtrpo.model.provider import build_chunks
-from megatron_dtrpo.training import checkpoint
+from megatron_dtrpo.training import checkpoint, resume
 
 
 def starting_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
-    """This rank's stages of what a run starts from, ``load`` or the seed, which also is its reference; collective."""
-    chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
-    if config.run.load is None:
-        for chunk in chunks:
-            initialize_weights(chunk, config.optimizer.seed)
-    else:
-        checkpoint.load(config.run.load, checkpoint.require_latest(config.run.load), chunks)
+    """This rank's stages of what a run starts from, ``load`` or the seed; collective."""
+    if config.run.load is not None:
+        return _loaded_model(config, "load", device)
+    chunks = _empty_model(config, device)
+    for chunk in chunks:
+        initialize_weights(chunk, config.optimizer.seed)
     return chunks
+
+
+def reference_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
+    """This rank's stages of a run's reference, ``reference`` or else what the run starts from; collective."""
+    if config.run.reference is None:
+        return starting_model(config, device)
+    return _loaded_model(config, "reference", device)
+
+
+def _loaded_model(config: Config, key: str, device: torch.device) -> list[BlockDiffusionGPTModel]:
+    chunks = _empty_model(config, device)
+    checkpoint.load(getattr(config.run, key), resume.source_iteration(config.run, key), chunks)
+    return chunks
+
+
+def _empty_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
+    return [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
 
 
 def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] | None) -> set[str]:
@@ -62,11 +78,18 @@ def check_patterns(patterns: Sequence[str] | None, matched: set[str]) -> None:
 
 
 class ReferencePolicy:
-    """Starting values of the trainable parameters of this rank's stages."""
+    """The reference's values of those parameters of this rank's stages that it does not share with the policy."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]):
-        parameters = (p for chunk in chunks for p in chunk.parameters())
-        self.frozen = [(p, p.detach().clone()) for p in parameters if p.requires_grad]
+    def __init__(self, chunks: Sequence[torch.nn.Module], reference: Sequence[torch.nn.Module] | None = None):
+        """``chunks``: the policy's stages, at their starting point. ``reference``: the same stages with the reference's
+        values, whose tensors are kept and not copied; default: the starting point, whose trained tensors are copied."""
+        policy = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        if reference is None:
+            self.frozen = [(p, p.detach().clone()) for p in policy if p.requires_grad]
+            return
+        values = [parameter.detach() for chunk in reference for parameter in chunk.parameters()]
+        pairs = zip(policy, values, strict=True)
+        self.frozen = [(p, value) for p, value in pairs if p.requires_grad or not torch.equal(p, value)]
 
     @contextmanager
     def in_place_of_policy(self) -> Iterator[None]:

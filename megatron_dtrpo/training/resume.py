@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from megatron_dtrpo.arguments import FIELDS, read_yaml
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.config import Config, RunSettings
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training import checkpoint
@@ -75,7 +75,54 @@ def return_to_first_start(config: Config) -> None:
             setattr(config.data, key, theirs)
         elif theirs is not None and given != theirs:  # of its tokenizer's own tokens the data's fingerprint knows
             raise UserError(f"{run.save}: this run has {key} {theirs}, not {given}")
+    _return_to_reference(run, first)
     _check_pinned(config, first)
+
+
+def _return_to_reference(run: RunSettings, first: dict) -> None:
+    """A reference of its own, and the starting point where there was none, stay the reference."""
+    theirs = first.get("reference")  # a run may be older than the setting
+    now, then = run.reference, theirs or first["load"]
+    if now is not None and (then is None or Path(now).resolve() != Path(then).resolve()):
+        raise UserError(f"{run.save}: this run's reference is {then or 'its random starting weights'}, not {now}")
+    run.reference = theirs
+
+
+def source_iteration(run: RunSettings, key: str) -> int:
+    """The iteration that a run takes from the checkpoint folder ``load`` or ``reference``, which the setting ``key``
+    names: the latest, on a resume the one that the first start took. Raises UserError if there is none."""
+    return _source_iteration(run.save, key, getattr(run, key))
+
+
+def run_reference(folder: str | Path) -> tuple[str, str] | None:
+    """The setting that names the reference of the preference run in ``folder``, and the checkpoint folder that it
+    names; None where the reference is random weights."""
+    first = read_record(Path(folder) / RUN_CONFIG)
+    key = "reference" if first.get("reference") else "load"  # a run may be older than the setting
+    return None if first[key] is None else (key, first[key])
+
+
+def run_reference_iteration(folder: str | Path) -> int:
+    """The iteration that the run in ``folder`` took from its reference's. Raises UserError if it is gone."""
+    return _source_iteration(folder, *run_reference(folder))
+
+
+def _source_iteration(run_folder: str | Path | None, key: str, folder: str | Path) -> int:
+    first, resumed = None, None if run_folder is None else checkpoint.latest_iteration(run_folder)
+    if resumed is not None:
+        first = checkpoint.load_progress(run_folder, resumed).get(f"{key}_iteration")
+    if first is None:
+        return checkpoint.require_latest(folder)
+    if first not in checkpoint.complete_iterations(Path(folder)):
+        role = {"load": "this run started from", "reference": "this run's reference is"}[key]
+        raise UserError(f"{folder}: {role} its iteration {first}, which is not there any more")
+    return first
+
+
+def source_iterations(run: RunSettings) -> dict:
+    """What a checkpoint records of the checkpoints that its run began with."""
+    keys = [key for key in ("load", "reference") if getattr(run, key) is not None]
+    return {f"{key}_iteration": source_iteration(run, key) for key in keys}
 
 
 def _check_pinned(config: Config, first: dict) -> None:

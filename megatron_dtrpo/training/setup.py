@@ -1,7 +1,8 @@
 """Everything a run needs before its first step, checked before anything is allocated.
 
-The starting point of a run, ``--load`` or the seed, is also the reference policy. A resumed run therefore loads it
-again, takes the reference from it, and only then continues from its own checkpoint.
+The starting point of a run, ``--load`` or the seed, is also the reference policy, unless ``--reference`` names another
+one. A resumed run therefore loads it again, takes the reference from it, and only then continues from its own
+checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def resolve_start(config: Config, given: set[str]) -> None:
     resume.return_to_first_start(config)
     if run.load is None:
         return
-    checkpoint.require_latest(run.load)
+    resume.source_iteration(run, "load")
     saved = checkpoint.load_model_config(run.load)
     for f in dataclasses.fields(saved):
         if f.name not in given:
@@ -47,9 +48,29 @@ def resolve_start(config: Config, given: set[str]) -> None:
     checkpoint.check_same_architecture(config.model, saved, run.load)
 
 
+def check_reference(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the checkpoint that is to be the reference is not of this run's kind."""
+    folder = config.run.reference
+    if folder is None:
+        return
+    resume.source_iteration(config.run, "reference")
+    check_reference_architecture(config)
+    theirs = load_tokenizer(Path(folder) / checkpoint.TOKENIZER, eos_token=config.data.eos_token)
+    if theirs.fingerprint() != tokenizer.fingerprint():
+        raise UserError(f"reference {folder}: has another tokenizer than this run: its scores would be of other tokens")
+
+
+def check_reference_architecture(config: Config) -> None:
+    """Raises UserError naming the first setting in which the reference differs from the model. How either was
+    initialised does not matter."""
+    folder = config.run.reference
+    saved = dataclasses.replace(checkpoint.load_model_config(folder), init_method_std=config.model.init_method_std)
+    checkpoint.check_same_architecture(config.model, saved, folder)
+
+
 def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
-    """Settings of the objective and of packing that were not ``given`` become those of the preference run in
-    ``folder``, so that it is scored as it was trained."""
+    """The reference and the settings of the objective and of packing that were not ``given`` become those of the
+    preference run in ``folder``, so that it is scored as it was trained."""
     record = Path(folder) / resume.RUN_CONFIG
     first = resume.read_record(record) if record.exists() else {}
     if first.get("objective") != "preference":
@@ -61,6 +82,9 @@ def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
         for key in keys:
             if key not in given and first.get(key) is not None:
                 setattr(group, key, first[key])
+    own = resume.run_reference(folder)
+    if "reference" not in given and config.objective.has_reference and own is not None:
+        config.run.reference = own[1]
     if "num_views" not in given and config.objective.estimator and not ESTIMATORS[config.objective.estimator].is_random:
         config.objective.num_views = 1
 
@@ -213,6 +237,7 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
         check_logging(config.run)
     tokenizer = open_tokenizer(config)
     settle_vocabulary(config, tokenizer)
+    check_reference(config, tokenizer)
     if training and config.run.reference_cache is not None:
         ReferenceCache(config.run.reference_cache).require(run_facts(config, tokenizer))
     return tokenizer, data_parallel

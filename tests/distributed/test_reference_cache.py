@@ -179,8 +179,8 @@ def test_no_copy_of_the_reference_is_kept(folder, cache, alone, monkeypatch):
     kept = []
 
     class Watched(loop.ReferencePolicy):
-        def __init__(self, model):
-            super().__init__(model)
+        def __init__(self, *models):
+            super().__init__(*models)
             kept.append(sum(value.numel() for _, value in self.frozen))
 
     monkeypatch.setattr(loop, "ReferencePolicy", Watched)

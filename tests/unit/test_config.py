@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, read_yaml
+from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, parse_tool, read_yaml, tool_parser
 from megatron_dtrpo.config import GROUPS, Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.validation import (
@@ -457,10 +457,25 @@ def test_a_flag_replaces_the_files_other_way_of_saying_it(tmp_path):
     assert (both.optimizer.train_iters, both.optimizer.num_epochs) == (3, 1.0)  # refused later: two flags disagree
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("--learning-rate", "--lr"), ("--num-train-epochs", "--num-epochs")])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--learning-rate", "--lr"),
+        ("--num-train-epochs", "--num-epochs"),
+        ("--ref-model", "--reference"),
+        ("--ref_model_name_or_path", "--reference"),
+        ("--precompute-ref-log-probs", "--reference-cache"),
+    ],
+)
 def test_names_of_trl_lead_to_ours(theirs, ours):
     with pytest.raises(UserError, match=f"{theirs}: the nearest known one is {ours}$"):
         parse([theirs, "1"], "train", "Trains.")
+
+
+def test_a_tool_without_that_setting_does_not_name_it():
+    with pytest.raises(UserError, match="unknown flag --ref-model: ") as error:
+        parse_tool(tool_parser("tool", "Is a tool."), ["--ref-model", "1"], ["parallel"])
+    assert not str(error.value).endswith(" --reference")
 
 
 def test_a_configuration_that_is_no_text_file(tmp_path):

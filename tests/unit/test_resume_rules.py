@@ -42,6 +42,24 @@ def test_it_starts_where_it_started(run):
         again(run, load="other")
 
 
+def test_its_reference_stays(run):
+    record = run / RUN_CONFIG
+    first = yaml.safe_load(record.read_text())
+    record.write_text(yaml.safe_dump({**first, "reference": "better"}))
+    assert again(run).run.reference == again(run, reference="./better").run.reference == "better"
+    for other in ("base", "other"):
+        with pytest.raises(UserError, match=f"this run's reference is better, not {other}"):
+            again(run, reference=other)
+    del first["reference"]  # a run of before the setting: its starting point
+    record.write_text(yaml.safe_dump(first))
+    assert again(run).run.reference is again(run, reference="base").run.reference is None
+    with pytest.raises(UserError, match="this run's reference is base, not other"):
+        again(run, reference="other")
+    record.write_text(yaml.safe_dump({**first, "load": None}))
+    with pytest.raises(UserError, match="this run's reference is its random starting weights, not base"):
+        again(run, load=None, reference="base")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "first"),
     [

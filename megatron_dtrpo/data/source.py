@@ -157,7 +157,7 @@ def _of_split(path: Path, files: list[Path], split: str | None) -> list[Path]:
         return list(chain.from_iterable(groups[name] for name in _wanted(path, split, names)))
     if len(groups) == 1:
         return files
-    shown = "; ".join(f"{name or 'no split'}: {_listed(group)}" for name, group in groups.items())
+    shown = "; ".join(f"{name or 'no split'}: {listed(group)}" for name, group in groups.items())
     raise UserError(f"{path}: holds files of several splits ({shown}); {_advice(names)}, or give a glob of one split's")
 
 
@@ -175,7 +175,8 @@ def _wanted(path: Path, split: str, names: list[str]) -> list[str]:
     return wanted
 
 
-def _listed(files: list[Path]) -> str:
+def listed(files: list[Path]) -> str:
+    """The first names of ``files``."""
     more = [f"{len(files) - _NAMED_FILES} more"] if len(files) > _NAMED_FILES else []
     return ", ".join([file.name for file in files[:_NAMED_FILES]] + more)
 

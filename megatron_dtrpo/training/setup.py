@@ -21,6 +21,7 @@ from megatron_dtrpo.config import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_recordings, require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
+from megatron_dtrpo.data.source import data_files, listed
 from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -123,6 +124,9 @@ class Data:
         """Lines that the owner of the data should read: which rows are not trained on or scored, and why; what may
         surprise about the others."""
         found, budget = [], config.data.seq_length
+        files = data_files(*self.store.source)
+        if len(files) > 1:
+            found.append(f"note: {self.store.source[0]} is {len(files)} files: {listed(files)}")
         if self.store.bad_rows.rows:
             found.append(f"warning: {skipped_line(self.store.bad_rows, self.store.source_rows)}")
         if self.skipped:

@@ -24,10 +24,10 @@ def test_results_of_a_forked_process_come_back():
 
 def test_only_complete_folders_count(tmp_path):
     for name, files in {
-        "iter_0000010": ["metadata.json"],
-        "iter_0000002": ["metadata.json"],
-        "iter_0000003": [],
-        "iter_0000004.partial": ["metadata.json"],
+        "iter_0000010": ["metadata.json", ".metadata"],
+        "iter_0000002": ["metadata.json", ".metadata"],
+        "iter_0000003": ["metadata.json"],
+        "iter_0000004.partial": ["metadata.json", ".metadata"],
     }.items():
         (tmp_path / name).mkdir()
         for file in files:

@@ -16,6 +16,8 @@ from megatron_dtrpo.errors import UserError
 Messages = list[dict[str, Any]]
 # (messages, add_generation_prompt=, continue_final_message=, tools=, **variables) -> text
 Template = Callable[..., str]
+TEMPLATE_SETTINGS = {"messages", "add_generation_prompt", "continue_final_message", "tools"}  # no row may set them
+_USUAL_ROLES = ("system", "user", "assistant", "tool")  # what templates write, if with changes
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,29 @@ def _write(template: Template, messages: Messages, **how: bool) -> str:
     A message with calls may have no content. Most templates then take an empty text, some a missing one only.
     """
     if not any(message.get("tool_calls") for message in messages):
-        return template(messages, **how)
+        return _with_every_message(template(messages, **how), messages)
     filled = [{**message, "content": message.get("content") or ""} for message in messages]
     without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in filled]
     silent = _attempt(template, without, **how)
     attempts = [_attempt(template, variant, **how) for variant in (filled, messages)]
     for text in attempts:
         if isinstance(text, str) and text != silent:
-            return text
+            return _with_every_message(text, messages)
     if isinstance(attempts[0], UserError):
         raise attempts[0]
     raise UserError("tool_calls: the chat template does not write them; take the row out or use another template")
+
+
+def _with_every_message(text: str, messages: Messages) -> str:
+    """``text``. Templates pass over a role that they do not know: UserError where a message is not in it."""
+    for message in messages:
+        role = message["role"]
+        if role not in _USUAL_ROLES and (message.get("content") or "").strip() not in text:
+            raise UserError(
+                f"the chat template does not write the message of the role {role!r}; use one of "
+                f"{', '.join(_USUAL_ROLES)}, or another template"
+            )
+    return text
 
 
 def _attempt(template: Template, messages: Messages, **how: bool) -> str | UserError:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any
 
-from megatron_dtrpo.data.chat import Messages, TemplateInputs
+from megatron_dtrpo.data.chat import TEMPLATE_SETTINGS, Messages, TemplateInputs
 from megatron_dtrpo.data.messages import kind_of, read_messages, require_text
 from megatron_dtrpo.data.shared_text import shared_prompt
 from megatron_dtrpo.errors import UserError
@@ -87,6 +87,7 @@ def sft_record(row: dict[str, Any]) -> Record | TokenRecord:
     Messages after the last answer are left out: nothing is learned from them. A text prompt beside ``messages`` is a
     label. A row whose ``label`` says that its completion is bad (KTO's data) is an error.
     """
+    _refuse_bad_label(row.get("label"))
     if _has_ids(row, ("completion",)):
         return _token_record(row, ("completion",))
     if _is_conversation(row):
@@ -100,6 +101,7 @@ def sft_turn_records(row: dict[str, Any]) -> list[Record | TokenRecord]:
     its prompt: each is learned as it is decoded."""
     if _has_ids(row, ("completion",)) or not _is_conversation(row):
         return [sft_record(row)]
+    _refuse_bad_label(row.get("label"))
     messages, answers = _conversation(row)
     notes = (NO_PROMPT,) * (answers[0] == 0) + (AFTER_LAST_ANSWER,) * (answers[-1] < len(messages) - 1)
     records = [_answer_record(row, messages, place) for place in answers if place > 0]
@@ -182,14 +184,16 @@ def _implicit_text(row: dict[str, Any]) -> Record:
 
 def _completion_record(row: dict[str, Any]) -> Record:
     _require(row, ("prompt", "completion"))
-    _refuse_bad_label(row.get("label"))
     prompt = _prompt(row["prompt"])
     return Record(prompt, (_response(row["completion"], "completion", prompt),), _template_inputs(row))
 
 
+_BAD_LABELS = ("false", "0", "0.0", "-1", "-1.0", "no", "bad")
+
+
 def _refuse_bad_label(label: Any) -> None:
     """KTO's data holds completions to avoid beside those to follow."""
-    if str(label).strip().lower() in ("false", "0", "0.0"):
+    if str(label).strip().lower() in _BAD_LABELS:
         raise UserError(
             f"label: is {label!r}: the completion is one to avoid, and sft learns what it is given; take the row out"
         )
@@ -229,6 +233,8 @@ def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
                 raise UserError(f"tools[{place}]: must be an object, a JSON schema, not {kind_of(tool)}")
     if not isinstance(variables, dict):
         raise UserError(f"chat_template_kwargs: must be an object, not {kind_of(variables)}")
+    for name in sorted(TEMPLATE_SETTINGS & variables.keys()):
+        raise UserError(f"chat_template_kwargs: {name!r} is no variable for a row to set; take it out")
     return TemplateInputs(tools, {name: value for name, value in variables.items() if value is not None})
 
 

@@ -139,6 +139,8 @@ class Csv(TextRows):
         super().__init__(path, file)
         csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long conversation
         self._delimiter = "\t" if kind_of(path)[0] == ".tsv" else ","
+        # Before the reader sees it: a mark in front of a quote would make the quote a part of the name.
+        file.seek(len(_UTF8_BOM) if file.read(len(_UTF8_BOM)) == _UTF8_BOM else 0)
         lines = _Lines(file, "surrogateescape")
         reader = self._reader(lines)
         self._names: list[str] | None = None
@@ -164,7 +166,6 @@ class Csv(TextRows):
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
 
     def _header(self, number: int, names: list[str]) -> list[str]:
-        names[0] = names[0].removeprefix("\ufeff")
         repeated = next((name for place, name in enumerate(names) if name in names[:place]), None)
         if repeated is not None:
             raise UserError(f"{self._path}:{number}: two columns are named {repeated!r}; rename one")

@@ -7,6 +7,7 @@ renders them, and a folder that a checkpoint can carry. Nothing is ever download
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -32,7 +33,6 @@ _LIBRARIES = {
 TOKENIZER_TYPES = tuple(_LIBRARIES)
 # Bytes are their own ids. megatron's defaults (end 0, pad 1) would collide with bytes 0 and 1, so ours follow them.
 _BYTE_SPECIALS = {"<eos>": 256, "<pad>": 257, "<mask>": 258}
-_TEMPLATE_SETTINGS = {"add_generation_prompt", "continue_final_message", "tools"}  # the others are a row's variables
 # Beside the vocabulary files, whose names the tokenizer's class knows.
 _HF_FILES = {"chat_template.jinja", "tokenizer.model"} | {
     f"{name}.json" for name in ("added_tokens", "special_tokens_map", "tokenizer", "tokenizer_config")
@@ -155,7 +155,7 @@ class Tokenizer:
         """``how``: the settings of `chat.Template`, and the template's own variables."""
         if not self.megatron.chat_template:
             raise UserError(f"this {self.tokenizer_type} has no chat template; give prompts and responses as text")
-        self._check_variables(how.keys() - _TEMPLATE_SETTINGS)
+        self._check_variables(how.keys() - chat.TEMPLATE_SETTINGS)
         import jinja2
 
         try:
@@ -174,7 +174,7 @@ class Tokenizer:
         for name in sorted(names):
             if name in reserved or name in ("messages", "bos_token", "eos_token"):
                 raise UserError(f"chat_template_kwargs: {name!r} is no variable for a row to set; take it out")
-            if not re.search(rf"\b{re.escape(name)}\b", template):
+            if name not in _variables(template):
                 raise UserError(f"chat_template_kwargs: the chat template has no variable {name!r}; take it out")
 
     def fingerprint(self) -> str:
@@ -206,6 +206,20 @@ class Tokenizer:
             "eos_token": self.eos_token,
         }
         (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+@functools.lru_cache
+def _variables(template: str) -> set[str]:
+    """The names that a chat template reads and does not set itself; of one that only transformers can parse, all its
+    words."""
+    import jinja2
+    from jinja2 import meta
+
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError:
+        return set(re.findall(r"\w+", template))
+    return meta.find_undeclared_variables(parsed)
 
 
 def build_tokenizer(

@@ -212,7 +212,10 @@ def test_variables_of_the_template(sdar, fast_dllm, store_of):
     )
     assert prompts[0] == prompts[1] == sdar.encode(thought) != prompts[2] == prompts[3] == prompts[4]
     assert make_prompt(rows[0], "row", sdar, 4096).ids == prompts[0]
-    for name, words in (("thinking", "has no variable 'thinking'"), ("tokenize", "'tokenize' is no variable")):
+    missing, taken = "has no variable '{0}'", "'{0}' is no variable"
+    names = {"thinking": missing, "role": missing, "loop": missing, "ns": missing, "tokenize": taken, "tools": taken}
+    for name, words in (names | dict.fromkeys(("messages", "add_generation_prompt"), taken)).items():
+        words = words.format(name)
         bad = {"messages": messages, "chat_template_kwargs": {name: True}}
         for build in (lambda: store_of([bad], "sft", sdar), lambda: make_prompt(bad, "row", sdar, 4096)):  # noqa: B023
             assert words in error_of(build)
@@ -273,12 +276,28 @@ def test_messages_that_end_with_a_question_are_a_prompt(fast_dllm):
     assert ids == fast_dllm.encode_prompt(turns)
 
 
-@pytest.mark.parametrize("label", [False, 0, "False", 0.0])
+@pytest.mark.parametrize("label", [False, 0, "False", 0.0, -1, "no", "bad"])
 def test_bad_completions_of_kto_are_not_learned(fast_dllm, store_of, label):
+    for columns in (
+        {"prompt": "1+1=", "completion": "3"},
+        {"messages": [user("1+1="), assistant("3")]},
+        {"prompt_ids": [5, 6], "completion_ids": [7, 8]},
+    ):
+        rows = [{**columns, "label": True}, {**columns, "label": label}]
+        for turns in ("last", "all"):
+            message = error_of(lambda: store_of(rows, "sft", fast_dllm, assistant_turns=turns))  # noqa: B023
+            assert re.search(r":2: label: is .*: the completion is one to avoid", message)
     row = {"prompt": "1+1=", "completion": "3", "label": label}
-    message = error_of(lambda: store_of([{**row, "label": True}, row], "sft", fast_dllm))
-    assert re.search(r":2: label: is .*: the completion is one to avoid", message)
     assert "(KTO) are no pair" in error_of(lambda: store_of([row], "preference", fast_dllm))
+
+
+@pytest.mark.parametrize("role", ["developer", "human", "ipython"])
+def test_a_message_that_the_template_does_not_write_is_an_error(fast_dllm, sdar, store_of, role):
+    """Templates pass over roles that they do not know, and the question would be gone."""
+    row = {"messages": [{"role": role, "content": "Is it cold in Oslo?"}, assistant("Yes.")]}
+    for tokenizer in (fast_dllm, sdar):
+        for build in (lambda: store_of([row], "sft", tokenizer), lambda: make_prompt(row, "row", tokenizer, 4096)):  # noqa: B023
+            assert f"does not write the message of the role {role!r}" in error_of(build)
 
 
 def test_calls_without_content_and_answers_of_several_messages(tokenizer, store_of):

@@ -180,6 +180,13 @@ def test_csv(tmp_path, name, delimiter):
     assert [rows.location(i) for i in range(3)] == [f"{path}:{line}" for line in (2, 3, 7)]
 
 
+def test_csv_with_a_mark_before_a_quoted_name(tmp_path):
+    """As pandas writes it for spreadsheets."""
+    path = tmp_path / "pairs.csv"
+    path.write_text('"prompt, short","chosen"\n"Hi","Ho"\n', encoding="utf-8-sig")
+    assert list(open_rows(path)) == [{"prompt, short": "Hi", "chosen": "Ho"}]
+
+
 def test_csv_with_lists(tmp_path):
     messages = [{"role": "user", "content": 'a "b"'}]
     names = ["prompt", "prompt_ids", "chosen_steps", "rejected"]

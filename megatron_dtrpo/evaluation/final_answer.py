@@ -36,10 +36,21 @@ _RUN = re.compile(
     rf"(?:(?<![\w.)\]}}])[+-])?(?<![\w.])(?:{_WHOLE}\s+\d+/\d+|\.?\d(?:[\d.,:/^]*\d)?(?:[eE][+-]?\d+)?)(?![\d/^:]\d)%?"
 )
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
-_VARIABLE = re.compile(r"[xyz]\b")
+_MULTIPLE = r"(?:hundred|thousand|million|billion|trillion|dozen)\b"
+_COINS = r"(?:dollars?|euros?|pounds?)\s+and\s+"
+# Beside a number, these make another of it; which one is not read.
+_CHANGED_BEHIND = re.compile(
+    rf"[xyziIOokKMB]\b|\s*(?:{_MULTIPLE}|[\u221a\u03c0\u00b1\u00b2\u00b3\u00b9\u2070-\u209c]|\\(?:sqrt|pi|pm)"
+    rf"|[\u2013\u2014]\s*\d|{_COINS}\d)|\s+to\s+\d|'\d"
+)
+_CHANGED_BEFORE = re.compile(
+    rf"(?:\u221a|\u00b1|\\pm|\\sqrt\s*(?:\[\d+\])?\s*\{{?|\bnot|\bbetween\s+\S+\s+and|\d\s+{_COINS}"
+    r"|\\[cdt]?frac\s*\{[^{}]*|\\[cdt]?frac\s*\{[^{}]*\}\s*\{[^{}]*)\s*$|\d'$",
+    re.IGNORECASE,
+)
 
-_LATEX_FRACTION = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\s*(?:\{\s*([\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}|(\d)\s*(\d))")
-_LATEX_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*$|\^\s*\{?\\circ\}?\s*$")
+_LATEX_FRACTION = re.compile(r"(?:(\d)\s*)?\\[cdt]?frac\s*(?:\{\s*(-?[\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}|(\d)\s*(\d))")
+_LATEX_UNIT = re.compile(rf"\\(?:text|mathrm|mbox)\s*\{{(?!\s*{_MULTIPLE})[^{{}}]*\}}\s*$|\^\s*\{{?\\circ\}}?\s*$")
 _THIN_SPACES = "\u00a0\u2009\u202f"
 _PLAIN = {
     "\u2212": "-",
@@ -65,6 +76,7 @@ def _plain(text: str) -> str:
     text = re.sub(rf"(?<=\d)[{_THIN_SPACES}](?=\d{{3}}(?!\d))", ",", text)
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     text = _LATEX_FRACTION.sub(_slashed, text)
+    text = re.sub(r"(?<=\d) and (?=\d+/\d)", " ", re.sub(r"(?<=\d) ?/ ?(?=\d)", "/", text))
     text = re.sub(r"\*\*|__|`|\\\(|\\\)|\\\[|\\\]", "", text)
     return re.sub(rf"\s*[{_CURRENCY}](?=\s|[.,;:!?)]|$)|[{_CURRENCY}]", "", text)
 
@@ -97,14 +109,16 @@ def read_number(text: str) -> Number | None:
     return _value(re.sub(r"\s*%$", "%", _plain(text).strip().removesuffix(".").strip()))
 
 
-def _runs(plain: str) -> list[tuple[str, int]]:
-    """What looks like a number in a text of one spelling, and where it ends; ``3rd`` is none."""
-    found = [(match[0], match.end()) for match in _RUN.finditer(plain)]
-    return [(run, end) for run, end in found if not _ORDINAL.match(plain, end)]
+def _runs(plain: str) -> list[re.Match]:
+    """What looks like a number in a text of one spelling; ``3rd`` is none."""
+    return [run for run in _RUN.finditer(plain) if not _ORDINAL.match(plain, run.end())]
 
 
-def _run_value(plain: str, run: str, end: int) -> Number | None:
-    return None if _VARIABLE.match(plain, end) else _value(run)
+def _run_value(run: re.Match) -> Number | None:
+    """The number of one of `_runs`; None where what stands beside it makes another of it."""
+    if _CHANGED_BEHIND.match(run.string, run.end()) or _CHANGED_BEFORE.search(run.string[: run.start()][-_LONGEST:]):
+        return None
+    return _value(run[0])
 
 
 _BRACE = re.compile(r"\\[{}]|(?P<box>\\f?box(?:ed)?\s*\{)|(?P<open>\{)|(?P<close>\})")
@@ -132,7 +146,7 @@ def _boxed_number(content: str) -> Number | None:
     plain = _plain(_LATEX_UNIT.sub("", content))
     runs = _runs(plain)
     words_only = not re.search(r"[\\^*+]|\d\s*-\s*\d", plain)
-    return _run_value(plain, *runs[0]) if len(runs) == 1 and words_only else None
+    return _run_value(runs[0]) if len(runs) == 1 and words_only else None
 
 
 _HASHES = re.compile(r"####[ \t]*")
@@ -158,7 +172,7 @@ def _marked(plain: str, marker: re.Pattern) -> Number | None | str:
             run = _RUN.match(plain, start + len(sentence) - len(sentence.lstrip())) or _RUN.search(plain, start)
         if run is None or re.match(r"\s*(?:[*/^+\u00d7\u00b7]|-\s*\d)", plain[run.end() :]):
             return None
-        return _run_value(plain, run[0], run.end())
+        return _run_value(run)
     return ""
 
 
@@ -177,4 +191,4 @@ def final_number(text: str) -> Number | None:
         if found != "":
             return found
     runs = _runs(plain)
-    return _run_value(plain, *runs[-1]) if runs else None
+    return _run_value(runs[-1]) if runs else None

@@ -25,7 +25,7 @@ _SHARD = re.compile(r"(.+?)[-_.]\d{5}-of-\d{5}")
 _WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "test": ("test", "testing", "eval", "evaluation", "heldout", "holdout"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 _NAMED_FILES = 3  # of one split in a message
@@ -142,7 +142,8 @@ def split_name(name: str) -> str | None:
     shard = _SHARD.match(name)
     if shard:
         return shard[1]
-    words = re.split(r"[-._ 0-9]+", name.lower())
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)  # TrainSet, train_set, TRAIN
+    words = [re.sub(r"(?<=.)(set|data)$", "", word.lower()) for word in words]
     return next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), None)
 
 
@@ -167,12 +168,18 @@ def _advice(names: list[str]) -> str:
 
 
 def _wanted(path: Path, split: str, names: list[str]) -> list[str]:
-    wanted = list(dict.fromkeys(split.split("+")))
+    wanted = list(dict.fromkeys(_known_as(name, names) for name in split.split("+")))
     for name in wanted:
         if name not in names:
             there = f"it has {', '.join(names)}" if names else "its files' names tell no split"
             raise UserError(f"{path}: has no split {name!r}; {there}")
     return wanted
+
+
+def _known_as(split: str, names: list[str]) -> str:
+    """``split`` by the name it has among ``names``: dev is validation."""
+    usual = _SPLIT_OF_WORD.get(split)
+    return usual if split not in names and usual in names else split
 
 
 def listed(files: list[Path]) -> str:
@@ -182,6 +189,10 @@ def listed(files: list[Path]) -> str:
 
 
 def _of_one_kind(path: Path, files: list[Path]) -> list[Path]:
+    for file in files:
+        plain = file.with_suffix("")
+        if file.suffix.lower() in COMPRESSIONS and plain in files:
+            raise UserError(f"{path}: {plain.name} and {file.name} are one file, compressed and not; give one of them")
     kinds = sorted({kind_of(file)[0] for file in files})
     if len(kinds) > 1:
         raise UserError(f"{path}: holds files of several kinds ({', '.join(kinds)}); give a glob of one: '*{kinds[0]}'")

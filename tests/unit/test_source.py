@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -150,3 +151,24 @@ def test_saved_splits(tmp_path):
 def test_a_name_with_the_characters_of_a_glob(tmp_path):
     touch(tmp_path, "a[1].jsonl", "a1.jsonl")
     assert names_of(tmp_path / "a[1].jsonl") == ["a[1].jsonl"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("trainset.jsonl", "testset.jsonl"), ("TrainData.jsonl", "TestData.jsonl"), ("pairsTrain.jsonl", "pairsTest.jsonl"),
+     ("pairs.jsonl", "pairs_heldout.jsonl"), ("pairs.jsonl", "holdout.jsonl")],
+)  # fmt: skip
+def test_splits_in_other_spellings(tmp_path, names):
+    assert "holds files of several splits" in message_of(touch(tmp_path, *names))
+
+
+def test_a_split_is_chosen_by_any_of_its_names(tmp_path):
+    touch(tmp_path, "train.jsonl", "dev.jsonl")
+    assert names_of(tmp_path, "dev") == names_of(tmp_path, "validation") == ["dev.jsonl"]
+    assert "has no split 'test'; it has validation, train" in message_of(tmp_path, "test")
+
+
+def test_a_file_beside_its_compressed_copy_is_not_read_twice(tmp_path):
+    touch(tmp_path, "train.jsonl")
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress((tmp_path / "train.jsonl").read_bytes()))
+    assert "train.jsonl and train.jsonl.gz are one file, compressed and not; give one of them" in message_of(tmp_path)

@@ -155,9 +155,14 @@ def test_a_name_with_the_characters_of_a_glob(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [("trainset.jsonl", "testset.jsonl"), ("TrainData.jsonl", "TestData.jsonl"), ("pairsTrain.jsonl", "pairsTest.jsonl"),
-     ("pairs.jsonl", "pairs_heldout.jsonl"), ("pairs.jsonl", "holdout.jsonl")],
-)  # fmt: skip
+    [
+        ("trainset.jsonl", "testset.jsonl"),
+        ("TrainData.jsonl", "TestData.jsonl"),
+        ("pairsTrain.jsonl", "pairsTest.jsonl"),
+        ("pairs.jsonl", "pairs_heldout.jsonl"),
+        ("pairs.jsonl", "holdout.jsonl"),
+    ],
+)
 def test_splits_in_other_spellings(tmp_path, names):
     assert "holds files of several splits" in message_of(touch(tmp_path, *names))
 

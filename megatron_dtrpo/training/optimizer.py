@@ -9,8 +9,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dtrpo.config import Config
+from megatron_dtrpo.runtime.optimizer_state import save_own_share
 from megatron_dtrpo.runtime.precision import data_parallel_precision, optimizer_precision
-from megatron_dtrpo.training.optimizer_state import save_own_share
 
 
 def wrap_data_parallel(chunks: list, config: Config) -> list[DistributedDataParallel]:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from tests.launch import TINY_MODEL, Job, disagreements, read_metrics, uneven_pairs, write_lines
 
@@ -133,6 +135,14 @@ def test_saved_weights_are_those_of_the_optimizer(train, flags):
 def test_overlap_changes_nothing(train, flags):
     plain = {"overlap_grad_reduce": False, "overlap_param_gather": False, "bf16": flags["bf16"]}
     assert differing(tensors(train(flags)), tensors(train(plain))) == []
+
+
+def test_the_export_is_the_same(train, tmp_path):
+    exported = []
+    for name, flags in {"plain": {"bf16": True}, "overlapped": ALL}.items():
+        export_checkpoint(train(flags), tmp_path / name, ExportOptions(progress=False))
+        exported.append(load_file(tmp_path / name / "model.safetensors"))
+    assert differing(*exported) == []
 
 
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=name_of)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_dtrpo.training.optimizer_state import boxes
+from megatron_dtrpo.runtime.optimizer_state import boxes
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 5), (5, 1), (4, 6), (3, 2, 4), (2, 1, 3, 2)], ids=str)

@@ -11,7 +11,6 @@ import torch
 
 from megatron_dtrpo.config import ModelSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import lay_out
-from megatron_dtrpo.runtime import initialize
 
 MODEL = ModelSettings(
     num_layers=3, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
@@ -27,14 +26,6 @@ RECOMPUTED = {
 }
 TRAINED = [None, ["mlp"], ["linear_proj"], ["linear_fc2"], ["linear_qkv"], ["output_layer"], ["word_embeddings"],
            ["final_layernorm"], ["layers.0"], ["layers.2"]]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def alone():
-    initialize.enable_device()
-    initialize.start(ParallelSettings(), 1)
-    yield
-    initialize.stop()
 
 
 def gradients(trained: list[str] | None, impl: str, **recompute) -> dict[str, torch.Tensor]:

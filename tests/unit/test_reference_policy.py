@@ -8,20 +8,11 @@ import pytest
 import torch
 
 from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings
-from megatron_dtrpo.runtime import initialize
 
 MODEL = ModelSettings(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
     vocab_size=64, make_vocab_size_divisible_by=4, block_size=4,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def alone():
-    initialize.enable_device()
-    initialize.start(ParallelSettings(), 1)
-    yield
-    initialize.stop()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,7 +6,6 @@ import pytest
 
 from megatron_dtrpo.config import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.runtime import initialize
 
 MODEL = ModelSettings(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
@@ -21,14 +20,6 @@ EMBEDDING, HEAD, FINAL = "embedding.word_embeddings.weight", "output_layer.weigh
 
 def every_layer(names: set[str]) -> set[str]:
     return {f"decoder.layers.{number}.{name}" for number in (0, 1) for name in names}
-
-
-@pytest.fixture(scope="module")
-def alone():
-    initialize.enable_device()
-    initialize.start(ParallelSettings(), 1)
-    yield
-    initialize.stop()
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])

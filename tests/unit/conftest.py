@@ -1,0 +1,17 @@
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.runtime import initialize
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of one and megatron-core's parallel state."""
+    initialize.enable_device()
+    initialize.start(ParallelSettings(), 1)
+    yield
+    initialize.stop()

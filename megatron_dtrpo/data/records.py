@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_dtrpo.errors import UserError
 _INPUTS = ("tools", "chat_template_kwargs")  # the columns that go to the chat template
 # What data sets call a column elsewhere: Orca's pairs, GSM8K, Alpaca.
 _OTHER_NAMES = {
-    "prompt": ("question", "instruction", "query", "problem", "input"),
+    "prompt": ("question", "instruction", "query", "problem", "Prompt", "user_prompt", "context", "input"),
     "completion": ("answer", "response", "output", "solution"),
 }
 MOST = 2**31 - 2  # of an id or a step, so that they, and steps plus one, are 32-bit integers
@@ -36,6 +36,11 @@ IMPLICIT_TEXT = "note: {count} rows without a prompt: it is what chosen and reje
 IMPLICIT_MESSAGES = "note: {count} rows without a prompt of messages: it is the messages that chosen and rejected share"
 AFTER_LAST_ANSWER = "warning: {count} rows go on after the assistant's last answer: nothing is learned from that"
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
+# Columns that belong to a prompt in other people's data (Orca, Alpaca) and that no layout reads.
+UNREAD = {
+    name: f"warning: {{count}} rows have a column {name!r}, which is not read: put its text into the prompt or messages"
+    for name in ("system", "system_prompt", "input", "context")
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     """The prompt that training on this row has, without responses: of ``prompt_ids``, a preference row, a conversation
     in ``messages`` up to its last answer, or ``prompt``. ``messages`` that end with a question are a prompt as they
     stand."""
+    return _with_unread_columns(row, _prompt_record(row))
+
+
+def _prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     if row.get("prompt_ids") is not None:
         return TokenRecord(_integers(row["prompt_ids"], "prompt_ids"), ())
     if _has_implicit_prompt(row):
@@ -141,9 +150,15 @@ READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
 def read_row(kind: str, row: dict[str, Any], assistant_turns: str = "last") -> list[Record | TokenRecord]:
     """The examples that a row of data of this ``kind`` is: one, or with ``assistant_turns="all"`` one for every
     assistant message of a conversation. Raises UserError for a row that cannot be used."""
-    if kind == "sft" and assistant_turns == "all":
-        return sft_turn_records(row)
-    return [READERS[kind](row)]
+    turns = kind == "sft" and assistant_turns == "all"
+    first, *others = sft_turn_records(row) if turns else [READERS[kind](row)]
+    return [_with_unread_columns(row, first), *others]
+
+
+def _with_unread_columns(row: dict[str, Any], record: Record | TokenRecord) -> Record | TokenRecord:
+    """``record``, with a note for each of the row's `UNREAD` columns that holds text. Token ids are whole as given."""
+    unread = tuple(note for name, note in UNREAD.items() if isinstance(row.get(name), str) and row[name].strip())
+    return replace(record, notes=record.notes + unread) if unread and isinstance(record, Record) else record
 
 
 def _has_implicit_prompt(row: dict[str, Any]) -> bool:

@@ -494,3 +494,21 @@ def test_arguments_that_a_template_writes_in_quotes(fast_dllm, sdar, store_of):
     assert note.startswith("warning: 1 rows give the arguments of a call as JSON text")
     assert store_of([row], "sft", sdar).notes == ()  # its template writes the text itself
     assert store_of([{**row, "messages": [*QUESTION, call("Oslo")]}], "sft", fast_dllm).notes == ()
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "input", "context"])
+def test_a_column_of_the_prompt_that_is_not_read_is_a_warning(fast_dllm, store_of, name):
+    """Orca's system message and Alpaca's input would be missing from the prompt without a word."""
+    rows = [{"prompt": "1+1=", "completion": "2", name: text} for text in ("Be brief.", "", None)]
+    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3", name: "Be brief."}
+    words = f"a column {name!r}, which is not read"
+    for store in (store_of(rows, "sft", fast_dllm), store_of([pair], "preference", fast_dllm)):
+        (note,) = store.notes
+        assert words in note and "1 rows" in note
+    assert words in prompt_notes([make_prompt(rows[0], "row", fast_dllm, 99)])[0]
+
+
+@pytest.mark.parametrize("name", ["Prompt", "user_prompt", "context"])
+def test_a_prompt_of_another_name_is_not_cut_from_the_answers(fast_dllm, store_of, name):
+    row = {name: "1+1=", "chosen": "The sum is 2", "rejected": "The sum is 3"}
+    assert f"rename {name!r} to 'prompt'" in error_of(lambda: store_of([row], "preference", fast_dllm))

@@ -32,7 +32,13 @@ _OTHER_NAMES = {
 MOST = 2**31 - 2  # of an id or a step, so that they, and steps plus one, are 32-bit integers
 
 # What was done to a row that its owner may not expect: notes, said once for a file, with the number of rows.
-IMPLICIT_TEXT = "note: {count} rows without a prompt: it is what chosen and rejected share, up to a whole turn or word"
+IMPLICIT_TEXT = (
+    "note: {count} rows without a prompt: it is what chosen and rejected share, up to the label of the assistant's turn"
+)
+IMPLICIT_WORDS = (
+    "warning: {count} rows without a prompt and without a label of a turn that is known: the prompt is the lines or "
+    "words that chosen and rejected share, which may be the beginning of the answer; give a prompt"
+)
 IMPLICIT_MESSAGES = "note: {count} rows without a prompt of messages: it is the messages that chosen and rejected share"
 AFTER_LAST_ANSWER = "warning: {count} rows go on after the assistant's last answer: nothing is learned from that"
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
@@ -192,9 +198,9 @@ def _implicit_text(row: dict[str, Any]) -> Record:
     if renaming:  # two answers that happen to begin with the same words hold no prompt
         raise UserError(f"missing field 'prompt'; the row has {_present(row)}{renaming}")
     chosen, rejected = (require_text(row[name], name) for name in ("chosen", "rejected"))
-    prompt = shared_prompt(chosen, rejected)
+    prompt, has_labels = shared_prompt(chosen, rejected)
     responses = (require_text(chosen[len(prompt) :], "chosen"), require_text(rejected[len(prompt) :], "rejected"))
-    return Record(prompt, responses, _template_inputs(row), (IMPLICIT_TEXT,))
+    return Record(prompt, responses, _template_inputs(row), (IMPLICIT_TEXT if has_labels else IMPLICIT_WORDS,))
 
 
 def _completion_record(row: dict[str, Any]) -> Record:

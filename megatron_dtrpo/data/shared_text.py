@@ -4,40 +4,138 @@ from __future__ import annotations
 
 import os
 import re
+from typing import NamedTuple
 
 from megatron_dtrpo.errors import UserError
 
-# Where a speaker begins, up to and with the words that say who it is: HH-RLHF's way, and the chat templates'.
-_TURN = re.compile(
-    r"(?:^|\n)[ \t]*(?:#+ *)?(?P<plain>Human|User|Assistant|AI|Bot)[ \t]*:"
-    r"|<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\n\n"
-    r"|<\|(?P<tag>user|assistant|system)\|>\n?",
-    re.IGNORECASE,
+
+class _Format(NamedTuple):
+    """How dialogues are written. ``label`` matches where a turn begins, with the speaker's name as its group; a name in
+    ``answering`` is the assistant's.
+
+    ``names_vary``: labels are words with a colon, which answers hold too, so only the names that came first are turns.
+    ``asks_first``: the answering name is a label only behind another one, for it is a usual word.
+    """
+
+    label: re.Pattern
+    answering: frozenset[str]
+    names_vary: bool = False
+    asks_first: bool = False
+
+
+def _named(asking: str, answering: str, asks_first: bool = False) -> _Format:
+    """``Human: ...`` at the beginning of a line, maybe as a heading or in bold."""
+    names = f"{asking} {answering}".replace(" ", "|")
+    label = rf"(?:^|\n)[ \t]*(?:#+[ \t]*|\*\*)?({names})(?:\*\*)?[ \t]*[:\uff1a](?:\*\*)?"
+    return _Format(re.compile(label, re.IGNORECASE), frozenset(answering.split()), True, asks_first)
+
+
+def _tagged(label: str, answering: str = "assistant") -> _Format:
+    """Labels that stand in no other text."""
+    return _Format(re.compile(label, re.IGNORECASE), frozenset(answering.split()))
+
+
+_FORMATS = (
+    _named("human user customer client prompter student", "assistant ai bot chatbot gpt chatgpt claude"),
+    _named("q", "a", asks_first=True),
+    _named("question query problem", "answer assistant response solution", asks_first=True),
+    _named("instructions? prompt task input", "response output assistant completion answer", asks_first=True),
+    _named("\u95ee \u7528\u6237", "\u7b54 \u52a9\u624b"),
+    # Vicuna's and OpenChat's, within a line.
+    _Format(re.compile(r"(?:^|\s|</s>)(USER|HUMAN|ASSISTANT):"), frozenset({"assistant"}), True),
+    _tagged(r"GPT4 Correct (User|Assistant):"),
+    _tagged(r"\[(/?INST)\]", "/inst"),
+    _tagged(r"<start_of_turn>(\w+)\n", "model"),
+    _tagged(r"<\|im_start\|>(\w+)(?:\n|<\|im_sep\|>)"),
+    _tagged(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n"),
+    _tagged(r"<\|header_start\|>(\w+)<\|header_end\|>\n\n"),
+    _tagged(r"<\|start_of_role\|>(\w+)<\|end_of_role\|>"),
+    _tagged(r"<\|START_OF_TURN_TOKEN\|><\|(\w+)_TOKEN\|>", "chatbot"),
+    _tagged(r"<[|\uff5c](user|assistant|system|prompter|bot|observation)[|\uff5c]>:?\n?", "assistant bot"),
 )
-_ASSISTANT = ("assistant", "ai", "bot")
+_LINE_END = re.compile(r"[ \t]*\n+")
+_NAME = re.compile(r"[ \t]*(?:#+[ \t]*|\*\*)?[^\W\d][\w ]{0,20}(?:\*\*)?[:\uff1a](?:\*\*)?(?=\s)")
 
 
-def shared_prompt(chosen: str, rejected: str) -> str:
-    """The beginning that both texts share, cut after the last words that say that the assistant speaks, else before the
-    white space in front of the first word that is not shared. So no token lies across the cut.
+def shared_prompt(chosen: str, rejected: str) -> tuple[str, bool]:
+    """The beginning that both texts share, and whether labels of a known format say that the assistant speaks behind
+    it.
 
-    Raises UserError where nothing is shared, or where the dialogues go on after the answers at which they part.
+    Without labels it is cut at the end of a line, or behind a name at its beginning; in a single line in front of the
+    white space before the first word that is not shared. So no token lies across the cut. Raises UserError where
+    nothing is shared, or where the dialogues part elsewhere than in their last answer.
     """
     shared = os.path.commonprefix([chosen, rejected])
-    turns = list(_TURN.finditer(shared))
-    if not turns:
-        return _shared_words(shared, chosen, rejected)
-    if _speaker(turns[-1]) not in _ASSISTANT:
-        raise UserError("chosen and rejected part before the assistant's answer; give dialogues equal up to it")
-    speakers, end = {_speaker(turn) for turn in turns}, turns[-1].end()
+    turns = _Turns.of(shared, chosen, rejected)
+    if turns is None:
+        return _shared_lines(shared, chosen, rejected), False
+    begin = turns.answer_begin(shared)
+    if begin is None:
+        raise UserError(
+            "chosen and rejected part before the assistant's answer; end both after the first answer that differs"
+        )
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if any(_speaker(turn) in speakers for turn in _TURN.finditer(text, end)):
+        if turns.follow(text, begin):
             raise UserError(f"{name}: another turn follows the answer; end both after the first answer that differs")
-    return shared[:end]
+    line_end = _LINE_END.match(shared, begin)
+    return shared[: line_end.end() if line_end and _is_whole_line(shared, chosen, rejected) else begin], True
 
 
-def _speaker(turn: re.Match) -> str:
-    return next(name for name in turn.groups() if name is not None).lower()
+class _Turns:
+    """The turns of a format whose names are known."""
+
+    def __init__(self, form: _Format, names: set[str] | None) -> None:
+        self.form, self.names = form, names
+
+    @classmethod
+    def of(cls, shared: str, chosen: str, rejected: str) -> _Turns | None:
+        """Those of the format whose label comes first in ``shared``; None where no format is certain."""
+        first = {number: match.start() for number, form in enumerate(_FORMATS) if (match := form.label.search(shared))}
+        for form in (_FORMATS[number] for number in sorted(first, key=first.get)):
+            names = [cls._names(form, text) for text in (chosen, rejected)]
+            if all(form.answering.isdisjoint(each) for each in names):
+                continue
+            if form.asks_first and names[0][0] in form.answering:
+                continue
+            return cls(form, set(names[0]) | set(names[1]) if form.names_vary else None)
+        return None
+
+    @staticmethod
+    def _names(form: _Format, text: str) -> list[str]:
+        """The first name of each kind, in their order."""
+        kinds: dict[bool, str] = {}
+        for match in form.label.finditer(text):
+            name = match[1].lower()
+            kinds.setdefault(name in form.answering, name)
+        return list(kinds.values())
+
+    def _in(self, text: str, start: int = 0) -> list[re.Match]:
+        return [m for m in self.form.label.finditer(text, start) if self.names is None or m[1].lower() in self.names]
+
+    def answer_begin(self, shared: str) -> int | None:
+        """The end of the label of the answer that both texts begin; None where they part in another turn."""
+        begin = None
+        for turn in self._in(shared):
+            answers = turn[1].lower() in self.form.answering
+            begin = None if not answers else turn.end() if begin is None else begin
+        return begin
+
+    def follow(self, text: str, begin: int) -> bool:
+        return bool(self._in(text, begin))
+
+
+def _shared_lines(shared: str, chosen: str, rejected: str) -> str:
+    """What is shared of texts without labels."""
+    line = shared.rfind("\n") + 1
+    name = _NAME.match(shared, line)
+    if not shared[:line].strip() or not _is_whole_line(shared, chosen, rejected):
+        return _shared_words(shared, chosen, rejected)
+    return shared[: name.end() if name else line]
+
+
+def _is_whole_line(shared: str, chosen: str, rejected: str) -> bool:
+    """Whether no text goes on with another line end, which a tokenizer would join with one before it."""
+    return not any(text.startswith("\n", len(shared)) for text in (chosen, rejected) if shared.endswith("\n"))
 
 
 def _shared_words(shared: str, chosen: str, rejected: str) -> str:

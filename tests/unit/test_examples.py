@@ -365,7 +365,8 @@ def test_prompts_that_two_texts_share(tokenizer, store_of):
         ("The sky is", " blue.", " black."),
         ("The sky is", " blue", " blue, blue."),
         ("Q: 2+2?\nA:", " 4", " 5"),
-        ("Once", "\n\nupon", "\n\nunder"),
+        ("Once\n\n", "upon", "under"),
+        ("2+2?\nA:", " The sum is 4", " The sum is 5"),
     ]
     rows = [{"chosen": prompt + chosen, "rejected": prompt + rejected} for prompt, chosen, rejected in cases]
     store = store_of(rows, "preference", tokenizer)
@@ -373,7 +374,9 @@ def test_prompts_that_two_texts_share(tokenizer, store_of):
         assert store[i].prompt.tolist() == tokenizer.encode(prompt), prompt
         for response, answer in zip(store[i].responses, (chosen, rejected), strict=True):
             assert [*store[i].prompt, *response] == [*tokenizer.encode(prompt + answer), tokenizer.eos_id]
-    assert len(store.notes) == 1 and store.notes[0].startswith("note: 9 rows without a prompt: ")
+    labelled, unlabelled = store.notes
+    assert labelled.startswith("note: 6 rows without a prompt: ") and labelled.endswith(":1)")
+    assert unlabelled.startswith("warning: 4 rows without a prompt and without a label") and unlabelled.endswith(":6)")
     for chosen, rejected, words in (
         ("Yes", "No", "share no first word"),
         (f"{HH} East.", f"{HH}", "rejected: is empty"),

@@ -115,7 +115,7 @@ def _train(argv: list[str]) -> None:
     from megatron_dtrpo.runtime import environment
 
     environment.set_defaults()  # before anything imports torch
-    from megatron_dtrpo.arguments import build_parser, parse_command
+    from megatron_dtrpo.config.parser import build_parser, parse_command
 
     parser = build_parser(prog="python -m megatron_dtrpo.train", description=__doc__)
     _add_dry_run(parser)

@@ -21,11 +21,11 @@ def shared_dir() -> Path:
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Makes ``transformer_engine`` the spec of `tests.fused_layers`, the stand-ins, and returns that module."""
+    """Makes ``transformer_engine`` the spec of `tests.support.fused_layers`, the stand-ins, and returns that module."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from tests import fused_layers
+    from tests.support import fused_layers
 
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", fused_layers.FusedSpecProvider, raising=False)
     monkeypatch.setattr(transformer_engine, "TENorm", fused_layers.FusedNorm)

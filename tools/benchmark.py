@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.arguments import new_file, tool_parser
+from megatron_dtrpo.config.parser import new_file, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
@@ -73,7 +73,7 @@ def _benchmark(argv: list[str]) -> None:
         raise UserError("--slow-pairs must be at most --pairs")
     if torch.cuda.is_available():
         raise UserError("the peers run on a CPU: set CUDA_VISIBLE_DEVICES= (a GPU: tools/benchmark_layers.py)")
-    from megatron_dtrpo.config import ParallelSettings
+    from megatron_dtrpo.config.settings import ParallelSettings
 
     initialize.start(ParallelSettings(), seed=0)
     try:
@@ -239,7 +239,7 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
         for operation, share in comparison["profile"]:
             print(f"  {share:6.1%} {operation}")
     if arguments.output:
-        from megatron_dtrpo.training.checkpoint import write_atomically
+        from megatron_dtrpo.checkpoint.distributed import write_atomically
 
         record = {
             "settings": {k: v for k, v in vars(arguments).items() if k != "peak_memory_of"},

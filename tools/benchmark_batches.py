@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.arguments import new_file, tool_parser
+from megatron_dtrpo.config.parser import new_file, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
@@ -46,7 +46,7 @@ def _benchmark(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     if arguments.stream < 10 * GLOBAL_BATCH or arguments.steps < 1:
         raise UserError(f"--stream must be at least {10 * GLOBAL_BATCH}, --steps at least 1")
-    from megatron_dtrpo.config import ParallelSettings
+    from megatron_dtrpo.config.settings import ParallelSettings
 
     step = None
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def _benchmark(argv: list[str]) -> None:
     first, last, more = (size / 2**20 for size in (memory[0], memory[-1], growth))
     print(f"anonymous memory after a tenth of the stream {first:.0f} MiB, after all {last:.0f} MiB: {more:+.1f} MiB")
     if arguments.output:
-        from megatron_dtrpo.training.checkpoint import write_atomically
+        from megatron_dtrpo.checkpoint.distributed import write_atomically
 
         record = {
             "pairs": arguments.stream,

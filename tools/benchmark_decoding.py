@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dtrpo.arguments import tool_parser
+from megatron_dtrpo.config.parser import tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.train import run_command
 
@@ -44,7 +44,7 @@ def _benchmark(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     if min(arguments.prompts, arguments.repetitions, *arguments.batch_sizes) < 1:
         raise UserError("--prompts, --repetitions and --batch-sizes must be at least 1")
-    from megatron_dtrpo.config import ParallelSettings
+    from megatron_dtrpo.config.settings import ParallelSettings
     from megatron_dtrpo.runtime import initialize
 
     initialize.start(ParallelSettings(), seed=0)
@@ -102,7 +102,7 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]], toke
         rows[name] = {"tokens_per_second": tokens / median[name], "spread": spread, "ratio": base / median[name]}
         print(f"| {name} | {tokens / median[name]:.1f} | {spread:.0%} | {base / median[name]:.2f} |")
     if arguments.output:
-        from megatron_dtrpo.training.checkpoint import write_atomically
+        from megatron_dtrpo.checkpoint.distributed import write_atomically
 
         write_atomically(Path(arguments.output), json.dumps({**vars(arguments), "results": rows}, indent=2) + "\n")
 

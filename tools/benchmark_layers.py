@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_dtrpo.arguments import tool_parser
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.fp8 import RECIPES
+from megatron_dtrpo.config.parser import tool_parser
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import RECIPES
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.precision import check_machine
@@ -164,8 +164,8 @@ def _model_flops(model: ModelSettings, sequence) -> float:
 
 def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequences, repetitions: int) -> Measured:
     """Log-probabilities and gradients on the first sequence, then ``repetitions`` timed passes over all in turn."""
+    from megatron_dtrpo.config.fp8 import token_multiple
     from megatron_dtrpo.data.batches import MicroBatch
-    from megatron_dtrpo.fp8 import token_multiple
     from megatron_dtrpo.model.attention import attention_width, choose_backend
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model
@@ -225,7 +225,7 @@ def _report(arguments: argparse.Namespace, rows: list[dict]) -> None:
             f"{row['log_prob_error']:.1e} | {row['gradient_error']:.1e} |"
         )
     if arguments.output:
-        from megatron_dtrpo.training.checkpoint import write_atomically
+        from megatron_dtrpo.checkpoint.distributed import write_atomically
 
         record = {"machine": machine, "torch": torch.__version__, "settings": vars(arguments), "rows": rows}
         write_atomically(Path(arguments.output), json.dumps(record, indent=2) + "\n")

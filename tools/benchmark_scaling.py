@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dtrpo.arguments import new_file, tool_parser
+from megatron_dtrpo.config.parser import new_file, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
@@ -58,7 +58,7 @@ def _benchmark(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     if min(*arguments.lengths, *arguments.pairs_per_micro_batch, arguments.response, arguments.repetitions) < 1:
         raise UserError("all numbers must be at least 1")
-    from megatron_dtrpo.config import ParallelSettings
+    from megatron_dtrpo.config.settings import ParallelSettings
 
     initialize.start(ParallelSettings(), seed=0)
     try:
@@ -77,7 +77,7 @@ def _benchmark(argv: list[str]) -> None:
         print(f"| {row['pairs']} | {row['seconds_per_pair']:.4f} |")
     record = {"settings": vars(arguments), "by_length": by_length, "fit": fit, "by_packing": by_packing}
     if arguments.output:
-        from megatron_dtrpo.training.checkpoint import write_atomically
+        from megatron_dtrpo.checkpoint.distributed import write_atomically
 
         write_atomically(Path(arguments.output), json.dumps(record, indent=2) + "\n")
     if arguments.plot:

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dtrpo.arguments import parse_tool, tool_parser
+from megatron_dtrpo.config.parser import parse_tool, tool_parser
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file_flags, decoding_options
@@ -95,9 +95,9 @@ def _build(argv: list[str]) -> None:
 
 
 def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> None:
+    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.data.json_line import json_line
     from megatron_dtrpo.evaluation.verifiers import Judge
-    from megatron_dtrpo.training.checkpoint import write_atomically
 
     judge = Judge(verifier)
     lines: list[str] = []

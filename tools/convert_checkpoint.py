@@ -19,7 +19,7 @@ import time
 import warnings
 from pathlib import Path
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.train import run_command
 
@@ -101,11 +101,11 @@ def _enable_tokenizers() -> None:
 
 def _import(arguments) -> None:
     _enable_tokenizers()
+    from megatron_dtrpo.checkpoint.distributed import TOKENIZER
     from megatron_dtrpo.conversion.dtypes import FLAGS
     from megatron_dtrpo.conversion.hf_config import CONFIG, assumptions, read_config
     from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
     from megatron_dtrpo.data.tokenizer import load_tokenizer
-    from megatron_dtrpo.training.checkpoint import TOKENIZER
 
     options = ImportOptions(
         params_dtype=FLAGS.get(arguments.params_dtype),

@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_dtrpo.doctor.checks import Line, can_run, examine  # noqa: E402
-from megatron_dtrpo.doctor.facts import gather, one_line  # noqa: E402
-from megatron_dtrpo.doctor.needs import Needs, read_needs  # noqa: E402
+from megatron_dtrpo.doctor.machine import gather, one_line  # noqa: E402
+from megatron_dtrpo.doctor.requirements import Needs, read_needs  # noqa: E402
 from megatron_dtrpo.errors import UserError  # noqa: E402
 
 

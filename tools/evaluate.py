@@ -21,7 +21,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_dtrpo.arguments import parse_tool, tool_parser
+from megatron_dtrpo.config.parser import parse_tool, tool_parser
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
@@ -202,9 +202,9 @@ def _simple_evaluate(model, tasks: dict, overrides: dict, arguments: argparse.Na
 def _report(results: dict, completions: list, source, options, arguments: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
+    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.evaluation.generation import efficiency
     from megatron_dtrpo.evaluation.harness import MODEL_NAME
-    from megatron_dtrpo.training.checkpoint import write_atomically
 
     names = ("estimator", "num_views", "steps_per_block", "block_start")
     scoring = {name: getattr(source.config.objective, name) for name in names}

@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_dtrpo.arguments import parse_tool, tool_parser
+from megatron_dtrpo.config.parser import parse_tool, tool_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file_flags, decoding_options
 from megatron_dtrpo.inference.recording import discarded_rows
@@ -124,8 +124,8 @@ def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | Non
 
 
 def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
+    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.data.json_line import json_line
-    from megatron_dtrpo.training.checkpoint import write_atomically
 
     lines = []
     for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True):

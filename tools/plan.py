@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 
-from megatron_dtrpo.arguments import build_parser, parse_command
+from megatron_dtrpo.config.parser import build_parser, parse_command
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.planning.layouts import layouts
 from megatron_dtrpo.planning.memory import GIB

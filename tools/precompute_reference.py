@@ -17,10 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_dtrpo.arguments import parse
+from megatron_dtrpo.config.parser import parse
+from megatron_dtrpo.config.rules import validate_precomputing
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.train import run_command
-from megatron_dtrpo.validation import validate_precomputing
 
 
 def _precompute(argv: list[str]) -> None:

@@ -20,10 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_dtrpo.arguments import parse
+from megatron_dtrpo.config.fp8 import refuse_fp8
+from megatron_dtrpo.config.parser import parse
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import refuse_fp8
 from megatron_dtrpo.train import run_command
 
 
@@ -73,10 +73,11 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
     """``other_reference``: than that of the run that is scored."""
     from megatron.core import parallel_state
 
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
     from megatron_dtrpo.model.attention import choose_backend
     from megatron_dtrpo.model.provider import build_chunks
     from megatron_dtrpo.runtime import initialize
-    from megatron_dtrpo.training import checkpoint, resume
+    from megatron_dtrpo.training import resume
     from megatron_dtrpo.training.scoring import score_pairs
     from megatron_dtrpo.training.setup import open_data
 
@@ -126,7 +127,7 @@ def _recorded(row: dict) -> dict:
 
 
 def _report(rows: list[dict], reference: str | None, output: str | None) -> None:
-    from megatron_dtrpo.training.checkpoint import write_atomically
+    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.training.scoring import accuracy, mean
 
     print(f"pairs                {len(rows)}")

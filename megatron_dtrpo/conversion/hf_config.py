@@ -10,7 +10,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.errors import UserError
 
 CONFIG = "config.json"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.dtypes import dtype_name
 from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config
@@ -16,7 +17,6 @@ from megatron_dtrpo.conversion.template import find_template
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training import checkpoint
 
 
 def inspect(folder: str | Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.config.settings import ModelSettings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_dtrpo.checkpoint.distributed import HUGGINGFACE, MODEL_CONFIG
 from megatron_dtrpo.conversion.dtypes import dtype_name, dtype_named
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training.checkpoint import HUGGINGFACE, MODEL_CONFIG
 
 FOLDER = HUGGINGFACE
 GENERATION_CONFIG = "generation_config.json"

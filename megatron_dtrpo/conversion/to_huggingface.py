@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
-from megatron_dtrpo.conversion.ahead import ahead
 from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, new_config, read_config, read_json
 from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, Piece
 from megatron_dtrpo.conversion.output import output_folder, require_space
+from megatron_dtrpo.conversion.prefetch import ahead
 from megatron_dtrpo.conversion.safetensors_writer import (
     Planned,
     shard_names,
@@ -37,7 +38,6 @@ from megatron_dtrpo.conversion.template import (
 from megatron_dtrpo.conversion.tokenizer_export import export_tokenizer
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training import checkpoint
 
 CHUNK_BYTES = 8 << 20  # what is in memory at a time, beside the stored piece that it comes from
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

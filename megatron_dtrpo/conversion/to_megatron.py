@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
-from megatron_dtrpo.conversion.ahead import ahead
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, read_config
 from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, MegatronTensor
 from megatron_dtrpo.conversion.output import output_folder, require_space
+from megatron_dtrpo.conversion.prefetch import ahead
 from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.template import FOLDER, Source, save_template
 from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training import checkpoint
 
 CHUNK_BYTES = 8 << 20  # what is in memory at a time: small enough that the allocator keeps it, so no page faults
 _CONTENT = {"non_homogeneous_layers": True}  # one key per layer, as training writes it

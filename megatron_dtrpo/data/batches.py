@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import Sample, SampleOrder

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from megatron_dtrpo.doctor.facts import Facts
-from megatron_dtrpo.doctor.needs import GIB, Needs
-from megatron_dtrpo.fp8 import RECIPES
+from megatron_dtrpo.config.fp8 import RECIPES
+from megatron_dtrpo.doctor.machine import Facts
+from megatron_dtrpo.doctor.requirements import GIB, Needs
 
 OK, NOTE, MISSING, OLD, WRONG = "ok", "note", "missing", "too old", "wrong"
 FAILURES = (MISSING, OLD, WRONG)

@@ -36,8 +36,8 @@ from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.evaluation.leader import Leader
 from megatron_dtrpo.evaluation.likelihood import Continuation, content_key, score_continuations
+from megatron_dtrpo.evaluation.rank_zero import Leader
 from megatron_dtrpo.evaluation.session import Session
 
 MODEL_NAME = "megatron_dtrpo"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer

@@ -19,13 +19,13 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.config.fp8 import refuse_fp8
+from megatron_dtrpo.config.rules import validate
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import refuse_fp8
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.precision import check_machine
-from megatron_dtrpo.validation import validate
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Source:
         with initialize.process_groups(config.parallel, config.optimizer.seed):
             from megatron.core import parallel_state
 
+            from megatron_dtrpo.checkpoint import distributed as checkpoint
             from megatron_dtrpo.model.provider import build_model
-            from megatron_dtrpo.training import checkpoint
 
             model = build_model(config.model, config.parallel).to(initialize.device()).eval()
             checkpoint.load(self.folder, self.iteration, model)
@@ -95,7 +95,7 @@ def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
         UserError: if there is no such checkpoint, or it does not fit the number of processes.
     """
     initialize.enable_device()
-    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
 
     folder = Path(folder)
     is_huggingface = (folder / "config.json").is_file() and not (folder / checkpoint.TRACKER).exists()

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, DecodingOptions, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
-from megatron_dtrpo.inference.predict import Predictor
+from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.runtime.transfer import send_together

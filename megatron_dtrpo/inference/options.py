@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_dtrpo.arguments import FIELDS
+from megatron_dtrpo.config.parser import FIELDS
 from megatron_dtrpo.diffusion.decoding import DecodingOptions
 from megatron_dtrpo.errors import UserError
 

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dtrpo.runtime import cpu_kernels
+from megatron_dtrpo.cpu import kernels as cpu_kernels
 
 
 class RMSNorm(torch.nn.RMSNorm):

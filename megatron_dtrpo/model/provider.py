@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.layer_spec import block_diffusion_block_spec

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_dtrpo.config import Config, ParallelSettings
+from megatron_dtrpo.config.rules import validate
+from megatron_dtrpo.config.settings import Config, ParallelSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.planning import memory, time
-from megatron_dtrpo.validation import validate
+from megatron_dtrpo.planning import memory
+from megatron_dtrpo.planning import step_time as time
 
 # A plan that leaves less than this share free is not trusted: memory fragments, and batches differ.
 HEADROOM = 0.08

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dtrpo.config import Config, ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
 from megatron_dtrpo.model.limits import LOGIT_ROWS
 from megatron_dtrpo.planning import parameters
 

@@ -6,7 +6,7 @@ L layers, TP tensor-parallel and PP pipeline size. Counts are exact: a test comp
 
 from __future__ import annotations
 
-from megatron_dtrpo.config import ModelSettings
+from megatron_dtrpo.config.settings import ModelSettings
 
 
 def widths(model: ModelSettings) -> tuple[int, int]:

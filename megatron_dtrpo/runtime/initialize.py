@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
+from megatron_dtrpo.cpu import shim as cpu
 from megatron_dtrpo.errors import SharedError, StopRequest
-from megatron_dtrpo.runtime import cpu, objects
+from megatron_dtrpo.runtime import objects
 
 
 def world_size() -> int:

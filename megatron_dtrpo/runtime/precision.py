@@ -10,9 +10,9 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.fp8 import RECIPES
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import RECIPES
 
 
 def params_dtype(parallel: ParallelSettings) -> torch.dtype:

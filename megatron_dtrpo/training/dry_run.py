@@ -6,18 +6,19 @@ import dataclasses
 import math
 from pathlib import Path
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.checkpoint.distributed import MODEL_CONFIG
+from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.rules import validate, validate_training
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.provider import build_chunks, transformer_config
 from megatron_dtrpo.planning.layouts import fits_in, stage_plans
 from megatron_dtrpo.planning.memory import GIB
 from megatron_dtrpo.planning.report import gib, memory_table
-from megatron_dtrpo.planning.time import examples_of_step, micro_batches_of_step
-from megatron_dtrpo.runtime import initialize, pretend
-from megatron_dtrpo.training.checkpoint import MODEL_CONFIG
+from megatron_dtrpo.planning.step_time import examples_of_step, micro_batches_of_step
+from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.runtime import simulated_rank as pretend
 from megatron_dtrpo.training.setup import check_reference_architecture, resolve_start
-from megatron_dtrpo.validation import validate, validate_training
 
 # What a run must be given and a look at one need not: any name does.
 _PLACEHOLDER = "dry-run"

@@ -11,19 +11,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
+from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.rules import validate_decoding
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import SharedError, StopRequest
-from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
-from megatron_dtrpo.training import checkpoint, resume
-from megatron_dtrpo.training.logging import MetricLog
+from megatron_dtrpo.training import resume
+from megatron_dtrpo.training.metric_log import MetricLog
 from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
 from megatron_dtrpo.training.optimizer import (
     build_optimizer,
@@ -41,8 +44,6 @@ from megatron_dtrpo.training.reference import (
 from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
 from megatron_dtrpo.training.step import DeviceBatch, HostBatch, prepare, reduce_metrics, score, train_pass
-from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
-from megatron_dtrpo.validation import validate_decoding
 
 # A gradient that enters the logits with less than this per example may be lost to rounding in the norm's squares.
 _NO_SLOPE = 1e-8

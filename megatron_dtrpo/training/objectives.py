@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dtrpo.config import ObjectiveSettings
+from megatron_dtrpo.config.settings import ObjectiveSettings
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.objectives.preference import LossOptions, preference_loss
 

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.runtime.optimizer_state import save_own_share
 from megatron_dtrpo.runtime.precision import data_parallel_precision, optimizer_precision
 

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
+from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import token_multiple
 from megatron_dtrpo.model.attention import choose_backend
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.fp8 import reference_pass
@@ -20,7 +21,6 @@ from megatron_dtrpo.training.reference import reference_model
 from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
 from megatron_dtrpo.training.scoring import gathered_scores
 from megatron_dtrpo.training.setup import open_data
-from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 
 
 def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, output: Path) -> str:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
 from megatron_dtrpo.model.provider import build_chunks
-from megatron_dtrpo.training import checkpoint, resume
+from megatron_dtrpo.training import resume
 
 
 def starting_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:

@@ -10,12 +10,12 @@ import copy
 import dataclasses
 from pathlib import Path
 
-from megatron_dtrpo.arguments import FIELDS, read_yaml
-from megatron_dtrpo.config import Config, RunSettings
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.parser import FIELDS, read_yaml
+from megatron_dtrpo.config.rules import fill_objective_defaults
+from megatron_dtrpo.config.settings import Config, RunSettings
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training import checkpoint
-from megatron_dtrpo.validation import fill_objective_defaults
 
 RUN_CONFIG = "run_config.yaml"
 

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_dtrpo.config import Config
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.rules import validate, validate_data, validate_training
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_recordings, require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
@@ -29,10 +31,9 @@ from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import StopRequest, UserError
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
-from megatron_dtrpo.training import checkpoint, resume
-from megatron_dtrpo.training.logging import check_logging
+from megatron_dtrpo.training import resume
+from megatron_dtrpo.training.metric_log import check_logging
 from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
-from megatron_dtrpo.validation import validate, validate_data, validate_training
 
 
 def resolve_start(config: Config, given: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.launch import ForkServer
+from tests.support.launch import ForkServer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.runtime import initialize
 
 

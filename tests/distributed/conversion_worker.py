@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.diffusion.layout import Coordinates
 from megatron_dtrpo.runtime import initialize
 
@@ -36,8 +36,8 @@ def main(source: str, target: str) -> None:
     case = torch.load(source)
     parallel = ParallelSettings(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", 1)))
     initialize.start(parallel, seed=1)
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
     from megatron_dtrpo.model.provider import build_model
-    from megatron_dtrpo.training import checkpoint
 
     folder = case["folder"]
     settings = checkpoint.load_model_config(folder)

@@ -8,9 +8,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.runtime import initialize
-from tests import oracles
+from tests.support import oracles
 
 
 def main(source: str, target: str, stages: str = "1") -> None:

@@ -12,9 +12,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.runtime import initialize
-from tests import oracles
+from tests.support import oracles
 
 
 def gather(name: str, part: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError
 from megatron_dtrpo.runtime import initialize, objects, stop
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import launch, oracles
 from tests.distributed.test_invariance import ELBO, PP2, PREFERENCE, RECOMPUTE, SELECTIVE, SFT, SHARDED, TP2, Layout
-from tests.launch import disagreements, layout_metrics, uneven_pairs
+from tests.support import launch, oracles
+from tests.support.launch import disagreements, layout_metrics, uneven_pairs
 from tests.unit.test_attention import oracle_mask, random_qkv, random_sequence
 from tests.unit.test_sharding import dealt
 

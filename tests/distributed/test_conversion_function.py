@@ -13,8 +13,8 @@ import torch
 
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
-from tests import conversion_folders as folders
-from tests import launch, oracles
+from tests.support import conversion_folders as folders
+from tests.support import launch, oracles
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

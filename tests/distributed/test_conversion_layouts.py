@@ -6,8 +6,8 @@ import pytest
 
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
-from tests import conversion_folders as folders
-from tests import launch
+from tests.support import conversion_folders as folders
+from tests.support import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -10,8 +10,8 @@ from itertools import product
 import pytest
 import torch
 
-from tests import oracles
-from tests.launch import REPOSITORY, _environment
+from tests.support import oracles
+from tests.support.launch import REPOSITORY, _environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from tests.launch import TINY_MODEL, Job, latest_iteration, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, latest_iteration, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -113,7 +113,7 @@ import os, sys
 from megatron_dtrpo import train
 
 if __name__ == "__main__":
-    from tests.fork_server import ACTIONS, _before
+    from tests.support.fork_server import ACTIONS, _before
     from megatron_dtrpo.runtime import initialize
     initialize.enable_device()
     if os.environ["RANK"] == "1":

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.launch import TINY_MODEL, disagreements, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, disagreements, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

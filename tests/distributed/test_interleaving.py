@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.test_context_parallel import CP2, OVERLAPPED
 from tests.distributed.test_invariance import MLP_ONLY, PP2, PREFERENCE, RECOMPUTE, SHARDED, TIED, TP2, Layout
-from tests.launch import disagreements, layout_metrics, uneven_pairs
+from tests.support.launch import disagreements, layout_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import TINY_MODEL, disagreements, layout_metrics, uneven_pairs
+from tests.support.launch import TINY_MODEL, disagreements, layout_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

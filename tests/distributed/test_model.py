@@ -9,7 +9,7 @@ import torch
 
 from megatron_dtrpo.diffusion.estimators import EstimatorOptions, NoiseRequest, dtrpo, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
-from tests import launch, oracles
+from tests.support import launch, oracles
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.runtime import initialize
-from tests.launch import REPOSITORY, Job
+from tests.support.launch import REPOSITORY, Job
 
 pytestmark = [pytest.mark.distributed]
 

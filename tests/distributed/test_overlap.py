@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
-from tests.launch import TINY_MODEL, Job, disagreements, read_metrics, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, disagreements, read_metrics, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

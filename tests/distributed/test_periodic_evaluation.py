@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.launch import TINY_MODEL, Job, train, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, train, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
-from tests.chat_tokenizer import save_chat_tokenizer
-from tests.launch import TINY_MODEL, ForkServer, write_lines
+from tests.support.chat_tokenizer import save_chat_tokenizer
+from tests.support.launch import TINY_MODEL, ForkServer, write_lines
 
 pytestmark = pytest.mark.distributed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import TINY_MODEL, Job, disagreements, flags, uneven_pairs
+from tests.support.launch import TINY_MODEL, Job, disagreements, flags, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -200,7 +200,7 @@ def test_refusals_are_one_line(checkpoints, alone, capfd, tmp_path, name):
 
 
 def test_an_end_token_of_the_runs_choice_holds_for_the_reference_too(checkpoints):
-    from megatron_dtrpo.config import Config
+    from megatron_dtrpo.config.settings import Config
     from megatron_dtrpo.training.setup import open_tokenizer, prepare
 
     settings = {key: value for key, value in settings_of(checkpoints).items() if key in ("load", "reference")}

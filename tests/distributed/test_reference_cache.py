@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.launch import TINY_MODEL, ForkServer, Job, disagreements, flags, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, ForkServer, Job, disagreements, flags, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -227,15 +227,15 @@ def test_a_cache_of_another_run_is_refused(folder, live, cache, alone, capfd, tm
 def test_the_fingerprint_sees_one_element_and_its_place(alone):
     import torch
 
-    from megatron_dtrpo.config import ModelSettings, ParallelSettings
+    from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
     from megatron_dtrpo.runtime import initialize
 
     settings = {key: value for key, value in TINY_MODEL.items() if key != "tokenizer_type"}
     initialize.start(ParallelSettings(), seed=1)
     try:
+        from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
         from megatron_dtrpo.model.initialization import initialize_weights
         from megatron_dtrpo.model.provider import build_model
-        from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 
         model = build_model(ModelSettings(**settings, kv_channels=8, vocab_size=259), ParallelSettings())
         initialize_weights(model, seed=1)
@@ -261,7 +261,7 @@ def test_the_fingerprint_sees_one_element_and_its_place(alone):
 
 def test_unused_options_and_the_place_of_the_data_do_not_matter(folder, live, cache, alone, tmp_path):
     from megatron_dtrpo import train as trainer
-    from tests.launch import read_metrics
+    from tests.support.launch import read_metrics
 
     shutil.copy(folder / "pairs.jsonl", tmp_path / "copy.jsonl")
     settings = settings_of(folder, steps_per_block=3, data_path=tmp_path / "copy.jsonl", reference_cache=cache)

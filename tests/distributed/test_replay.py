@@ -16,8 +16,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests import oracles
-from tests.launch import REPOSITORY, _environment
+from tests.support import oracles
+from tests.support.launch import REPOSITORY, _environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

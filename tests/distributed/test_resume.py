@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import TINY_MODEL, Job, Result, disagreements, latest_iteration, read_metrics, train, uneven_pairs
+from tests.support.launch import (
+    TINY_MODEL,
+    Job,
+    Result,
+    disagreements,
+    latest_iteration,
+    read_metrics,
+    train,
+    uneven_pairs,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
-from tests.launch import REPOSITORY, TINY_MODEL, Job, flags, train, uneven_pairs, write_lines
+from tests.support.launch import REPOSITORY, TINY_MODEL, Job, flags, train, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import TINY_MODEL, Job, latest_iteration, read_metrics, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, latest_iteration, read_metrics, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ from math import log
 
 import pytest
 
-from tests.chat_tokenizer import save_chat_tokenizer
-from tests.launch import TINY_MODEL, ForkServer, disagreements, write_lines
+from tests.support.chat_tokenizer import save_chat_tokenizer
+from tests.support.launch import TINY_MODEL, ForkServer, disagreements, write_lines
 
 pytestmark = pytest.mark.distributed
 

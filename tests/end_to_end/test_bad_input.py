@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from megatron_dtrpo import train
-from tests.launch import TINY_MODEL, flags, latest_iteration, read_metrics, run, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, flags, latest_iteration, read_metrics, run, uneven_pairs, write_lines
 
 pytestmark = pytest.mark.end_to_end
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_dtrpo.errors import UserError
-from tests import launch
 from tests.peers.pairs import preference_rows
+from tests.support import launch
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 

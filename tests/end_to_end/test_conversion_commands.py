@@ -14,8 +14,8 @@ import torch
 
 import train_tokenizer
 from megatron_dtrpo.data.tokenizer import load_tokenizer
-from tests import conversion_folders as folders
-from tests import launch, oracles
+from tests.support import conversion_folders as folders
+from tests.support import launch, oracles
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 

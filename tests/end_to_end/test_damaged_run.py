@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_dtrpo import train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
-from tests import conversion_folders as folders
-from tests.launch import flags, latest_iteration, read_metrics, write_lines
+from tests.support import conversion_folders as folders
+from tests.support.launch import flags, latest_iteration, read_metrics, write_lines
 from tools import convert_checkpoint, generate
 
 pytestmark = pytest.mark.end_to_end

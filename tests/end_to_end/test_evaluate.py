@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from megatron_dtrpo import train
-from megatron_dtrpo.config import Config
-from tests.conversion_folders import write_folder
-from tests.launch import TINY_MODEL, Job, flags, uneven_pairs, write_lines
+from megatron_dtrpo.config.settings import Config
+from tests.support.conversion_folders import write_folder
+from tests.support.launch import TINY_MODEL, Job, flags, uneven_pairs, write_lines
 from tools import evaluate, generate
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.launch import Job, flags, latest_iteration, read_metrics, uneven_pairs
+from tests.support.launch import Job, flags, latest_iteration, read_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
 

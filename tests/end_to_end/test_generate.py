@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dtrpo import train
-from tests.launch import TINY_MODEL, Job, flags, read_metrics, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, flags, read_metrics, uneven_pairs, write_lines
 from tools import build_preferences, generate, score_preferences
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import train, write_lines
+from tests.support.launch import train, write_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed, pytest.mark.slow]
 

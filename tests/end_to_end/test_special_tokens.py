@@ -13,9 +13,9 @@ from megatron_dtrpo import train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.data.token_store import TokenStore
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
-from tests import conversion_folders as folders
-from tests.conversion_folders import refused, run_tool
-from tests.launch import flags, write_lines
+from tests.support import conversion_folders as folders
+from tests.support.conversion_folders import refused, run_tool
+from tests.support.launch import flags, write_lines
 from tools import generate
 
 pytestmark = pytest.mark.end_to_end

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.trace import Trace, trace_page
-from tests.browser import NAMES, Page, browser, find
+from tests.support.browser import NAMES, Page, browser, find
 
 pytestmark = pytest.mark.end_to_end
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_dtrpo.config import Config, ObjectiveSettings, OptimizerSettings
+from megatron_dtrpo.config.settings import Config, ObjectiveSettings, OptimizerSettings
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.packing import pack
 from megatron_dtrpo.data.sampler import Sample

@@ -8,11 +8,11 @@ from functools import cached_property, partial
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
+from megatron_dtrpo.cpu import linear as cpu_linear
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.provider import build_model
-from megatron_dtrpo.runtime import cpu_linear
-from tests import oracles
+from tests.support import oracles
 
 ROTARY_BASE = 1000000.0
 

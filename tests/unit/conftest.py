@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.runtime import initialize
 
 

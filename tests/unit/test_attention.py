@@ -17,8 +17,8 @@ from megatron_dtrpo.model import attention, segmented_sdpa
 from megatron_dtrpo.model.attention import BACKENDS, few_lengths, flex_kernel, flex_variants, plan_attention
 from megatron_dtrpo.runtime import compiler
 from megatron_dtrpo.runtime.compiler import compilations
-from tests import oracles
-from tests.launch import REPOSITORY
+from tests.support import oracles
+from tests.support.launch import REPOSITORY
 
 # Eager FlexAttention, which says that it is slow, is all that a CPU has.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -6,16 +6,16 @@ import dataclasses
 
 import pytest
 
-from megatron_dtrpo.arguments import FIELDS, TYPES, build_parser, parse, parse_tool, read_yaml, tool_parser
-from megatron_dtrpo.config import GROUPS, Config
-from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.validation import (
+from megatron_dtrpo.config.parser import FIELDS, TYPES, build_parser, parse, parse_tool, read_yaml, tool_parser
+from megatron_dtrpo.config.rules import (
     validate,
     validate_data,
     validate_decoding,
     validate_precomputing,
     validate_training,
 )
+from megatron_dtrpo.config.settings import GROUPS, Config
+from megatron_dtrpo.errors import UserError
 
 COMPLETE = {
     "num_layers": 4,

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.conversion import to_huggingface as export_module
 from megatron_dtrpo.conversion import to_megatron as import_module
 from megatron_dtrpo.conversion.hf_config import model_settings
@@ -18,8 +19,7 @@ from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_check
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.data.tokenizer import load_tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training import checkpoint
-from tests import conversion_folders as folders
+from tests.support import conversion_folders as folders
 
 QUIET = dict(progress=False)
 WEIGHTS_ONLY = ImportOptions(progress=False, tokenizer=False)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.errors import UserError
-from tests import conversion_folders as folders
-from tests.conversion_folders import import_refused, refused, run_tool
+from tests.support import conversion_folders as folders
+from tests.support.conversion_folders import import_refused, refused, run_tool
 
 INDEX = "model.safetensors.index.json"
 VALUE = "model.layers.2.self_attn.v_proj.weight"

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_dtrpo.conversion import output, to_huggingface
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
-from tests import conversion_folders as folders
-from tests.conversion_folders import import_refused, refused, run_tool
+from tests.support import conversion_folders as folders
+from tests.support.conversion_folders import import_refused, refused, run_tool
 from tools import convert_checkpoint
 
 good, source, good_megatron = folders.good, folders.source, folders.good_megatron

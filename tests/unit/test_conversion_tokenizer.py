@@ -17,8 +17,8 @@ from megatron_dtrpo.conversion.tokenizer_export import export_tokenizer
 from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
-from tests import conversion_folders as folders
-from tests.conversion_folders import refused, run_tool
+from tests.support import conversion_folders as folders
+from tests.support.conversion_folders import refused, run_tool
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dtrpo.runtime import cpu_linear
-from megatron_dtrpo.runtime.cpu_kernels import apply_rotary_pos_emb, bias_swiglu_impl, rms_norm
+from megatron_dtrpo.cpu import linear as cpu_linear
+from megatron_dtrpo.cpu.kernels import apply_rotary_pos_emb, bias_swiglu_impl, rms_norm
 
 
 def test_swiglu():

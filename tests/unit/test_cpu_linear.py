@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dtrpo.runtime import cpu_linear
+from megatron_dtrpo.cpu import linear as cpu_linear
 
 CASES = {
     "by oneDNN": (torch.float32, 96, 64, 256, 1e-5),

@@ -22,13 +22,13 @@ assert torch.zeros(2, device="meta").is_meta
 assert torch.zeros(2).type() == "torch.cuda.FloatTensor" and torch.zeros(2).type(torch.int32).dtype == torch.int32
 """,
     "enabling twice is enabling once": """
-from megatron_dtrpo.runtime import cpu
+from megatron_dtrpo.cpu import shim as cpu
 zeros = torch.zeros
 cpu.enable()
 assert torch.zeros is zeros
 """,
     "Adam takes the steps of torch's AdamW": """
-from megatron_dtrpo.runtime.cpu_adam import CpuAdam
+from megatron_dtrpo.cpu.adam import CpuAdam
 torch.manual_seed(0)
 start = [torch.randn(3, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
 mine, theirs = ([t.clone().requires_grad_() for t in start] for _ in range(2))
@@ -48,6 +48,6 @@ for a, b in zip(mine, theirs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_cpu_runtime(name):
-    script = "import torch\nfrom megatron_dtrpo.runtime import cpu\ncpu.enable()\n" + CASES[name]
+    script = "import torch\nfrom megatron_dtrpo.cpu import shim as cpu\ncpu.enable()\n" + CASES[name]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

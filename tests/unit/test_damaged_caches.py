@@ -14,7 +14,7 @@ from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training.reference_cache import CacheWriter, ReferenceCache
-from tests.launch import write_lines
+from tests.support.launch import write_lines
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,

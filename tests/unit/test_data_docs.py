@@ -12,8 +12,8 @@ from megatron_dtrpo.data.prompts import read_prompts
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
-from tests.chat_tokenizer import save_chat_tokenizer
 from tests.conftest import REPOSITORY
+from tests.support.chat_tokenizer import save_chat_tokenizer
 
 KINDS = {"**Preferences**": "preference", "**SFT**": "sft", "**Prompts": "prompts", "**Refused**": "refused"}
 

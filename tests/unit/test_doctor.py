@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dtrpo.doctor.checks import PACKAGES, TRANSFORMER_ENGINE, can_run, examine
-from megatron_dtrpo.doctor.facts import Facts, Gpu
-from megatron_dtrpo.doctor.needs import GIB, Needs, read_needs
+from megatron_dtrpo.doctor.machine import Facts, Gpu
+from megatron_dtrpo.doctor.requirements import GIB, Needs, read_needs
 from megatron_dtrpo.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

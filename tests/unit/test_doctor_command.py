@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dtrpo.doctor import facts as probing
+from megatron_dtrpo.doctor import machine as probing
 from megatron_dtrpo.doctor.checks import examine, version_of
-from megatron_dtrpo.doctor.facts import Facts
-from megatron_dtrpo.doctor.needs import Needs
+from megatron_dtrpo.doctor.machine import Facts
+from megatron_dtrpo.doctor.requirements import Needs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Page faults of filling a tensor of 64 MiB: 16384 pages of 4 KiB, or 32 of 2 MiB.
 PROGRAM = """
 import resource
-from megatron_dtrpo.config import ParallelSettings
+from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.runtime import initialize
 initialize.start(ParallelSettings(), seed=0)
 import torch

@@ -19,7 +19,7 @@ from megatron_dtrpo.diffusion.layout import (
     pad_to,
     visible,
 )
-from tests import oracles
+from tests.support import oracles
 
 MASK = 60
 B = 4

@@ -9,7 +9,7 @@ import torch
 
 from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
 from megatron_dtrpo.objectives.preference import LossOptions, preference_loss, response_log_likelihoods
-from tests import oracles
+from tests.support import oracles
 
 
 def random_logits(dtype, rows=9, vocabulary=37, scale=5.0, seed=0):

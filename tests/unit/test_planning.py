@@ -11,14 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
+from megatron_dtrpo.config.parser import read_yaml
+from megatron_dtrpo.config.rules import validate
+from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.planning import memory, parameters, time
+from megatron_dtrpo.planning import memory, parameters
+from megatron_dtrpo.planning import step_time as time
 from megatron_dtrpo.planning.layouts import layouts
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.validation import validate
 from tests.conftest import REPOSITORY
 
 GIB = memory.GIB
@@ -49,7 +50,7 @@ def layout(tp=1, pp=1, **settings) -> ParallelSettings:
 )
 def test_parameters_are_the_models_own(model, parallel):
     from megatron_dtrpo.model.provider import build_chunks
-    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.runtime import simulated_rank as pretend
 
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for stage in range(pp):
@@ -74,7 +75,7 @@ def test_states_are_as_large_as_their_tensors(parallel, processes):
     so that a small model's shards are somewhat larger than their formula."""
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_chunks
-    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.runtime import simulated_rank as pretend
     from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_dtrpo.training.reference import ReferencePolicy
 
@@ -227,7 +228,7 @@ def test_the_head_needs_what_it_allocates(bf16, chunks, monkeypatch, tmp_path):
 def test_chunks_in_flight_are_those_of_the_schedule(pp, virtual):
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.runtime import simulated_rank as pretend
 
     parallel = layout(pp=pp, num_virtual_stages_per_pipeline_rank=virtual)
     for stage in range(pp):

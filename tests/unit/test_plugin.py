@@ -43,7 +43,7 @@ def test_frameworks_that_call_the_layer_get_one():
 
 
 BUILD = """
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.runtime import initialize
 
 initialize.start(ParallelSettings(), seed=1)

@@ -1,5 +1,5 @@
 """Transformer Engine and FP8, as far as a CPU goes: what the settings become, what is refused, how micro-batches are
-padded, and a model of fused layers that stand in for Transformer Engine's (tests/fused_layers.py)."""
+padded, and a model of fused layers that stand in for Transformer Engine's (tests/support/fused_layers.py)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dtrpo import fp8
-from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings
+from megatron_dtrpo.config import fp8
+from megatron_dtrpo.config.rules import validate, validate_training
+from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import fp8 as fp8_passes
 from megatron_dtrpo.runtime import initialize, precision
-from megatron_dtrpo.validation import validate, validate_training
 
 MODEL = ModelSettings(
     num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64,
@@ -127,7 +127,7 @@ def test_the_token_budget_holds_what_is_padded():
 
 
 def test_the_seven_billion_model_takes_every_recipe():
-    from megatron_dtrpo.arguments import read_yaml
+    from megatron_dtrpo.config.parser import read_yaml
     from tests.conftest import REPOSITORY
 
     for recipe in fp8.RECIPES:
@@ -289,7 +289,7 @@ def test_token_multiple(settings, multiple):
 def test_micro_batches_are_padded(ranks, multiple):
     from megatron_dtrpo.data.batches import MicroBatch
     from megatron_dtrpo.diffusion.layout import PADDING_DOCUMENT, lay_out
-    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.runtime import simulated_rank as pretend
     from megatron_dtrpo.training.step import DeviceBatch
 
     masked = torch.ones(1, 3, 8, dtype=torch.bool)
@@ -396,7 +396,7 @@ def log_probs(model) -> torch.Tensor:
 def write(model, folder):
     from megatron.core import dist_checkpointing
 
-    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
 
     target = checkpoint.iteration_folder(folder, 1)
     target.mkdir(parents=True)
@@ -422,8 +422,8 @@ def test_fused_spec_has_our_attention(fused):
 
 def test_both_backends_are_one_model(fused, alone):
     """The same initial weights under the same names, the same fingerprint, the same numbers."""
+    from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
     from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.training.weights_fingerprint import weights_fingerprint
 
     local, other = build("local"), build("transformer_engine")
     assert isinstance(other.decoder.final_layernorm, fused.FusedNorm)
@@ -436,7 +436,7 @@ def test_both_backends_are_one_model(fused, alone):
 @pytest.mark.parametrize("writer, reader", [("local", "transformer_engine"), ("transformer_engine", "local")])
 def test_either_backend_reads_the_others_checkpoint(fused, alone, tmp_path, writer, reader):
     """The final norm's extra state is in Transformer Engine's checkpoints alone."""
-    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
 
     written = build(writer, seed=5)
     with torch.no_grad():
@@ -502,7 +502,7 @@ def test_the_fused_rotary_embedding_gets_each_rows_own_angles(alone, monkeypatch
 
 
 def test_nothing_but_extra_state_may_be_missing(alone, tmp_path):
-    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
 
     model = build("local")
     write(model, tmp_path)
@@ -512,7 +512,7 @@ def test_nothing_but_extra_state_may_be_missing(alone, tmp_path):
 
 
 def test_a_stage_takes_no_other_mismatch(alone):
-    from megatron_dtrpo.training import checkpoint
+    from megatron_dtrpo.checkpoint import distributed as checkpoint
 
     model = build("local")
     state = model.state_dict()

@@ -13,8 +13,8 @@ from megatron_dtrpo.data.records import prompt_record
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
-from tests.chat_tokenizer import save_chat_tokenizer
-from tests.launch import TINY_MODEL, flags, read_metrics
+from tests.support.chat_tokenizer import save_chat_tokenizer
+from tests.support.launch import TINY_MODEL, flags, read_metrics
 
 datasets = pytest.importorskip("datasets")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import lay_out
 
 MODEL = ModelSettings(

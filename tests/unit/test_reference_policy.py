@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, ParallelSettings
 
 MODEL = ModelSettings(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
@@ -19,11 +19,11 @@ MODEL = ModelSettings(
 @pytest.mark.parametrize("patterns", [None, ["mlp"]], ids=["all trained", "mlp"])
 def test_what_is_equal_and_frozen_is_shared(alone, tied, patterns):
     """In the policy's place, also when that was trained, every tensor is that of the model that it came from."""
+    from megatron_dtrpo.config.rules import validate
     from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
     from megatron_dtrpo.model.provider import build_model
     from megatron_dtrpo.planning.memory import plan_stage
     from megatron_dtrpo.training.reference import ReferencePolicy, select_trainable
-    from megatron_dtrpo.validation import validate
 
     config = Config(
         model=dataclasses.replace(MODEL, untie_embeddings_and_output_weights=not tied), data=DataSettings(seq_length=64)

@@ -10,7 +10,7 @@ import pytest
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
-from tests.chat_tokenizer import save_chat_tokenizer
+from tests.support.chat_tokenizer import save_chat_tokenizer
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

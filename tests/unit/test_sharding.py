@@ -8,7 +8,7 @@ import torch
 from megatron_dtrpo.diffusion.layout import Coordinates, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import GRAIN, deal, padded_length, take_rows, unit_length, work
 from megatron_dtrpo.model.attention import BACKENDS, plan_attention
-from tests import oracles
+from tests.support import oracles
 from tests.unit.test_attention import WIDE, document, oracle_mask, random_qkv, random_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dtrpo.config import ModelSettings, ObjectiveSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.estimators import EstimatorOptions
@@ -40,7 +40,7 @@ class Waits(TorchDispatchMode):
         )
         if by_mask or name.split(".")[0] in self.KINDS:
             stack = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "megatron" in f.filename]
-            place = [line for line in stack if "runtime/cpu.py" not in line][-1]
+            place = [line for line in stack if "cpu/shim.py" not in line][-1]
             if "megatron_dtrpo" in place:  # megatron-core makes a tensor that stays on the host
                 self.found.append(f"{name} at {place}")
         return function(*args, **(kwargs or {}))
@@ -85,7 +85,7 @@ def test_no_micro_batch_waits_for_the_device(objective, estimator, responses):
 def test_rows_are_assigned_before_the_step(monkeypatch):
     """Under context parallelism, on any thread; the step only copies."""
     initialize.enable_device()
-    from megatron_dtrpo.runtime import pretend
+    from megatron_dtrpo.runtime import simulated_rank as pretend
     from megatron_dtrpo.training import step
 
     parallel = ParallelSettings(context_parallel_size=2)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dtrpo.errors import StopRequest
 from megatron_dtrpo.runtime import stop
-from tests.launch import REPOSITORY, _environment
+from tests.support.launch import REPOSITORY, _environment
 
 
 def send(number: signal.Signals) -> None:

@@ -24,7 +24,7 @@ from megatron_dtrpo.diffusion.estimators import (
     noise_generator,
 )
 from megatron_dtrpo.diffusion.layout import Blocks, lay_out, visible
-from tests import oracles
+from tests.support import oracles
 
 B, MASK = 3, 60
 # The prompt ends inside block 1; blocks 2 and 3 begin with a token of the response, block 3 holds that one only.

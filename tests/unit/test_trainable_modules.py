@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 
 MODEL = ModelSettings(

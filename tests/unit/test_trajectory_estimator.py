@@ -28,7 +28,7 @@ from megatron_dtrpo.diffusion.estimators import (
 )
 from megatron_dtrpo.diffusion.layout import concatenate, visible
 from megatron_dtrpo.model.attention import BACKENDS, plan_attention
-from tests import oracles
+from tests.support import oracles
 
 B, MASK = 4, 60
 EXACT = Noising("exact_trajectory", EstimatorOptions(), 1, "clean", B, MASK, seed=1)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_dtrpo.config import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.transfer import send_together
 

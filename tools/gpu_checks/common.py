@@ -55,7 +55,7 @@ def has_gpu() -> bool:
 
 def why_no_fp8() -> str | None:
     """Why FP8 cannot run here, in a line; None where it can."""
-    from megatron_dtrpo.config import ParallelSettings
+    from megatron_dtrpo.config.settings import ParallelSettings
     from megatron_dtrpo.errors import UserError
     from megatron_dtrpo.runtime.precision import check_machine
 

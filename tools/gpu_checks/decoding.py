@@ -55,9 +55,9 @@ def decode(size: Size, batch: int, bf16: bool, count: int = 16) -> list[list[int
 
 
 def _decoder(size: Size, bf16: bool):
-    from megatron_dtrpo.config import Config, DataSettings, ModelSettings, ParallelSettings
+    from megatron_dtrpo.config.rules import validate
+    from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, ParallelSettings
     from megatron_dtrpo.runtime import initialize
-    from megatron_dtrpo.validation import validate
 
     initialize.enable_device()
     parallel = ParallelSettings(bf16=bf16, transformer_impl="local", apply_rope_fusion=False)

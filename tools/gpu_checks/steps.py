@@ -137,9 +137,9 @@ def _waits(step) -> list[str]:
 def _config(size: Size, layers: int):
     from benchmark_layers import SIZES
 
-    from megatron_dtrpo.config import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
+    from megatron_dtrpo.config.rules import validate
+    from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
     from megatron_dtrpo.runtime.precision import fused_gradients, fuses_rotary
-    from megatron_dtrpo.validation import validate
 
     # What is left to the machine is said, so that the plan knows it.
     parallel = ParallelSettings(bf16=True, use_distributed_optimizer=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_dtrpo.config import RunSettings
+from megatron_dtrpo.checkpoint.distributed import write_atomically
+from megatron_dtrpo.config.settings import RunSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training.checkpoint import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "eval.jsonl"

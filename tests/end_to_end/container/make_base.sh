@@ -3,7 +3,7 @@
 # packages. What this machine needs to reach a package index (certificates, pip's settings) goes into that local image
 # and thereby into nothing that is published.
 #
-#   bash tests/container/make_base.sh localhost/dtrpo-base      # as root; needs buildah and debootstrap
+#   bash tests/end_to_end/container/make_base.sh localhost/dtrpo-base      # as root; needs buildah and debootstrap
 #
 #   DEBIAN_MIRROR=...   where packages come from (default: http://deb.debian.org/debian)
 set -euo pipefail

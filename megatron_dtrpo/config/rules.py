@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from megatron_dtrpo.config import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
+from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
+from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.fp8 import check_cached_reference, check_fp8, check_live_reference
 from megatron_dtrpo.objectives.preference import LOSSES
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the image `test` of the Dockerfile and runs the tests in it: all of them, or what pytest's arguments choose.
 #
-#   bash tests/container/build_and_run.sh
-#   bash tests/container/build_and_run.sh tests/unit -q
+#   bash tests/end_to_end/container/build_and_run.sh
+#   bash tests/end_to_end/container/build_and_run.sh tests/unit -q
 #
 #   ENGINE=docker|podman|buildah   default: the first of these that works here
 #   BASE_IMAGE=...                 instead of the Dockerfile's; `debootstrap` makes one from Debian's packages, for a
@@ -16,7 +16,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
+root=$(cd "$here/../../.." && pwd)
 image=localhost/dtrpo-test
 base=${BASE_IMAGE:-}
 container=

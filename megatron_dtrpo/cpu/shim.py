@@ -132,7 +132,7 @@ def _replace_adam() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
-    from megatron_dtrpo.runtime.cpu_adam import CpuAdam
+    from megatron_dtrpo.cpu.adam import CpuAdam
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = distrib_optimizer.Adam = CpuAdam
@@ -145,7 +145,8 @@ def _replace_kernels() -> None:
     from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import attention, mlp
 
-    from megatron_dtrpo.runtime import cpu_kernels, cpu_linear
+    from megatron_dtrpo.cpu import kernels as cpu_kernels
+    from megatron_dtrpo.cpu import linear as cpu_linear
 
     layers.linear_with_grad_accumulation_and_async_allreduce = layers.linear_with_frozen_weight = cpu_linear.linear
     layers.copy_to_tensor_model_parallel_region = cpu_linear.copy_to_region

@@ -10,8 +10,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from megatron_dtrpo.config.fp8 import RECIPES
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
-from megatron_dtrpo.fp8 import RECIPES
 from megatron_dtrpo.objectives.preference import LOSSES, reads_reference
 
 RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transformer Engine

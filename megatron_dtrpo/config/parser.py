@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dtrpo.config import GROUPS, Config
+from megatron_dtrpo.config.settings import GROUPS, Config
 from megatron_dtrpo.errors import UserError
 
 

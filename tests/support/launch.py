@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINER = "megatron_dtrpo.train"
 
 # Large enough for TP2 x PP2 and for two query groups, small enough that a step takes about 0.1 s.
@@ -175,7 +175,7 @@ class ForkServer:
     def __init__(self, log: Path):
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-m", "tests.support.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=file, text=True, env=_environment(), cwd=REPOSITORY,
             )  # fmt: skip
 
@@ -203,7 +203,7 @@ class ForkServer:
         """The ranks' exit statuses and what they printed.
 
         Args:
-            kill: of `kill`; others: of a job, see `tests.fork_server`.
+            kill: of `kill`; others: of a job, see `tests.support.fork_server`.
         """
         job = {"arguments": flags(settings), "processes": processes, "log": str(log), **others}
         watchdog = threading.Timer(timeout, self.close)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
-from megatron_dtrpo.training import checkpoint
-from tests import oracles
+from tests.support import oracles
 from tools import convert_checkpoint
 
 # Fast_dLLM_v2_7B's head layout: 28 query and 4 key/value heads. The vocabulary is no multiple of 128.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dtrpo.config import Config, ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
 from megatron_dtrpo.planning import parameters
 
 GPUS_PER_NODE = 8

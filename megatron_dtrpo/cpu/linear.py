@@ -12,7 +12,7 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_dtrpo.runtime.cpu_kernels import Recipe, recipe_of
+from megatron_dtrpo.cpu.kernels import Recipe, recipe_of
 
 _WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 

@@ -54,7 +54,7 @@ def read_needs(argv: list[str], nproc: int | None, gpus: int) -> Needs:
         UserError: from the parser: an unknown flag or key, a file that cannot be read.
     """
     try:
-        from megatron_dtrpo.arguments import parse
+        from megatron_dtrpo.config.parser import parse
     except ImportError as error:
         return _with_processes(Needs(configured=bool(argv), unread=str(error) if argv else None), nproc, gpus)
     config, _ = parse(argv, prog="doctor.py", description="")
@@ -132,9 +132,9 @@ def _with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
 
 def _mistake(config, processes: int) -> str | None:
     """What the trainer's own rules say, in its own order; architecture and vocabulary may come from ``load``."""
-    from megatron_dtrpo.arguments import read_yaml
+    from megatron_dtrpo.config.parser import read_yaml
+    from megatron_dtrpo.config.rules import validate, validate_data, validate_training
     from megatron_dtrpo.errors import UserError
-    from megatron_dtrpo.validation import validate, validate_data, validate_training
 
     try:
         saved = Path(config.run.load or "") / "model_config.yaml"

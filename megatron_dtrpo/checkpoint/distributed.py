@@ -29,8 +29,8 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from megatron_dtrpo.arguments import read_yaml
-from megatron_dtrpo.config import ModelSettings, RunSettings
+from megatron_dtrpo.config.parser import read_yaml
+from megatron_dtrpo.config.settings import ModelSettings, RunSettings
 from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError
 from megatron_dtrpo.model.chunks import chunks_of

@@ -17,6 +17,8 @@ Messages = list[dict[str, Any]]
 # (messages, add_generation_prompt=, continue_final_message=, tools=, **variables) -> text
 Template = Callable[..., str]
 TEMPLATE_SETTINGS = {"messages", "add_generation_prompt", "continue_final_message", "tools"}  # no row may set them
+# What a message may say beside its content, and some templates write.
+MESSAGE_KEYS = {"reasoning_content", "reasoning", "thinking", "tool_plan", "function_call", "name", "refusal"}
 _USUAL_ROLES = ("system", "user", "assistant", "tool")  # what templates write, if with changes
 
 
@@ -83,23 +85,49 @@ def render_response(
     template = _bound(template, inputs or TemplateInputs())
     before = _as_messages("Hi" if prompt is None else prompt, "user")
     answers = _as_messages(response, "assistant")
+    opening = _opening(template, before)
+    if _is_open_thought(before) and len(answers) == 1 and not answers[0].get("tool_calls"):
+        return [Piece(_cut_after_end(answers[0]["content"] + _ending(template, before), eos_token), True)]
     conversation = _joined(before, answers)
     whole = _write(template, conversation)
     # Where each of the assistant's messages begins in `whole`; the first continues a prompt that ends with one.
-    openings = [_opening(template, before)]
+    openings = [opening]
     for place in range(len(conversation) - len(answers) + 1, len(conversation)):
         if conversation[place]["role"] == "assistant":
             openings.append(_opening(template, conversation[:place]))
     if not all(whole.startswith(opening) for opening in openings):
         raise UserError("the chat template writes this prompt differently once it is answered; give text instead")
-    return _pieces(whole, [len(opening) for opening in openings], eos_token)
+    begins = [len(opening) for opening in openings]
+    if len(begins) == 1:
+        return _pieces(whole, whole, begins, eos_token)
+    return _pieces(whole, _with_own_ends_only(template, conversation, whole, eos_token), begins, eos_token)
 
 
-def _pieces(whole: str, begins: list[int], eos_token: str) -> list[Piece]:
-    """``whole`` from the first of ``begins``, where the assistant begins to speak: each time up to its end token."""
+def _with_own_ends_only(template: Template, messages: Messages, whole: str, eos_token: str) -> str:
+    """``whole``, the template's text of ``messages``, where no end token is one that a message holds: other characters
+    stand for those. Raises UserError where they cannot."""
+    stand_in = "\ue000" * len(eos_token)
+    hidden = _write(template, _replaced(messages, eos_token, stand_in))
+    if hidden.replace(stand_in, eos_token) != whole:
+        raise UserError(f"an end token {eos_token!r} inside a message changes the chat template's text; remove it")
+    return hidden
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """``value`` of JSON with every text changed."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, dict):
+        return {_replaced(key, old, new): _replaced(item, old, new) for key, item in value.items()}
+    return [_replaced(item, old, new) for item in value] if isinstance(value, list) else value
+
+
+def _pieces(whole: str, hidden: str, begins: list[int], eos_token: str) -> list[Piece]:
+    """``whole`` from the first of ``begins``, where the assistant begins to speak: each time up to its end token,
+    which is the next one in ``hidden``."""
     pieces = []
     for begin, following in zip(begins, begins[1:], strict=False):
-        end = whole.find(eos_token, begin, following) + len(eos_token)
+        end = hidden.find(eos_token, begin, following) + len(eos_token)
         if end < begin + len(eos_token):
             raise UserError(
                 f"the chat template ends an assistant's message without the end token {eos_token!r}; name the one it "
@@ -115,9 +143,39 @@ def _bound(template: Template, inputs: TemplateInputs) -> Template:
 
 def _opening(template: Template, messages: Messages) -> str:
     """The text in front of the assistant's next words."""
+    if _is_open_thought(messages):
+        asked, begun = _opening(template, messages[:-1]), messages[-1]["content"]
+        return asked if asked.endswith(begun) else asked + begun
     if messages[-1]["role"] == "assistant":
         return _write(template, messages, continue_final_message=True)
     return _write(template, messages, add_generation_prompt=True)
+
+
+def _is_open_thought(messages: Messages) -> bool:
+    """Whether the last message is the assistant's and ends within a thought. Templates take a thought for one that is
+    complete (Qwen3's writes an empty one in front of it), so this message is continued as it stands."""
+    *asked, last = messages
+    content = last.get("content") or ""
+    begun = last["role"] == "assistant" and asked and asked[-1]["role"] != "assistant" and not last.get("tool_calls")
+    return bool(begun) and content.rfind("<think>") > content.rfind("</think>")
+
+
+def _ending(template: Template, before: Messages) -> str:
+    """What the template writes behind the words of an assistant's message that ends a conversation."""
+    word = "\ue000"
+    return _write(template, [*before[:-1], {"role": "assistant", "content": word}]).rpartition(word)[2]
+
+
+def unwritten_keys(template: Template, messages: Messages, inputs: TemplateInputs) -> list[str]:
+    """Those of `MESSAGE_KEYS` that a message has and that the template does not write, even where it is the last."""
+    template, found = _bound(template, inputs), []
+    for number, message in enumerate(messages):
+        for key in MESSAGE_KEYS & message.keys() - set(found):
+            without = {name: value for name, value in message.items() if name != key}
+            texts = [_attempt(partial(_write, template), [*messages[:number], each]) for each in (message, without)]
+            if isinstance(texts[0], str) and texts[0] == texts[1]:
+                found.append(key)
+    return sorted(found)
 
 
 def _write(template: Template, messages: Messages, **how: bool) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dtrpo.data.chat import Piece
+from megatron_dtrpo.data.chat import MESSAGE_KEYS, Piece
 from megatron_dtrpo.data.records import Record, TokenRecord
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
@@ -27,6 +27,10 @@ WHITE_SPACE = (
 QUOTED = (
     "warning: {count} rows give the arguments of a call as JSON text, which the chat template writes in quotes: give "
     "an object"
+)
+END_IN_REPLY = (
+    "warning: {count} rows have an end token inside a message that an answer reads, such as a tool's reply: it is read "
+    "as the end of that message"
 )
 
 Turn = tuple[int, int]  # first and last plus one of a response's tokens that the assistant writes
@@ -53,6 +57,7 @@ class _Texts:
     prompt: str
     responses: list[list[Piece]]
     may_join: bool  # the end of the prompt and the beginning of an answer may be one token
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         """What is tokenized: prompt, pieces and, where it must be compared, prompt and first piece in one."""
@@ -61,6 +66,13 @@ class _Texts:
             yield from (piece.text for piece in pieces)
             if self.may_join:
                 yield self.prompt + pieces[0].text
+
+
+def unwritten(key: str) -> str:
+    return (
+        f"warning: {{count}} rows have messages with {key!r}, which the chat template does not write: it is neither "
+        "read nor learned; put its text into 'content', or use a template that writes it"
+    )
 
 
 def note_line(note: str, count: int, first: str) -> str:
@@ -102,7 +114,23 @@ def _render(record: Record | TokenRecord, tokenizer: Tokenizer, apply_chat_templ
     ]
     is_plain = isinstance(record.prompt, str) and not apply_chat_template
     starts_blank = any(pieces[0].text[:1].isspace() for pieces in responses)
-    return _Texts(prompt, responses, prompt[-1:].isspace() and (is_plain or starts_blank))
+    notes = _notes_on_messages(record, tokenizer)
+    return _Texts(prompt, responses, prompt[-1:].isspace() and (is_plain or starts_blank), notes)
+
+
+def _notes_on_messages(record: Record, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What its messages hold that the chat template does not write, or that ends one early."""
+    before = record.prompt if isinstance(record.prompt, list) else []
+    answers = [response for response in record.responses if isinstance(response, list)]
+    keys = {
+        key
+        for messages in ([*before, *answer] for answer in answers or [[]])
+        if any(MESSAGE_KEYS & message.keys() for message in messages)
+        for key in tokenizer.unwritten_keys(messages, record.inputs)
+    }
+    read = [message for answer in answers for message in answer if message["role"] != "assistant"]
+    ends = any(tokenizer.eos_token in (message.get("content") or "") for message in read)
+    return (*map(unwritten, sorted(keys)), *[END_IN_REPLY] * ends)
 
 
 def _given(record: TokenRecord, tokenizer: Tokenizer) -> Encoded:
@@ -114,7 +142,7 @@ def _given(record: TokenRecord, tokenizer: Tokenizer) -> Encoded:
 def _joined(record: Record, texts: _Texts, ids: Iterator[list[int]], tokenizer: Tokenizer) -> Encoded:
     """Takes the texts' ids from ``ids`` and joins the pieces of each response."""
     prompt, responses, turns = next(ids), [], []
-    notes = record.notes + (QUOTED,) * _quotes_arguments(record, texts)
+    notes = record.notes + texts.notes + (QUOTED,) * _quotes_arguments(record, texts)
     for pieces in texts.responses:
         response: list[int] = []
         learned: list[Turn] = []

@@ -8,6 +8,9 @@ from typing import Any
 from megatron_dtrpo.data.chat import Messages
 from megatron_dtrpo.errors import UserError
 
+_DEEPEST = 100
+_NO_TEXT = {"images", "image", "audio", "audios", "video", "videos"}
+
 
 def read_messages(value: Any, name: str) -> Messages:
     """``value`` as messages with a ``role`` and a ``content``; ``name`` is the field it stands in.
@@ -28,7 +31,12 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     message = {key: item for key, item in value.items() if item is not None}
     if not isinstance(message.get("role"), str):
         raise UserError(f"{name}: 'role' must be text, not {kind_of(message.get('role'))}")
+    for key in _NO_TEXT & message.keys():
+        raise UserError(f"{name}: has {key!r}; models here read text only, take the row out")
+    if message.get("weight", 1) not in (0, 1):
+        raise UserError(f"{name}: 'weight' must be 0 or 1, not {message['weight']!r}")
     calls = _tool_calls(message.pop("tool_calls", None), name)
+    require_encodable({**message, "tool_calls": calls}, name)
     if calls:
         message["tool_calls"] = calls
         if message["role"] != "assistant":
@@ -37,7 +45,6 @@ def _message(value: Any, name: str) -> dict[str, Any]:
             return {**message, "content": None}
     if not isinstance(message.get("content"), str):
         raise UserError(f"{name}: 'content' must be text, not {kind_of(message.get('content'))}")
-    require_encodable(message["content"], name)
     return message
 
 
@@ -60,8 +67,20 @@ def require_text(value: str, name: str) -> str:
     return value
 
 
-def require_encodable(value: str, name: str) -> None:
-    """JSON can spell half a character (a lone surrogate), which no tokenizer takes. Raises UserError."""
+def require_encodable(value: Any, name: str, depth: int = 0) -> None:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes, and nest as deep as no template
+    reads. Raises UserError where a text of ``value`` is such, or where it is such a list or object."""
+    if depth > _DEEPEST:
+        raise UserError(f"{name.split('.')[0]}: is nested deeper than {_DEEPEST} levels; write it flatter")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            require_encodable(str(key), f"{name}: a key")
+            require_encodable(item, f"{name}.{key}", depth + 1)
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            require_encodable(item, f"{name}[{number}]", depth + 1)
+    if not isinstance(value, str):
+        return
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

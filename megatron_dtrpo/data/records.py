@@ -19,7 +19,7 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from megatron_dtrpo.data.chat import TEMPLATE_SETTINGS, Messages, TemplateInputs
-from megatron_dtrpo.data.messages import kind_of, read_messages, require_text
+from megatron_dtrpo.data.messages import kind_of, read_messages, require_encodable, require_text
 from megatron_dtrpo.data.shared_text import shared_prompt
 from megatron_dtrpo.errors import UserError
 
@@ -128,6 +128,7 @@ def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
 
 def _prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     if row.get("prompt_ids") is not None:
+        _refuse_inputs(row, "prompt_ids")
         return TokenRecord(_integers(row["prompt_ids"], "prompt_ids"), ())
     if _has_implicit_prompt(row):
         record = preference_record(
@@ -226,11 +227,15 @@ def _is_conversation(row: dict[str, Any]) -> bool:
 
 
 def _conversation(row: dict[str, Any]) -> tuple[Messages, list[int]]:
-    """The row's messages, and the places of the assistant's among them."""
+    """The row's messages, and the places of the assistant's among them; without those of ``weight`` 0 (OpenAI's), which
+    are not to be learned."""
     messages = read_messages(row["messages"], "messages")
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UserError("messages: no message has the role 'assistant'; the last one that has is the completion")
+    answers = [place for place in answers if messages[place].get("weight", 1)]
+    if not answers:
+        raise UserError("messages: every message of the assistant has the weight 0; take the row out")
     if answers[-1] == 0:
         raise UserError("messages: nothing comes before the assistant's message; begin with the user's")
     return messages, answers
@@ -256,6 +261,8 @@ def _template_inputs(row: dict[str, Any]) -> TemplateInputs:
         raise UserError(f"chat_template_kwargs: must be an object, not {kind_of(variables)}")
     for name in sorted(TEMPLATE_SETTINGS & variables.keys()):
         raise UserError(f"chat_template_kwargs: {name!r} is no variable for a row to set; take it out")
+    require_encodable(tools, "tools")
+    require_encodable(variables, "chat_template_kwargs")
     return TemplateInputs(tools, {name: value for name, value in variables.items() if value is not None})
 
 
@@ -279,6 +286,7 @@ def _token_record(row: dict[str, Any], names: tuple[str, ...]) -> TokenRecord:
     ids = [f"{name}_ids" for name in ("prompt", *names)]
     steps, discarded = ([f"{name}_{what}" for name in names] for what in ("steps", "discarded"))
     given = [field for field in ids + steps + discarded if row.get(field) is not None]
+    _refuse_inputs(row, given[0])
     missing = [field for field in ids if field not in given]
     if missing:
         raise UserError(f"{given[0]} without {missing[0]}; give {', '.join(ids)} together")
@@ -295,6 +303,14 @@ def _token_record(row: dict[str, Any], names: tuple[str, ...]) -> TokenRecord:
         return TokenRecord(prompt, tuple(responses), recorded)
     thrown = tuple(_discarded(row[field], field, each) for field, each in zip(discarded, recorded, strict=True))
     return TokenRecord(prompt, tuple(responses), recorded, thrown)
+
+
+def _refuse_inputs(row: dict[str, Any], field: str) -> None:
+    """Token ids are whole as given. Beside the messages that they were made of, as `build_preferences.py` writes them,
+    ``tools`` are in them already. Raises UserError where a row has such columns and nothing that they belong to."""
+    names = _template_inputs(row).names()
+    if names and not isinstance(row.get("prompt"), list):
+        raise UserError(f"{names}: {field} are taken as they are, no chat template writes into them; take {names} out")
 
 
 def _together(fields: list[str], given: list[str]) -> bool:
@@ -407,6 +423,8 @@ def _answer(messages: Messages, name: str) -> Messages:
     if any(pair == ("assistant", "assistant") for pair in pairwise(roles)):
         raise UserError(f"{name}: two messages of the assistant in a row; join them")
     for message in messages:
+        if not message.get("weight", 1):
+            raise UserError(f"{name}: a message of the assistant has the weight 0, not to be learned; take the row out")
         if not message.get("tool_calls"):
             require_text(message["content"], name)
     return messages

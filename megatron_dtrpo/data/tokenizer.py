@@ -133,6 +133,10 @@ class Tokenizer:
         """What ``encode_response`` encodes, before the end token is made certain. Raises UserError too."""
         return chat.render_response(self._apply_template, self.eos_token, response, prompt, apply_chat_template, inputs)
 
+    def unwritten_keys(self, messages: Messages, inputs: TemplateInputs) -> list[str]:
+        """Keys of ``messages`` that hold text which the chat template does not write (see `chat.unwritten_keys`)."""
+        return chat.unwritten_keys(self._apply_template, messages, inputs)
+
     def note_on_end(self) -> str | None:
         """A line for the user where the chat template ends an answer with a special token that is not the end token."""
         if self.tokenizer_type != "HuggingFaceTokenizer" or not self.megatron.chat_template:

@@ -10,7 +10,7 @@ from megatron_dtrpo.data.prompts import make_prompt
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
-from tests.chat_tokenizer import save_chat_tokenizer
+from tests.support.chat_tokenizer import save_chat_tokenizer
 
 END = "<|im_end|>"
 TEMPLATE = (
@@ -48,6 +48,16 @@ def tokenizer(tmp_path_factory):
     folder = save_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return build_tokenizer("HuggingFaceTokenizer", folder)
+
+
+@pytest.fixture(scope="module")
+def sdar(shared_dir):
+    return build_tokenizer("HuggingFaceTokenizer", shared_dir / "data" / "sdar_1_7b_chat", eos_token=END)
+
+
+@pytest.fixture(scope="module")
+def fast_dllm(shared_dir):
+    return build_tokenizer("HuggingFaceTokenizer", shared_dir / "data" / "fast_dllm_v2_7b", eos_token=END)
 
 
 @pytest.fixture
@@ -116,10 +126,9 @@ def test_an_end_token_in_what_an_answer_reads_is_counted(tokenizer, store_of):
     ["It is far north.\n</think>\n\nYes.", "It is far north, so yes", "\nhm</think>Yes.", "a<think>b</think>c"],
 )
 @pytest.mark.parametrize("begun", ["<think>\n", "<think>", "<think>\nOslo lies", "Well. <think>\n"])
-def test_a_thought_that_the_prompt_begins_is_continued(shared_dir, store_of, begun, answer):
+def test_a_thought_that_the_prompt_begins_is_continued(sdar, fast_dllm, store_of, begun, answer):
     """Training refused such rows, decoding wrote an empty thought in front."""
-    for name in ("sdar_1_7b_chat", "fast_dllm_v2_7b"):
-        tokenizer = build_tokenizer("HuggingFaceTokenizer", shared_dir / "data" / name, eos_token=END)
+    for tokenizer in (sdar, fast_dllm):
         row = {"prompt": [*QUESTION, assistant(begun)], "completion": [assistant(answer)]}
         pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": [assistant("No.")]}
         prompt = tokenizer.render_prompt(QUESTION) + begun
@@ -157,14 +166,12 @@ def test_a_key_that_the_template_does_not_write_is_counted(tokenizer, store_of, 
     assert store.notes == () and "secret" in tokenizer.decode([*store[0].prompt, *store[0].responses[0]])
 
 
-def test_thoughts_that_a_template_leaves_out_of_earlier_turns_are_no_warning(shared_dir, store_of):
-    sdar = build_tokenizer("HuggingFaceTokenizer", shared_dir / "data" / "sdar_1_7b_chat", eos_token=END)
-    fast = build_tokenizer("HuggingFaceTokenizer", shared_dir / "data" / "fast_dllm_v2_7b")
+def test_thoughts_that_a_template_leaves_out_of_earlier_turns_are_no_warning(sdar, fast_dllm, store_of):
     thought = assistant("Yes.", reasoning_content="It is north.")
     rows = [{"messages": [*QUESTION, thought, user("Sure?"), thought]}]
     store = store_of(rows, sdar)
     assert store.notes == () and "It is north." in learned(sdar, store[0])[0]
-    (note,) = store_of(rows, fast).notes
+    (note,) = store_of(rows, fast_dllm).notes
     assert "'reasoning_content', which the chat template does not write" in note
 
 

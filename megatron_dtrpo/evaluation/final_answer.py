@@ -36,22 +36,38 @@ _RUN = re.compile(
     rf"(?:(?<![\w.)\]}}])[+-])?(?<![\w.])(?:{_WHOLE}\s+\d+/\d+|\.?\d(?:[\d.,:/^]*\d)?(?:[eE][+-]?\d+)?)(?![\d/^:]\d)%?"
 )
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
-_MULTIPLE = r"(?:hundred|thousand|million|billion|trillion|dozen)\b"
-_COINS = r"(?:dollars?|euros?|pounds?)\s+and\s+"
-# Beside a number, these make another of it; which one is not read.
-_CHANGED_BEHIND = re.compile(
-    rf"[xyziIOokKMB]\b|\s*(?:{_MULTIPLE}|[\u221a\u03c0\u00b1\u00b2\u00b3\u00b9\u2070-\u209c]|\\(?:sqrt|pi|pm)"
-    rf"|[\u2013\u2014]\s*\d|{_COINS}\d)|\s+to\s+\d|'\d"
+_MULTIPLE = (
+    r"(?i:hundred|thousand|[mb]illi(?:on|ard)\w*|trillion\w*|dozen|lakhs?|crores?|mille?|mio|mrd)\b|[mbt]n\b"
+    r"|[\u4e07\u842c\u5343\u767e\u4ebf\u5104\u5146]"
 )
-_CHANGED_BEFORE = re.compile(
-    rf"(?:\u221a|\u00b1|\\pm|\\sqrt\s*(?:\[\d+\])?\s*\{{?|\bnot|\bbetween\s+\S+\s+and|\d\s+{_COINS}"
-    r"|\\[cdt]?frac\s*\{[^{}]*|\\[cdt]?frac\s*\{[^{}]*\}\s*\{[^{}]*)\s*$|\d'$",
-    re.IGNORECASE,
+_COINS = r"(?i:dollars?|euros?|pounds?)\s+and\s+"
+_POWERS = r"\u00b2\u00b3\u00b9\u2070-\u209c"
+_TIMES = r"(?:[*^\u00d7\u00b7\u22c5\u00f7]|\s:|\\(?:cdot|times|div)\b)"
+# Beside a number, these make another of it, or say that it is not the one; which one it is then is not read.
+_BEHIND = (
+    r"[xyziIOokKMB]\b|[^\W\d_]+\d|_[\w{]|['\u2019]\d",  # 5x, 1O, 0x10, 1_000, 1'000
+    rf"\s*(?:{_MULTIPLE}|[\u221a\u03c0\u00b1\u2030{_POWERS}]|\\(?:sqrt|pi|pm)\b)",
+    r"\s*\^(?!\s*\{?\\circ)",
+    rf"\s*[\u2013\u2014]\s*\d|\s+(?:to|or)\s+\d|\s*{_COINS}\d",
 )
+_BEFORE = (
+    r"\u221a|\u00b1|\\pm|\\sqrt\s*(?:\[\d+\])?\s*\{?|\\[cdt]?frac\s*\{[^{}]*|\\[cdt]?frac\s*\{[^{}]*\}\s*\{[^{}]*",
+    r"\b(?:sqrt|log|ln|exp|sin|cos|tan|abs)\b\s*\(?|\b[a-z]\(|\b(?:root|half|twice|square|cube) of|%\s*of",
+    r"[\w)]\s*[\^_]\s*\{?|\b\\?p?mod(?:ulo)?\b\s*\{?",
+    rf"\d\}}?\s*{_TIMES}",
+    r"\b(?:not|never|rather than|instead of|(?:more|less|fewer|greater) than|out of|minus|negative)|n['\u2019]t",
+    r"(?:\s|^|(?<![\w</])\w)[<>]=?|[\u2260\u2264\u2265]|\\(?:neq?|leq?|geq?|lt|gt)\b",
+    rf"\bbetween\s+\S+\s+and|\d\s+or|(?<!from )\b\d+\s+to|\d\s+{_COINS}",
+)
+_CHANGED_BEHIND = re.compile("|".join(_BEHIND))
+_CHANGED_BEFORE = re.compile(rf"(?:{'|'.join(_BEFORE)})\s*$|\d['\u2019]$|[\u2010-\u2014]$", re.IGNORECASE)
+_REST_OF_ONE = re.compile(r"\d\s$")  # in front of "000", a part of a number that is grouped in another way
 
 _LATEX_FRACTION = re.compile(r"(?:(\d)\s*)?\\[cdt]?frac\s*(?:\{\s*(-?[\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}|(\d)\s*(\d))")
 _LATEX_UNIT = re.compile(rf"\\(?:text|mathrm|mbox)\s*\{{(?!\s*{_MULTIPLE})[^{{}}]*\}}\s*$|\^\s*\{{?\\circ\}}?\s*$")
-_THIN_SPACES = "\u00a0\u2009\u202f"
+# Groups of thousands behind one to three digits; with a fraction behind them they may be a mixed number as well.
+_SPACES = " \u00a0\u2007-\u2009\u202f"
+_GROUPED = re.compile(rf"(?<![\w.,])[1-9]\d{{0,2}}(?:[{_SPACES}]\d{{3}})+(?!\d)(?P<over>\s?[/\u2044]\s?\d)?")
 _PLAIN = {
     "\u2212": "-",
     "\ufe63": "-",
@@ -62,6 +78,9 @@ _PLAIN = {
     "\\$": "$",
     "\\%": "%",
     "\u2044": "/",
+    "\u066b": ".",  # Arabic signs
+    "\u066c": ",",
+    "\u066a": "%",
 }
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 
@@ -73,7 +92,7 @@ def _plain(text: str) -> str:
     )
     for written, plain in _PLAIN.items():
         text = text.replace(written, plain)
-    text = re.sub(rf"(?<=\d)[{_THIN_SPACES}](?=\d{{3}}(?!\d))", ",", text)
+    text = _GROUPED.sub(lambda match: re.sub(f"[{_SPACES}]", "/" if match["over"] else ",", match[0]), text)
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     text = _LATEX_FRACTION.sub(_slashed, text)
     text = re.sub(r"(?<=\d) and (?=\d+/\d)", " ", re.sub(r"(?<=\d) ?/ ?(?=\d)", "/", text))
@@ -116,7 +135,10 @@ def _runs(plain: str) -> list[re.Match]:
 
 def _run_value(run: re.Match) -> Number | None:
     """The number of one of `_runs`; None where what stands beside it makes another of it."""
-    if _CHANGED_BEHIND.match(run.string, run.end()) or _CHANGED_BEFORE.search(run.string[: run.start()][-_LONGEST:]):
+    before = run.string[: run.start()][-_LONGEST:]
+    if _CHANGED_BEHIND.match(run.string, run.end()) or _CHANGED_BEFORE.search(before):
+        return None
+    if re.match(r"0\d", run[0]) and _REST_OF_ONE.search(before):
         return None
     return _value(run[0])
 
@@ -145,7 +167,7 @@ def _boxed_number(content: str) -> Number | None:
         return number
     plain = _plain(_LATEX_UNIT.sub("", content))
     runs = _runs(plain)
-    words_only = not re.search(r"[\\^*+]|\d\s*-\s*\d", plain)
+    words_only = not re.search(r"[\\^*+|!]|\d\s*-\s*\d|\d[a-zA-Z]\b", plain)
     return _run_value(runs[0]) if len(runs) == 1 and words_only else None
 
 

@@ -23,6 +23,8 @@ from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file
 from megatron_dtrpo.inference.recording import discarded_rows
 from megatron_dtrpo.train import run_command
 
+Response = tuple[Completion, str]  # with its text
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser("build_preferences.py", __doc__)
@@ -103,18 +105,19 @@ def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> No
     lines: list[str] = []
     right_total = wrong_total = both = 0
     for prompt, samples in zip(prompts, completions, strict=True):
-        right: list[Completion] = []
-        wrong: list[Completion] = []
+        right: list[Response] = []
+        wrong: list[Response] = []
         for completion in _different(samples):
-            verdict = judge(prompt.row, prompt.location, tokenizer.decode(completion.tokens))
+            text = tokenizer.decode(completion.tokens)
+            verdict = judge(prompt.row, prompt.location, text)
             if verdict is not None:
-                (right if verdict else wrong).append(completion)
+                (right if verdict else wrong).append((completion, text))
         right_total, wrong_total = right_total + len(right), wrong_total + len(wrong)
         # An answer that never ends is no example to follow, whatever number it came past.
-        right = [completion for completion in right if completion.ended]
+        right = [(completion, text) for completion, text in right if completion.ended]
         pairs = list(zip(right, wrong, strict=False))[: arguments.pairs_per_prompt]
         both += bool(pairs)
-        lines += [json_line(_row(tokenizer, prompt, *pair)) for pair in pairs]
+        lines += [json_line(_row(prompt, *pair)) for pair in pairs]
     judge.report()
     if not lines:
         raise UserError(
@@ -135,13 +138,12 @@ def _different(samples: list[Completion]) -> list[Completion]:
     return list({tuple(sample.tokens): sample for sample in reversed(samples)}.values())[::-1]
 
 
-def _row(tokenizer, prompt, chosen: Completion, rejected: Completion) -> dict:
+def _row(prompt, chosen: Response, rejected: Response) -> dict:
     """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded, with the
     log-likelihood of everything that was written."""
     row = {key: value for key, value in prompt.row.items() if key not in ("messages", "completion")}
     row |= {"prompt": prompt.asked, "prompt_ids": prompt.ids}
-    for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        text = tokenizer.decode(completion.tokens)
+    for name, (completion, text) in (("chosen", chosen), ("rejected", rejected)):
         row[name] = [{"role": "assistant", "content": text}] if isinstance(prompt.asked, list) else text
         row |= {f"{name}_ids": completion.tokens, f"{name}_steps": completion.steps}
         row[f"{name}_discarded"] = discarded_rows(completion)

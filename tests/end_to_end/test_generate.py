@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dtrpo import train
+from megatron_dtrpo.data.tokenizer import Tokenizer
 from tests.support.launch import TINY_MODEL, Job, flags, read_metrics, uneven_pairs, write_lines
 from tools import build_preferences, generate, score_preferences
 
@@ -143,8 +144,14 @@ def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_p
     monkeypatch.chdir(tmp_path)
     settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 6}
     settings |= {"max_new_tokens": 24, "verifier": "even_verifier:even"}
-    assert run_tool(build_preferences, build_preferences._build, folder, pairs_per_prompt=2, **settings) == 0
+    decoded, decode = [], Tokenizer.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "decode", lambda self, ids: decoded.append(tuple(ids)) or decode(self, ids))
+        assert run_tool(build_preferences, build_preferences._build, folder, pairs_per_prompt=2, **settings) == 0
     out = capfd.readouterr()
+    judged = int(out.out.split("different responses")[1].split()[0])
+    answers = [ids for ids in decoded if ids != tuple(PROMPTS[1]["prompt_ids"])]
+    assert len(answers) == judged + 6, "the text that was judged is the text that is written"
     assert "prompts.jsonl:3: the verifier raised RuntimeError: cannot judge" in out.err
     assert "6 responses could not be judged" in out.err
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]

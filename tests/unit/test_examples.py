@@ -455,7 +455,7 @@ def test_pairs_keep_the_prompt_and_not_the_answer(fast_dllm):
     row = {"messages": [*QUESTION, assistant("Yes.")], "answer": "Yes."}
     prompt = make_prompt(row, "row", fast_dllm, 4096)
     good, bad = (completion_of(fast_dllm, text) for text in ("Yes.", "No."))
-    pair = _row(fast_dllm, prompt, good, bad)
+    pair = _row(prompt, (good, "Yes."), (bad, "No."))
     assert pair["prompt"] == QUESTION and pair["chosen"] == [assistant("Yes.")] and "messages" not in pair
     assert pair["prompt_ids"] == fast_dllm.encode_prompt(QUESTION)
     again = make_prompt(pair, "row", fast_dllm, 4096)

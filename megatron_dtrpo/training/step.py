@@ -29,15 +29,19 @@ from megatron_dtrpo.training.objectives import Objective, Outcome
 class HostBatch:
     """A micro-batch that only has to be copied: padded, in page-locked memory, and cut for context parallelism.
 
-    ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism; then ``keys``
-    are the coordinates ``[S]`` of all ranks' rows in the order in which their keys are gathered.
+    ``batch`` has as its sequence what this process runs: the whole packed sequence, or its share under context
+    parallelism; then ``keys`` are the coordinates ``[S]`` of all ranks' rows in the order in which their keys are
+    gathered.
     """
 
     batch: MicroBatch
-    part: PackedSequence
     keys: Coordinates | None
     tokens: int
     """Of the packed sequence, without padding."""
+
+    @property
+    def part(self) -> PackedSequence:
+        return self.batch.sequence
 
 
 def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int = 1) -> HostBatch:
@@ -45,13 +49,12 @@ def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int
     block_size, group = batch.sequence.block_size, _context_group()
     step = math.lcm(block_size, multiple) if group.size() == 1 else block_size
     length = round_up(BACKENDS[backend].padded(len(batch.sequence)), step)
-    tokens, batch = len(batch.sequence), replace(batch, sequence=pad_to(batch.sequence, length, pad_id=0))
+    tokens, sequence, keys = len(batch.sequence), pad_to(batch.sequence, length, pad_id=0), None
     pin = partial(pinned, device=device)
-    whole = batch.map_tensors(pin)
-    if group.size() == 1:
-        return HostBatch(whole, whole.sequence, None, tokens)
-    part, keys = _share(batch.sequence, group.rank(), group.size(), multiple)
-    return HostBatch(whole, part.map_tensors(pin), Coordinates(*map(pin, keys)), tokens)
+    if group.size() > 1:
+        sequence, every = _share(sequence, group.rank(), group.size(), multiple)
+        keys = Coordinates(*map(pin, every))
+    return HostBatch(replace(batch, sequence=sequence).map_tensors(pin), keys, tokens)
 
 
 class DeviceBatch:
@@ -68,13 +71,12 @@ class DeviceBatch:
         host = batch if isinstance(batch, HostBatch) else prepare(batch, device, backend, multiple)
         move = partial(to_device, device=device)
         self.batch = host.batch.map_tensors(move)
-        self.part = self.batch.sequence if host.keys is None else host.part.map_tensors(move)
+        self.part = self.batch.sequence
         self.reference: Tensor | None = None
         self._made_for = (device, backend, width, multiple)
         keys, group = (None, None) if host.keys is None else (Coordinates(*map(move, host.keys)), _context_group())
-        block_size = host.part.block_size
         self.attention: PackedAttention = plan_attention(
-            self.part.coordinates(), block_size, backend, width, keys, group
+            self.part.coordinates(), self.part.block_size, backend, width, keys, group
         )
 
     def of_padding(self) -> DeviceBatch:

@@ -98,7 +98,13 @@ def test_rows_are_assigned_before_the_step(monkeypatch):
             with monkeypatch.context() as patch:
                 for name in ("deal", "pad_to", "take_rows", "padded_length"):
                     patch.setattr(step, name, None)
+                sent: list[int] = []
+                patch.setattr(step, "to_device", lambda t, device, sent=sent: sent.append(t.numel()) or t)
                 made = step.DeviceBatch(host, CPU, "sdpa", 32)
+            # This rank's rows and predictions, the coordinates of all keys, the lengths; the other rows stay behind.
+            part = [host.part.tokens, host.part.document, host.part.branch, host.part.view, host.part.position]
+            part += [host.part.target_row, host.part.target_token, host.part.target_weight, host.part.target_response]
+            assert sum(sent) == sum(map(torch.numel, (*part, *host.keys, batch.response_length)))
         for field in ("tokens", "position", "target_row", "target_token", "target_weight", "target_response"):
             assert torch.equal(getattr(made.part, field), getattr(expected[-1].part, field))
         assert made.attention.group.size() == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from megatron_dtrpo.data.chat import Messages
@@ -23,6 +24,60 @@ def read_messages(value: Any, name: str) -> Messages:
     if not value:
         raise UserError(f"{name}: is an empty list; give at least one message")
     return [_message(message, f"{name}[{number}]") for number, message in enumerate(value)]
+
+
+_COLUMNS = ("prompt", "messages", "chosen", "rejected", "completion")
+_BOTH = ({"role", "content"}, {"from", "value"})  # an answer to a text may be a list of objects with one of them
+_ONE_OF_THEM = tuple({key} for pair in _BOTH for key in pair)
+_PRINTED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")  # as JSON or as Python prints it
+
+
+def unpack_messages(row: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """``row`` with messages in place of their JSON text, as tables give them, and the columns whose text is other JSON.
+
+    Text that is no JSON stays text, and so does an answer in JSON to a text prompt. Raises UserError for messages that
+    are no JSON, and for objects where only messages can be meant: in ``prompt``, or in dialogues without one.
+    """
+    found = {name: _json_of(row[name], name) for name in _COLUMNS if isinstance(row.get(name), str)}
+    found = {name: value for name, value in found.items() if isinstance(value, (dict, list))}
+    asks_in_text = isinstance(row.get("prompt"), str) and not _has(found.get("prompt"), _ONE_OF_THEM)
+    keys = {name: _BOTH if asks_in_text and name != "prompt" else _ONE_OF_THEM for name in found}
+    messages = {name for name, value in found.items() if name == "messages" or _has(value, keys[name])}
+    others = [name for name in found if name not in messages]
+    for name in others:
+        value, answers = found[name], name != "prompt" and row.get("prompt") is not None
+        items = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(value, dict) and {"role", "content"} <= value.keys():
+            raise UserError(f"{name}: is JSON text of one message; give a list of messages")
+        if not answers and items and all(isinstance(item, dict) for item in items):
+            raise UserError(f"{name}: is JSON text of objects that are no messages; give messages, or other text")
+    noted = [name for name in others if not _is_plain(found[name])]
+    return {**row, **{name: found[name] for name in messages}}, tuple(noted)
+
+
+def _json_of(text: str, name: str) -> Any:
+    """What ``text`` is as a JSON list or object, else None."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        if _PRINTED.match(text):
+            raise UserError(
+                f"{name}: is a list that is not JSON, as Python prints it; save the data as .jsonl or .parquet"
+            ) from None
+        return None
+
+
+def _has(value: Any, keys: tuple[set[str], ...]) -> bool:
+    """Whether ``value`` is a list of objects, and one of them has one of these sets of ``keys``."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    return is_list and any(each <= item.keys() for item in value for each in keys)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a list of numbers, which any text may be: ``[3, 1, 2]``."""
+    return isinstance(value, list) and not any(isinstance(item, (str, list, dict)) for item in value)
 
 
 def _message(value: Any, name: str) -> dict[str, Any]:

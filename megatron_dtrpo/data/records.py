@@ -19,7 +19,7 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from megatron_dtrpo.data.chat import TEMPLATE_SETTINGS, Messages, TemplateInputs
-from megatron_dtrpo.data.messages import kind_of, read_messages, require_encodable, require_text
+from megatron_dtrpo.data.messages import kind_of, read_messages, require_encodable, require_text, unpack_messages
 from megatron_dtrpo.data.shared_text import shared_prompt
 from megatron_dtrpo.errors import UserError
 
@@ -42,6 +42,7 @@ IMPLICIT_WORDS = (
 IMPLICIT_MESSAGES = "note: {count} rows without a prompt of messages: it is the messages that chosen and rejected share"
 AFTER_LAST_ANSWER = "warning: {count} rows go on after the assistant's last answer: nothing is learned from that"
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
+JSON_TEXT = "warning: {{count}} rows have JSON in {name!r} that holds no messages: it is taken as it stands, as text"
 # Columns that belong to a prompt in other people's data (Orca, Alpaca) and that no layout reads.
 UNREAD = {
     name: f"warning: {{count}} rows have a column {name!r}, which is not read: put its text into the prompt or messages"
@@ -123,7 +124,8 @@ def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     """The prompt that training on this row has, without responses: of ``prompt_ids``, a preference row, a conversation
     in ``messages`` up to its last answer, or ``prompt``. ``messages`` that end with a question are a prompt as they
     stand."""
-    return _with_unread_columns(row, _prompt_record(row))
+    row, packed = unpack_messages(row)
+    return _with_notes(row, packed, _prompt_record(row))
 
 
 def _prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
@@ -157,15 +159,18 @@ READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
 def read_row(kind: str, row: dict[str, Any], assistant_turns: str = "last") -> list[Record | TokenRecord]:
     """The examples that a row of data of this ``kind`` is: one, or with ``assistant_turns="all"`` one for every
     assistant message of a conversation. Raises UserError for a row that cannot be used."""
+    row, packed = unpack_messages(row)
     turns = kind == "sft" and assistant_turns == "all"
     first, *others = sft_turn_records(row) if turns else [READERS[kind](row)]
-    return [_with_unread_columns(row, first), *others]
+    return [_with_notes(row, packed, first), *others]
 
 
-def _with_unread_columns(row: dict[str, Any], record: Record | TokenRecord) -> Record | TokenRecord:
-    """``record``, with a note for each of the row's `UNREAD` columns that holds text. Token ids are whole as given."""
+def _with_notes(row: dict[str, Any], packed: Sequence[str], record: Record | TokenRecord) -> Record | TokenRecord:
+    """``record``, with a note for each of the row's `UNREAD` columns that holds text, and for each that is JSON text of
+    no messages. Token ids are whole as given."""
     unread = tuple(note for name, note in UNREAD.items() if isinstance(row.get(name), str) and row[name].strip())
-    return replace(record, notes=record.notes + unread) if unread and isinstance(record, Record) else record
+    notes = unread + tuple(JSON_TEXT.format(name=name) for name in packed)
+    return replace(record, notes=record.notes + notes) if notes and isinstance(record, Record) else record
 
 
 def _has_implicit_prompt(row: dict[str, Any]) -> bool:

@@ -99,7 +99,7 @@ def render_response(
         raise UserError("the chat template writes this prompt differently once it is answered; give text instead")
     begins = [len(opening) for opening in openings]
     if len(begins) == 1:
-        return _pieces(whole, whole, begins, eos_token)
+        return [Piece(_cut_after_end(whole[begins[0] :], eos_token, opening), True)]
     return _pieces(whole, _with_own_ends_only(template, conversation, whole, eos_token), begins, eos_token)
 
 
@@ -134,7 +134,7 @@ def _pieces(whole: str, hidden: str, begins: list[int], eos_token: str) -> list[
                 "writes with --eos-token"
             )
         pieces += [Piece(whole[begin:end], True), Piece(whole[end:following], False)]
-    return [*pieces, Piece(_cut_after_end(whole[begins[-1] :], eos_token), True)]
+    return [*pieces, Piece(_cut_after_end(whole[begins[-1] :], eos_token, whole[: begins[0]]), True)]
 
 
 def _bound(template: Template, inputs: TemplateInputs) -> Template:
@@ -225,9 +225,11 @@ def _joined(before: Messages, answers: Messages) -> Messages:
     return [*before[:-1], {**last, **first, "content": content}, *answers[1:]]
 
 
-def _cut_after_end(text: str, eos_token: str) -> str:
-    """Drop the white space that templates write after the end token: the decoder stops at the token."""
-    stripped = text.rstrip()
+def _cut_after_end(text: str, eos_token: str, opening: str = "") -> str:
+    """Drop what templates write after the end token: the decoder stops at the token. That is white space, and with some
+    (LLaDA's) what stands at the end of every conversation, the ``opening`` too: the head of the next message."""
+    head = opening.rpartition(eos_token)[2]
+    stripped = (text.removesuffix(head) if head.strip() and text.endswith(eos_token + head) else text).rstrip()
     return stripped if stripped.endswith(eos_token) else text
 
 

@@ -118,6 +118,17 @@ def test_an_end_token_in_what_an_answer_reads_is_counted(tokenizer, store_of):
     assert "have an end token inside a message that an answer reads" in note and note.endswith(":2)")
 
 
+def test_the_head_that_a_template_writes_behind_every_conversation_is_not_learned(tokenizer, store_of, monkeypatch):
+    """LLaDA's writes the next message's head whether it is asked to or not."""
+    template = TEMPLATE.replace("{% if add_generation_prompt %}", "{% if true %}")
+    monkeypatch.setattr(tokenizer._library, "chat_template", template)
+    exchange = [call(None, "Oslo"), tool("-3"), assistant("Yes.")]
+    store = store_of([{"prompt": QUESTION, "completion": each} for each in (exchange[2:], exchange)], tokenizer)
+    assert learned(tokenizer, store[0]) == [f"Yes.{END}"] and store.notes == ()
+    assert learned(tokenizer, store[1])[0].endswith(f"</call>{END}")
+    assert learned(tokenizer, store[1])[1:] == [f"Yes.{END}"]
+
+
 # --- thoughts
 
 

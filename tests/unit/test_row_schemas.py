@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.data.prompts import make_prompt
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
@@ -29,12 +30,10 @@ ANYTHING = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
     max_leaves=5,
 )
-CALLS = st.lists(
-    st.fixed_dictionaries(
-        {"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXTS, "arguments": ANYTHING})}
-    ),
-    max_size=2,
+CALL = st.fixed_dictionaries(
+    {"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXTS, "arguments": ANYTHING})}
 )
+CALLS = st.lists(CALL, max_size=2)
 ROLES = st.one_of(st.sampled_from(["system", "user", "assistant", "assistant", "tool"]), ANYTHING)
 MESSAGE = st.one_of(
     st.fixed_dictionaries({"role": ROLES, "content": TEXTS}),
@@ -91,6 +90,85 @@ ROWS = st.one_of(
     st.dictionaries(st.text(max_size=4), ANYTHING, max_size=3),
 )
 
+# Conversations whose messages say more than their words, as lists and as the JSON text that tables hold.
+TOOL = st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXTS})})
+EXTRAS = {
+    "reasoning_content": st.one_of(TEXTS, ANYTHING),
+    "thinking": TEXTS,
+    "name": TEXTS,
+    "weight": st.sampled_from([0, 1, 1, None, 0.5, "0"]),
+    "images": st.one_of(st.none(), st.just(["a.png"])),
+    "tool_calls": st.one_of(CALLS, CALLS.map(json.dumps), ANYTHING),
+    "id": ANYTHING,
+}
+
+
+def _says(role: str, **more):
+    """A message of ``role`` that in two of three cases has nothing unusual about it."""
+    words = st.sampled_from(["2+2?", "4", "5", "a b<|im_end|>c"])
+    plain = {"role": st.just(role), "content": st.one_of(words, words, words, TEXTS)}
+    rare = st.fixed_dictionaries(plain, optional={**EXTRAS, **more})
+    return st.one_of(st.fixed_dictionaries(plain), st.fixed_dictionaries({**plain, **more}), rare)
+
+
+ASKS, TOOL_SAYS = _says("user"), _says("tool")
+SAYS, CALLS_TOOLS = _says("assistant"), _says("assistant", tool_calls=st.lists(CALL, min_size=1, max_size=2))
+BEGUN = st.sampled_from(["<think>\n", "So ", "<think>a</think>", "So<|im_end|>"]).map(
+    lambda t: _message("assistant", t)
+)
+SHARE_GPT = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system"]), "value": TEXTS})
+ASKED = st.one_of(
+    st.tuples(ASKS).map(list),
+    st.tuples(_says("system"), ASKS).map(list),
+    st.tuples(ASKS, SAYS, ASKS).map(list),
+    st.tuples(ASKS, CALLS_TOOLS, TOOL_SAYS).map(list),
+    st.tuples(ASKS, BEGUN).map(list),
+    st.lists(SHARE_GPT, max_size=2),
+    st.lists(st.one_of(MESSAGE, ANYTHING), max_size=3),
+)
+ANSWERED = st.one_of(
+    st.tuples(SAYS).map(list),
+    st.tuples(CALLS_TOOLS).map(list),
+    st.tuples(CALLS_TOOLS, TOOL_SAYS, SAYS).map(list),
+    st.lists(st.one_of(MESSAGE, SHARE_GPT), max_size=3),
+)
+TOOLS = st.one_of(st.none(), st.lists(TOOL, max_size=2), st.lists(TOOL, max_size=2).map(json.dumps), ANYTHING)
+VARIABLES = st.sampled_from([None, None, {}, {"shout": True}, {"shout": "<|im_end|>"}, {"no_such": 1}, [1], "{"])
+
+
+@st.composite
+def conversations(draw):
+    """A row of one of the layouts that hold messages, with each column as a list or as its JSON text."""
+    asked, good, bad = draw(ASKED), draw(ANSWERED), draw(ANSWERED)
+    layout = draw(st.sampled_from(["explicit", "messages", "whole", "label"]))
+    row = {"prompt": asked, "completion": good, "chosen": good, "rejected": bad}
+    if layout != "explicit":
+        row = {"messages": asked + good, "chosen": asked + good, "rejected": asked + bad}
+    if layout == "label":
+        row["prompt"] = draw(TEXTS)
+    packed = draw(st.sampled_from([(), (), (), tuple(row), ("prompt",), ("chosen", "messages")]))
+    row = {name: json.dumps(value) if name in packed else value for name, value in row.items()}
+    if draw(st.booleans()):
+        row |= {"tools": draw(TOOLS), "chat_template_kwargs": draw(VARIABLES)}
+    return row | draw(st.sampled_from([{}, {}, {"prompt_ids": [5, 6]}, {"system": "Be brief."}, {"label": False}]))
+
+
+MESSAGES_TEMPLATE = (
+    "{% if shout %}LOUD{% endif %}{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATE_WORDS = ("user", "assistant", "system", "tool", "<call>", "</call>", "<think>", "</think>", "LOUD")
+
+
+@pytest.fixture(scope="module")
+def messages_tokenizer(tmp_path_factory):
+    folder = save_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    (folder / "chat_template.jinja").write_text(MESSAGES_TEMPLATE, encoding="utf-8")
+    return build_tokenizer("HuggingFaceTokenizer", folder)
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -98,12 +176,19 @@ def tokenizer(tmp_path_factory):
 
 
 def _leaves(value) -> list[str]:
-    """Every text in a row, keys included, for a template writes calls with theirs."""
+    """Every text in a row, keys included, for a template writes calls with theirs; objects and lists as JSON and as
+    Python print them; and what a text is as JSON."""
     if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [text for pair in value.items() for item in pair for text in _leaves(item)]
-    return [text for item in value for text in _leaves(item)] if isinstance(value, list) else []
+        try:
+            inside = json.loads(value) if value.startswith(("[", "{")) else None
+        except ValueError:
+            inside = None
+        return [value, *_leaves(inside)] if isinstance(inside, (dict, list)) else [value]
+    if not isinstance(value, (dict, list)):
+        return [str(value)]
+    items = [item for pair in value.items() for item in pair] if isinstance(value, dict) else value
+    printed = [json.dumps(value, ensure_ascii=False), str(value)]
+    return [*printed, *(text for item in items for text in _leaves(item))]
 
 
 def _letters(text: str) -> str:
@@ -121,7 +206,7 @@ def _is_said(decoded: str, row: dict) -> bool:
     reached = {0}
     for start in range(len(rest)):
         if start in reached:
-            words = (*texts, "user", "assistant", "system", "tool")
+            words = (*texts, *TEMPLATE_WORDS)
             reached |= {start + len(word) for word in words if rest.startswith(word, start)}
     return len(rest) in reached
 
@@ -164,10 +249,15 @@ def _check(tmp_path: Path, rows: list[dict], kind: str, form: str, tokenizer) ->
             continue
         for part in (example.prompt, *example.responses):
             assert _is_said(tokenizer.decode(part), row), (tokenizer.decode(part), row)
+        others = ("chosen", "rejected") if kind == "sft" else ()  # which would say what the prompt is
+        asked = {name: value for name, value in row.items() if name not in others}
+        if any("go on after" in note for note in store.notes):  # messages that end with a question are asked as a whole
+            continue
+        assert make_prompt(asked, "row", tokenizer, 10**6).ids == example.prompt.tolist()
     return len(store)
 
 
-def _fuzz(tmp_path_factory, tokenizer, examples: int, smallest: int, forms: list[str]) -> tuple[int, int]:
+def _fuzz(tmp_path_factory, tokenizer, examples: int, smallest: int, forms: list[str], schemas=ROWS) -> tuple[int, int]:
     """(rows tried, examples that came of them)."""
     counts = [0, 0]
 
@@ -176,10 +266,11 @@ def _fuzz(tmp_path_factory, tokenizer, examples: int, smallest: int, forms: list
         deadline=None,
         database=None,
         derandomize=True,
+        phases=[hypothesis.Phase.generate],  # making a failure small takes minutes
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(
-        st.lists(ROWS, min_size=smallest, max_size=12),
+        st.lists(schemas, min_size=smallest, max_size=12),
         st.sampled_from(["preference", "sft"]),
         st.sampled_from(forms),
     )
@@ -194,6 +285,12 @@ def _fuzz(tmp_path_factory, tokenizer, examples: int, smallest: int, forms: list
 def test_rows_of_any_schema(tmp_path_factory, tokenizer):
     rows, used = _fuzz(tmp_path_factory, tokenizer, 60, 1, ["jsonl", "json"])
     assert rows > 100 and used > 10
+
+
+def test_a_thousand_conversations_of_any_schema(tmp_path_factory, messages_tokenizer):
+    rows, used = _fuzz(tmp_path_factory, messages_tokenizer, 130, 8, ["jsonl", "json"], conversations())
+    print(f"{rows} rows, {used} examples")
+    assert rows >= 1000 and used > 100
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import stop
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 _BATCH = 512  # rows tokenized in one call

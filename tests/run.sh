@@ -21,6 +21,7 @@ datasets datasets
 lm_eval lm-eval>=0.4.13,<0.5
 trl trl>=1.16,<2
 math_verify math-verify>=0.9,<1
+playwright playwright
 PACKAGES
 
 # Tests start several processes; each with a thread per core they would only get in each other's way.

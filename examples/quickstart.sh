@@ -24,11 +24,11 @@ answer() {
 
 step "1/6 data: sums with answers that a program can check, and a tokenizer for them"
 "$bin/python" examples/arithmetic.py --output "$out/data" --train 58000 --problems 4000 --heldout 1000
-"$bin/python" examples/train_tokenizer.py --input "$out/data/sft.jsonl" --output "$out/tokenizer" --vocab-size 272
+"$bin/python" examples/train_tokenizer.py --input "$out/data/sft.jsonl" --output "$out/tokenizer" --vocab-size 258
 
 step "2/6 SFT: a block-diffusion model from random weights, two data-parallel processes"
 both -m megatron_dtrpo.train --config examples/quickstart_sft.yaml --data-path "$out/data/sft.jsonl" --seed "$seed" \
-    --tokenizer-model "$out/tokenizer/tokenizer.model" --save "$out/sft"
+    --tokenizer-model "$out/tokenizer" --save "$out/sft"
 
 step "3/6 pairs: the model answers new problems, a verifier tells right from wrong"
 [ -f "$out/pairs.jsonl" ] || both tools/build_preferences.py --checkpoint "$out/sft" --output "$out/pairs.jsonl" \

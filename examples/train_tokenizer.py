@@ -1,27 +1,28 @@
-"""Trains the quickstart's SentencePiece tokenizer on JSONL data.
+"""Trains the quickstart's tokenizer on JSONL data, and writes it as a Hugging Face folder.
 
-Three settings matter to a block-diffusion model:
+It is Qwen2's tokenizer with a vocabulary of its own, because the model is Qwen2's too. Three things matter to a
+block-diffusion model:
 
-* `[MASK]` is a piece of its own: the model reads it wherever a token has not been decided yet.
-* No dummy prefix and no whitespace clean-up: a prompt and its completion tokenise independently, and the two lists
-  joined are the text joined.
-* Digits are split, so that arithmetic is done on digits. Bytes are the fallback, so that no text is unknown; they
-  take 256 of the vocabulary.
+* `[MASK]` is a token of its own: the model reads it wherever a token has not been decided yet.
+* Nothing is added before a text, and no white space is cleaned up: a prompt and its completion tokenize independently,
+  and the two lists joined are the text joined.
+* Digits are split, so that arithmetic is done on digits. Every byte is a token, so that no text is unknown; they take
+  256 of the vocabulary.
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import sentencepiece
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from megatron_dtrpo.errors import UserError
 
 FIELDS = ("prompt", "completion", "chosen", "rejected")
-MASK = "[MASK]"
+END, MASK = "<|endoftext|>", "[MASK]"
+SMALLEST = 256 + 2  # bytes and special tokens
 
 
 def read_texts(paths: list[Path]) -> Iterator[str]:
@@ -41,54 +42,34 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
             yield from (record[field] for field in FIELDS if isinstance(record.get(field), str) and record[field])
 
 
-def train(texts: list[str], vocab_size: int) -> bytes:
-    """The SentencePiece model, as it is written to a file."""
+def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most ``vocab_size`` tokens."""
     if not texts:
         raise UserError(f"--input: no text in any of the fields {', '.join(FIELDS)}")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            user_defined_symbols=[MASK],
-            split_digits=True,
-            byte_fallback=True,
-            character_coverage=1.0,
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        # Too small or too large for the text. Behind its source location, SentencePiece says what would do.
-        raise UserError(f"--vocab-size {vocab_size}: {str(error).split('] ')[-1].strip()}") from error
-    return model.getvalue()
+    if vocab_size < SMALLEST:
+        raise UserError(f"--vocab-size {vocab_size}: it must be at least {SMALLEST}: 256 bytes, {END} and {MASK}")
+    special = {"eos_token": END, "pad_token": END, "mask_token": MASK, "unk_token": None}
+    untrained = Qwen2Tokenizer(vocab={}, merges=[], **special)
+    return untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets tokenizer.model")
-    parser.add_argument("--vocab-size", type=int, default=448, metavar="N", help="pieces in all (default: 448)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the tokenizer")
+    parser.add_argument("--vocab-size", type=int, default=448, metavar="N", help="tokens at most (default: 448)")
     options = parser.parse_args(arguments)
     try:
-        model = train(list(read_texts(options.input)), options.vocab_size)
+        tokenizer = train(list(read_texts(options.input)), options.vocab_size)
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "tokenizer.model").write_bytes(model)
+        tokenizer.save_pretrained(options.output)
     except OSError as error:
         print(f"error: --output {options.output}: {error.strerror}", file=sys.stderr)
         return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.output / 'tokenizer.model'}: {options.vocab_size} pieces")
+    print(f"{options.output}: a tokenizer of {len(tokenizer)} tokens")
     return 0
 
 

@@ -17,3 +17,8 @@ class SharedError(UserError):
 class StopRequest(Exception):
     """Somebody asked the run to stop, by a signal, whose name is the text. Raised on every process, at the same place,
     or on one that hands it on by `runtime.objects.raise_together`. Entry points exit with status 0."""
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """The message of ``error`` in one line of at most ``most`` characters; its class where it has no message."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

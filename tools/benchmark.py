@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from megatron_dtrpo.config.parser import new_file, tool_parser
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.train import run_command
 
@@ -138,7 +138,7 @@ def _pairs(arguments: argparse.Namespace):
         try:
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         except (OSError, ValueError) as error:
-            raise UserError(f"--tokenizer {arguments.tokenizer}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--tokenizer {arguments.tokenizer}: {one_line(error)}") from None
     else:
         tokenizer = pairs.train_tokenizer(rows, vocabulary - 1)
     drawn = random.Random(arguments.seed).sample(range(len(rows)), arguments.pairs)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from megatron_dtrpo.config.parser import parse_tool, tool_parser
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
 from megatron_dtrpo.train import run_command
 
@@ -174,8 +174,7 @@ def _load_task(manager, name: str, confirmed: bool) -> list:
     except Exception as error:  # data sets, the network, missing packages: whatever a task's own code meets
         if "HF_ALLOW_CODE_EVAL" in str(error) and not confirmed:
             raise unsafe from None
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {reason}") from None
+        raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
     if not confirmed and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
         raise unsafe
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())

@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_checks import report  # noqa: E402
 from gpu_checks.common import REPOSITORY, SIZES, Result, Size, environment  # noqa: E402
 
+from megatron_dtrpo.errors import one_line  # noqa: E402
+
 
 class Part(NamedTuple):
     """A function of a module in gpu_checks, by name: where torch is broken, the doctor still says so. It is ended after
@@ -145,8 +147,7 @@ def _run_here(name: str, size: Size, folder: Path) -> None:
         result = PARTS[name].load()(size, folder)
     except BaseException as error:
         traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        result = Result("failed", f"{type(error).__name__}: {lines[0][:300]}, see {name}/log")
+        result = Result("failed", f"{type(error).__name__}: {one_line(error)}, see {name}/log")
     scratch = folder / "result.json.new"
     scratch.write_text(json.dumps(dataclasses.asdict(result), default=str))
     scratch.replace(folder / "result.json")

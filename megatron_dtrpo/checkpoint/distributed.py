@@ -32,7 +32,7 @@ import yaml
 from megatron_dtrpo.config.parser import read_yaml
 from megatron_dtrpo.config.settings import ModelSettings, RunSettings
 from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
-from megatron_dtrpo.errors import SharedError, StopRequest, UserError
+from megatron_dtrpo.errors import SharedError, StopRequest, UserError, one_line
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
@@ -431,4 +431,4 @@ def _in_one_line(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch advises at length how to run the code all the same
         named = re.search(r"GLOBAL (\S+)", text)
         return f"it names {named[1]}; code in a checkpoint is never run" if named else "not what torch.save writes"
-    return text[:300] or type(error).__name__
+    return one_line(error)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from megatron_dtrpo.config.settings import ModelSettings
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not readable as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value

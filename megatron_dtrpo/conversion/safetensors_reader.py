@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_dtrpo.conversion.dtypes import SAFETENSORS
 from megatron_dtrpo.conversion.hf_config import read_json, refuse_lfs_pointer
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
@@ -117,7 +117,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a safetensors header: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{file}: not a safetensors header: {one_line(error)}") from None
     end = 8 + length
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:

@@ -1,33 +1,25 @@
 """Export of a checkpoint's tokenizer: files that transformers reads, with the ids and texts of ours.
 
-A Hugging Face tokenizer's files are copied. SentencePiece and byte-level ones are written anew as a tokenizer.json,
-which is then read by `AutoTokenizer` and compared with ours before anybody relies on it.
+A Hugging Face tokenizer's files are copied, a SentencePiece model is exported as the file that it is, and the
+byte-level tokenizer is written as a tokenizer.json.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
-from megatron_dtrpo.conversion.sentencepiece_json import (
-    control_pieces,
-    is_unigram,
-    read_model,
-    tokenizer_from_sentencepiece,
-)
 from megatron_dtrpo.conversion.template import GENERATION_CONFIG
-from megatron_dtrpo.conversion.tokenizer_check import check_tokenizer
 from megatron_dtrpo.conversion.tokenizer_files import MASK_TOKEN, vocabulary
-from megatron_dtrpo.data.tokenizer import METADATA_FILE, Tokenizer, load_tokenizer
+from megatron_dtrpo.data.tokenizer import METADATA_FILE, load_tokenizer
+from megatron_dtrpo.data.tokenizer_libraries import ByteLevel
 
 SETTINGS_FILE = "tokenizer_config.json"
-# Beside the tokens' names. None stands for none: left out, classes of transformers fill in their own.
-_SETTINGS = {
+# Of the byte-level tokenizer, beside the tokens' names. None stands for none: left out, classes of transformers fill
+# in their own.
+_BYTE_SETTINGS = {
     "bos_token": None,
     "unk_token": None,
     "clean_up_tokenization_spaces": False,
@@ -40,24 +32,9 @@ _SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class _Converted:
-    """What `tokenizers` needs to know. ``may_tie``: the model chooses by sums, which rounding may make equal."""
-
-    backend: Any  # tokenizers.Tokenizer
-    special: list[str]
-    pad: str
-    may_tie: bool = False
-
-
 def export_tokenizer(saved: Path, target: Path) -> list[str]:
-    """Writes a checkpoint's tokenizer into a Hugging Face folder that has its config.json already.
-
-    Returns what the user should know, a line each.
-
-    Raises:
-        UserError: if transformers cannot be made to read texts exactly as this tokenizer does.
-    """
+    """Writes a checkpoint's tokenizer into a Hugging Face folder that has its config.json already. Returns what the
+    user should know, a line each."""
     kind = read_json(saved / METADATA_FILE).get("tokenizer_type") if (saved / METADATA_FILE).is_file() else None
     if kind not in _EXPORTS:
         return ["no tokenizer was exported: the checkpoint has none that transformers reads"]
@@ -118,33 +95,25 @@ def _dump(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _by(convert: Callable[[Tokenizer], _Converted]) -> Callable[[Path, Path], list[str]]:
-    def export(saved: Path, target: Path) -> list[str]:
-        ours = load_tokenizer(saved)
-        converted = convert(ours)
-        _write(target, converted, ours)
-        return check_tokenizer(target, ours, saved, converted.may_tie)
-
-    return export
+def _sentencepiece(saved: Path, target: Path) -> list[str]:
+    (file,) = load_tokenizer(saved).files
+    shutil.copyfile(file, target / "tokenizer.model")
+    return ["the tokenizer is exported as tokenizer.model: SentencePiece reads it, AutoTokenizer does not"]
 
 
-def _sentencepiece(ours: Tokenizer) -> _Converted:
-    (file,) = ours.files
-    model = read_model(file)
-    special, pad = control_pieces(model), model.trainer_spec.pad_piece
-    pad = pad if pad in special else ours.eos_token
-    return _Converted(tokenizer_from_sentencepiece(model, file), special, pad, may_tie=is_unigram(model))
+def _byte_level(saved: Path, target: Path) -> list[str]:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-
-def _byte_level(ours: Tokenizer) -> _Converted:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
-
-    special = {ours.megatron._tokenizer.id_to_token(number): number for number in sorted(ours.special_ids)}
-    backend = Backend(models.BPE({**{_letter(byte): byte for byte in range(256)}, **special}, []))
+    ours = load_tokenizer(saved)
+    backend = Tokenizer(models.BPE({**{_letter(byte): byte for byte in range(256)}, **ByteLevel.specials}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return _Converted(backend, list(special), "<pad>")
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ByteLevel.specials])
+    backend.save(str(target / "tokenizer.json"))
+    named = {"eos_token": ours.eos_token, "mask_token": ours.mask_token, "pad_token": "<pad>"}
+    others = [token for token in ByteLevel.specials if token not in named.values()]
+    _dump(target / SETTINGS_FILE, {**_BYTE_SETTINGS, **named, "additional_special_tokens": others})
+    return []
 
 
 def _letter(byte: int) -> str:
@@ -155,18 +124,6 @@ def _letter(byte: int) -> str:
 
 _EXPORTS = {
     "HuggingFaceTokenizer": _copy,
-    "SentencePieceTokenizer": _by(_sentencepiece),
-    "ByteLevelTokenizer": _by(_byte_level),
+    "SentencePieceTokenizer": _sentencepiece,
+    "ByteLevelTokenizer": _byte_level,
 }
-
-
-def _write(target: Path, converted: _Converted, ours: Tokenizer) -> None:
-    from tokenizers import AddedToken
-
-    named = {"eos_token": ours.eos_token, "mask_token": ours.mask_token, "pad_token": converted.pad}
-    others = [token for token in converted.special if token not in named.values()]
-    tokens = dict.fromkeys([*converted.special, *named.values()])
-    converted.backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-    converted.backend.save(str(target / "tokenizer.json"))
-    settings = {**_SETTINGS, **named, "additional_special_tokens": others}
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")

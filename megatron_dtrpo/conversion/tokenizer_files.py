@@ -39,6 +39,11 @@ def import_tokenizer(
         raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json is there")
     for name in _FILES:
         refuse_lfs_pointer(folder / name)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        # As an export writes it: transformers would read nothing of it.
+        tokenizer = build_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model", mask_token, eos_token)
+        tokenizer.save(target)
+        return tokenizer
     if not add_mask_token or MASK_TOKEN in vocabulary(folder):
         try:
             tokenizer = build_tokenizer(_KIND, folder, mask_token, eos_token)

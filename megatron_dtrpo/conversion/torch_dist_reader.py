@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 
 _CACHE_BYTES = 256 << 20  # of loaded pieces; more only where one tensor is larger
 
@@ -75,7 +75,7 @@ def read_metadata(folder: Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: {folder} is not a torch_dist checkpoint") from None
     except Exception as error:  # a damaged pickle raises what it likes
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: damaged: {one_line(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: not the description of a checkpoint")
     return metadata
@@ -190,7 +190,7 @@ class TorchDistReader:
         except OSError as error:
             raise UserError(f"{where}: {error.strerror or error}") from None
         except Exception as error:  # a truncated or damaged record raises what it likes
-            raise UserError(f"{where}: {key} cannot be read: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"{where}: {key} cannot be read: {one_line(error)}") from None
         if not isinstance(piece, Tensor) or tuple(piece.shape) != shape:
             raise UserError(f"{where}: {key} is not what the checkpoint's description says")
         self._cache[key, offset] = piece

@@ -62,8 +62,3 @@ def checked(index: int, length: int) -> int:
     if not 0 <= index < length:
         raise IndexError(f"row {index} of {length}")
     return index
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

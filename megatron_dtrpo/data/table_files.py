@@ -14,8 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron_dtrpo.data.row_sequence import Row, Rows, checked, first_line
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.data.row_sequence import Row, Rows, checked
+from megatron_dtrpo.errors import UserError, one_line
 
 _WINDOW = 1024  # rows turned into Python objects at a time
 
@@ -55,7 +55,7 @@ class TableRows(Rows):
                 first, table = self._table(index, most)
                 return first, table.to_pylist()
             except (OSError, ValueError, OverflowError, NotImplementedError) as error:  # Arrow's own are ValueErrors
-                problem = first_line(error)
+                problem = one_line(error)
         raise UserError(f"{self.location(index)}: cannot be read ({problem})")
 
     def _converted(self, index: int, row: Row) -> Row:
@@ -68,7 +68,7 @@ class TableRows(Rows):
                 for name, value in row.items()
             }
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.location(index)}: holds JSON that cannot be read ({first_line(error)})") from None
+            raise UserError(f"{self.location(index)}: holds JSON that cannot be read ({one_line(error)})") from None
 
 
 def _converter(kind) -> Callable[[Any], Any] | None:
@@ -104,7 +104,7 @@ class Parquet(TableRows):
             self._file = parquet.ParquetFile(path)
             self._schema = self._file.schema_arrow
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
+            raise UserError(f"{path}: not a readable Parquet file ({one_line(error)})") from None
         metadata = self._file.metadata
         self._starts = [0, *accumulate(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))]
         self._size = self._starts[-1]
@@ -136,7 +136,7 @@ class Arrow(TableRows):
             source.seek(0)
             self._whole = (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: not a readable Arrow file ({first_line(error)})") from None
+            raise UserError(f"{path}: not a readable Arrow file ({one_line(error)})") from None
         self._schema, self._size = self._whole.schema, self._whole.num_rows
 
     def _table(self, index: int, most: int):
@@ -154,7 +154,7 @@ class SavedDataSet(TableRows):
             # All columns as they are stored, whatever format and columns the data set was saved with.
             self._dataset = datasets.load_from_disk(str(path)).with_format("arrow")
         except Exception as error:  # of whatever kind: the library reads files that anything may have written
-            raise UserError(f"{path}: not a readable Hugging Face data set ({first_line(error)})") from None
+            raise UserError(f"{path}: not a readable Hugging Face data set ({one_line(error)})") from None
         self._schema, self._size = self._dataset.features.arrow_schema, len(self._dataset)
 
     def _table(self, index: int, most: int):

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_dtrpo.data.row_sequence import Row, Rows, checked, first_line
+from megatron_dtrpo.data.row_sequence import Row, Rows, checked
 from megatron_dtrpo.data.source import kind_of
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -64,7 +64,7 @@ class TextRows(Rows):
             problem = f"{error.msg} at column {error.colno}"
             raise UserError(f"{where}: not valid JSON ({problem}); {advice}") from None
         except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets thousands deep
-            raise UserError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
+            raise UserError(f"{where}: cannot be read as JSON ({one_line(error)})") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: a row must be a JSON object in braces, this is a {type(row).__name__}")
         return row
@@ -154,7 +154,7 @@ class Csv(TextRows):
                 if lines.at_end:
                     raise UserError(f"{path}:{number}: a quote opens in this row and never closes") from None
                 if self._names is None:
-                    raise UserError(f"{path}:{number}: not valid CSV ({first_line(error)})") from None
+                    raise UserError(f"{path}:{number}: not valid CSV ({one_line(error)})") from None
                 cells = ["?"]  # said when the row is read
             if self._names is None and cells:
                 self._names = self._header(number, cells)
@@ -178,7 +178,7 @@ class Csv(TextRows):
         except UnicodeDecodeError as error:
             raise UserError(f"{self.location(index)}: byte {error.start} is not UTF-8; save it as UTF-8") from None
         except csv.Error as error:
-            raise UserError(f"{self.location(index)}: not valid CSV ({first_line(error)})") from None
+            raise UserError(f"{self.location(index)}: not valid CSV ({one_line(error)})") from None
         if len(cells) != len(self._names):
             raise UserError(
                 f"{self.location(index)}: {len(cells)} cells under {len(self._names)} names; put quotes around a cell "
@@ -255,6 +255,6 @@ def _open_binary(path: Path) -> BinaryIO:
         unpacked.seek(0)
         return unpacked
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: cannot be unpacked ({first_line(error)}); is the file complete?") from None
+        raise UserError(f"{path}: cannot be unpacked ({one_line(error)}); is the file complete?") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror or first_line(error)})") from None
+        raise UserError(f"{path}: cannot be opened ({error.strerror or one_line(error)})") from None

@@ -17,6 +17,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_dtrpo.errors import one_line
+
 DISTRIBUTIONS = (
     "torch", "megatron-core", "transformer-engine", "numpy", "psutil", "transformers", "safetensors", "sentencepiece",
     "tensorboard", "pyyaml", "tqdm", "pyarrow", "datasets", "wandb", "lm-eval",
@@ -69,11 +71,6 @@ def gather() -> Facts:
         except Exception as error:
             facts.failures[probe.__name__.strip("_")] = one_line(error)
     return facts
-
-
-def one_line(error: object, most: int = 160) -> str:
-    text = " ".join(str(error).split())
-    return text[:most] or type(error).__name__
 
 
 def _packages(facts: Facts) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.evaluation import formulas
 from megatron_dtrpo.evaluation.final_answer import final_number, last_boxed, read_number
 
@@ -105,5 +105,5 @@ class Judge:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = one_line(error)
+    return text if isinstance(error, UserError) or not str(error).strip() else f"{type(error).__name__}: {text}"

@@ -83,7 +83,7 @@ def test_import_train_export(tmp_path):
     assert any(not torch.equal(new[name], old[name]) for name in old)
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "ByteLevelTokenizer"])
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "ByteLevelTokenizer"])
 def test_a_run_from_nothing_is_exported(tmp_path, kind):
     """transformers reads and computes what the run does; imported again it is the same model with the same ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,10 +94,10 @@ def test_a_run_from_nothing_is_exported(tmp_path, kind):
         "global_batch_size": 8, "micro_batch_size": 8, "save": tmp_path / "run", "tokenizer_type": kind,
         "data_path": launch.write_lines(tmp_path / "sums.jsonl", sums),
     }  # fmt: skip
-    if kind == "SentencePieceTokenizer":
-        model = train_tokenizer.train([text for row in sums for text in row.values()], 285)
-        (tmp_path / "tokenizer.model").write_bytes(model)
-        settings["tokenizer_model"] = tmp_path / "tokenizer.model"
+    if kind == "HuggingFaceTokenizer":
+        tokenizer = train_tokenizer.train([text for row in sums for text in row.values()], 285)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        settings["tokenizer_model"] = tmp_path / "tokenizer"
     launch.train(settings)
     tool = ["python", "tools/convert_checkpoint.py"]
     status, output = run([*tool, "export", "--megatron-path", "run", "--hf-path", "hf"], tmp_path)

@@ -1,4 +1,4 @@
-"""Exported tokenizers, loaded by transformers, against SentencePiece itself and against bytes."""
+"""Exported tokenizers, loaded by transformers, against ours, SentencePiece itself and bytes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import shutil
 
 import pytest
 
-from megatron_dtrpo.conversion import sentencepiece_json
-from megatron_dtrpo.conversion.sentencepiece_json import tokenizer_from_sentencepiece
-from megatron_dtrpo.conversion.tokenizer_check import is_tie
+import train_tokenizer
 from megatron_dtrpo.conversion.tokenizer_export import export_tokenizer
 from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
-from megatron_dtrpo.errors import UserError
 from tests.support import conversion_folders as folders
-from tests.support.conversion_folders import refused, run_tool
+from tests.support.conversion_folders import run_tool
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -34,7 +31,6 @@ SYMBOLS = ["[MASK]", "<x>", "<x>>"]
 PARTS = [*SYMBOLS, "</s>", "<s>", "<unk>", "<0x41>", "<0x0A>", " ", "  ", "\n", "\t", "\u2581", "\u3000", "\u00a0", "a",
          "ab", "aaab", "12", " plus", "makes", "e\u0301", "\u00e9", "\u4e2d", "\u0e01", "\U0001f600", "\x00", "\ufeff",
          "Z", "<", "/s>", "0x41", "return", " x", "."]  # fmt: skip
-MODELS = list(itertools.product(["bpe", "unigram"], [True, False], [True, False], [True, False]))
 
 
 def train(file, **settings):
@@ -64,104 +60,61 @@ def random_texts(count, seed=1):
     return ["", *("".join(rng.choices(PARTS, k=rng.randint(1, 12))) for _ in range(count))]
 
 
-@pytest.mark.parametrize("kind, byte_fallback, add_dummy_prefix, remove_extra_whitespaces", MODELS)
-def test_sentencepiece(tmp_path, kind, byte_fallback, add_dummy_prefix, remove_extra_whitespaces):
-    file = train(tmp_path / "m.model", model_type=kind, byte_fallback=byte_fallback, add_dummy_prefix=add_dummy_prefix,
-                 remove_extra_whitespaces=remove_extra_whitespaces)  # fmt: skip
+def test_sentencepiece_is_exported_as_its_own_file(tmp_path):
+    """Imported again it is the same tokenizer, with whatever mask token it is given."""
+    file = train(tmp_path / "m.model", model_type="unigram", normalization_rule_name="nmt_nfkc")
+    build_tokenizer("SentencePieceTokenizer", file, mask_token="<x>").save(tmp_path / "saved")
+    target = tmp_path / "hf"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(folders.config(folders.QWEN2)))
+    (note,) = export_tokenizer(tmp_path / "saved", target)
+    assert "tokenizer.model" in note and "AutoTokenizer does not" in note
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "tokenizer.model"]
+    assert (target / "tokenizer.model").read_bytes() == file.read_bytes()
+    again = import_tokenizer(target, tmp_path / "again", "<x>", False)
+    assert again.fingerprint() == load_tokenizer(tmp_path / "saved").fingerprint()
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    ours = build_tokenizer("SentencePieceTokenizer", file)
-    theirs, notes = exported(ours, tmp_path)
-    assert (theirs.eos_token, theirs.mask_token, len(theirs)) == ("</s>", "[MASK]", oracle.get_piece_size())
-    assert (theirs.eos_token_id, theirs.mask_token_id) == (ours.eos_id, ours.mask_id)
-    texts = random_texts(1000)
-    for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
-        expected = oracle.encode_as_ids(text)
-        assert ids == expected or (kind == "unigram" and notes and is_tie(ids, expected)), text
-        assert theirs.decode(expected, skip_special_tokens=True) == ours.decode(expected), text
-    assert all("equally good ways" in note for note in notes) and not (notes and kind == "bpe")
-    rng = random.Random(2)  # a model may write what no text is encoded as
-    numbers = [n for n in range(oracle.get_piece_size()) if not oracle.is_byte(n)]
-    for _ in range(300):
-        ids = rng.choices(numbers, k=rng.randint(0, 8))
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), ids
+    texts = random_texts(100)
+    assert load_tokenizer(tmp_path / "again").encode_batch(texts) == [oracle.encode_as_ids(text) for text in texts]
 
 
-def test_names_of_tokens_are_text_and_the_mask_is_a_token(tmp_path):
-    file = train(tmp_path / "m.model", model_type="bpe", byte_fallback=True)
-    theirs, _ = exported(build_tokenizer("SentencePieceTokenizer", file), tmp_path)
-    for text in ("</s>", "a</s>", "<s>", "<0x41>"):
-        assert not set(theirs(text)["input_ids"]) & {0, 1, 2} and len(theirs(text)["input_ids"]) > 2, text
-    space, mask = theirs.convert_tokens_to_ids(["\u2581", "[MASK]"])
-    assert theirs("[MASK]")["input_ids"] == [space, mask]  # the dummy prefix, then the mask
-    assert theirs.decode([space, mask]) == "[MASK]" and theirs.decode([mask], skip_special_tokens=True) == ""
-    assert set(theirs.all_special_ids) == {1, 2, mask}
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a tokenizer that examples/train_tokenizer.py made."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in CORPUS))
+    words = ["--input", folder / "texts.jsonl", "--output", folder / "tokenizer", "--vocab-size", 300]
+    assert train_tokenizer.main([*map(str, words)]) == 0
+    return folder / "tokenizer"
 
 
-def model_of(pieces):
-    """A BPE model of these pieces, the best first, with the letters a and b."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    kinds = [("<unk>", 0, 2), ("</s>", 0, 3), *((piece, -n, 1) for n, piece in enumerate([*pieces, "a", "b"]))]
-    for piece, score, kind in kinds:
-        model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.model_type, model.trainer_spec.eos_id = 2, 1
-    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
-    return model
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_merges_that_overlap(seed):
-    """Every text of a's and b's up to a length, with pieces that can be joined in several ways; in odd cases pieces
-    that no text becomes, since what they are made of comes after them."""
-    rng = random.Random(seed)
-    pieces = ["a", "b"]
-    while len(pieces) < 14:
-        piece = rng.choice(pieces) + rng.choice(pieces)
-        pieces += [piece] if piece not in pieces and len(piece) < 8 else []
-    order = pieces[2:]
-    if seed % 2:
-        rng.shuffle(order)
-    model = model_of(order)
-    oracle = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    theirs = tokenizer_from_sentencepiece(model, "here")
-    texts = ["".join(letters) for length in range(1, 10) for letters in itertools.product("ab", repeat=length)]
-    assert [encoding.ids for encoding in theirs.encode_batch(texts)] == [oracle.encode_as_ids(text) for text in texts]
-
-
-@pytest.mark.parametrize("settings, reason", [
-    ({"normalization_rule_name": "nmt_nfkc"}, "it normalizes text (nmt_nfkc)"),
-    ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
-    ({"model_type": "char"}, "neither BPE nor unigram"),
-])  # fmt: skip
-def test_what_has_no_exact_equivalent_is_refused(tmp_path, settings, reason):
-    tokenizer = build_tokenizer("SentencePieceTokenizer", train(tmp_path / "m.model", **settings))
-    with pytest.raises(UserError) as error:
-        exported(tokenizer, tmp_path)
-    assert reason in str(error.value) and "--no-tokenizer" in str(error.value) and "\n" not in str(error.value)
+def test_the_trained_tokenizer(trained, tmp_path, capsys):
+    """Digits one by one, no text unknown, a text and its parts the same tokens, and a token for the mask."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    assert len(tokenizer) == 300 and (tokenizer.eos_token, tokenizer.mask_token) == ("<|endoftext|>", "[MASK]")
+    digits = [tokenizer.convert_ids_to_tokens(i) for i in tokenizer("12+345=357")["input_ids"]]
+    assert digits == list("12+345=357")
+    assert len(tokenizer(" plus")["input_ids"]) < 5, "words of the data are merged"
+    assert tokenizer("[MASK]")["input_ids"] == [tokenizer.mask_token_id]
+    for text in map("".join, itertools.product(["7+8=", "x ", "\n"], ["15", "\u4e2d\U0001f600", "  \t"])):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("7+8=")["input_ids"] + tokenizer("15")["input_ids"] == tokenizer("7+8=15")["input_ids"]
+    words = ["--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--vocab-size", 257]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1"}\n')
+    assert train_tokenizer.main([*map(str, words)]) == 2
+    assert capsys.readouterr().err.startswith("error: --vocab-size 257: it must be at least 258")
+    assert not (tmp_path / "out").exists()
 
 
 def test_leaving_the_tokenizer_out(tmp_path, capsys, good_megatron):
     run = tmp_path / "run"
     shutil.copytree(good_megatron, run)
-    for name in ("tokenizer", "huggingface"):  # as a run from nothing
-        shutil.rmtree(run / name)
-    file = train(tmp_path / "m.model", normalization_rule_name="nmt_nfkc")
-    build_tokenizer("SentencePieceTokenizer", file).save(run / "tokenizer")
+    shutil.rmtree(run / "tokenizer")
+    build_tokenizer("ByteLevelTokenizer").save(run / "tokenizer")
+    shutil.rmtree(run / "huggingface")  # as a run from nothing
     words = ("export", "--megatron-path", run, "--hf-path", tmp_path / "hf")
-    refused(capsys, "--no-tokenizer", *words)
-    assert not (tmp_path / "hf").exists()
-    status, printed = run_tool(capsys, *words, "--no-tokenizer")
-    assert (status, printed) == (0, "")
+    assert run_tool(capsys, *words, "--no-tokenizer") == (0, "")
     assert not list((tmp_path / "hf").glob("*token*"))
-
-
-def test_export_finds_a_wrong_conversion(tmp_path, monkeypatch):
-    tokenizer = build_tokenizer("SentencePieceTokenizer", train(tmp_path / "m.model", model_type="bpe"))
-    merges = sentencepiece_json._merges
-    monkeypatch.setattr(sentencepiece_json, "_merges", lambda scores: merges(scores)[::-1])
-    with pytest.raises(UserError, match="transformers would read .* otherwise .* --no-tokenizer"):
-        exported(tokenizer, tmp_path)
 
 
 def test_bytes(tmp_path):
@@ -178,18 +131,19 @@ def test_bytes(tmp_path):
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), ids
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "ByteLevelTokenizer"])
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "ByteLevelTokenizer"])
 @pytest.mark.parametrize("architecture", [folders.QWEN2, folders.FAST_DLLM])
-def test_exported_and_imported(tmp_path, kind, architecture):
+def test_exported_and_imported(tmp_path, trained, kind, architecture):
     """Beside Fast-dLLM's configuration too, whose code is not run for it."""
-    ours = build_tokenizer(kind, train(tmp_path / "m.model", model_type="bpe") if "Piece" in kind else None)
-    exported(ours, tmp_path, folders.config(architecture))
+    ours = build_tokenizer(kind, trained if kind == "HuggingFaceTokenizer" else None)
+    theirs, notes = exported(ours, tmp_path, folders.config(architecture))
     import_tokenizer(tmp_path / "hf", tmp_path / "again", None, False)
     again = load_tokenizer(tmp_path / "again")
-    assert again.tokenizer_type == "HuggingFaceTokenizer"
+    assert again.tokenizer_type == "HuggingFaceTokenizer" and notes == []
     assert (again.mask_id, again.eos_id, again.vocab_size) == (ours.mask_id, ours.eos_id, ours.vocab_size)
+    assert (theirs.mask_token_id, theirs.eos_token_id, len(theirs)) == (ours.mask_id, ours.eos_id, ours.vocab_size)
     texts = random_texts(300)
     ids = ours.encode_batch(texts)
-    assert again.encode_batch(texts) == ids
+    assert theirs(texts)["input_ids"] == again.encode_batch(texts) == ids
     assert [again.decode([*one, ours.mask_id]) for one in ids] == [ours.decode(one) for one in ids]
     assert again.encode_response("4") == ours.encode_response("4")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import codecs
 import random
 import socket
 
 import pytest
+from tokenizers.decoders import DecodeStream
 
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
@@ -74,14 +75,15 @@ def each(request):
     return build_tokenizer("SentencePieceTokenizer", request.getfixturevalue("spacious_model").parent / request.param)
 
 
-def pieces_by_prefixes(tokenizer, ids) -> list[str]:
-    """The oracle of ``Tokenizer.pieces``: what each token adds to the text of all tokens before it."""
-    text, pieces, end = tokenizer.decode(ids), [], 0
-    for i in range(1, len(ids) + 1):
-        agreed = len(os.path.commonprefix([tokenizer.decode(ids[:i]), text]))
-        pieces.append(text[end : max(end, agreed)])
-        end = max(end, agreed)
-    return pieces
+def pieces_of_the_library(tokenizer, ids) -> list[str]:
+    """The oracle of ``Tokenizer.pieces`` for a text that is whole: what each library itself says of its tokens."""
+    if tokenizer.tokenizer_type == "HuggingFaceTokenizer":
+        stream = DecodeStream([], skip_special_tokens=True)
+        return [stream.step(tokenizer._library.backend_tokenizer, i) or "" for i in ids]
+    if tokenizer.tokenizer_type == "SentencePieceTokenizer":
+        return [piece.surface for piece in tokenizer._library.decode(ids, return_type="proto").pieces]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    return [decoder.decode(bytes([i])) for i in ids]
 
 
 def message_of(call) -> str:
@@ -255,16 +257,18 @@ def test_unknown_type_and_missing_metadata(tmp_path):
 
 def test_pieces_join_to_the_text_and_each_is_what_its_token_adds(each):
     generator = random.Random(0)
-    spelled = "\u00e9\u4e2d\U0001f600\U00013000 12 plus\n  \ufffd"
-    texts = [*TEXTS, *("".join(generator.choices(spelled, k=30)) for _ in range(50))]
+    spelled = "\u00e9\u4e2d\U0001f600\U00013000 12 plus\n  "
+    texts = [*TEXTS, "a\ufffdb", *("".join(generator.choices(spelled, k=30)) for _ in range(50))]
     cases = [each.encode(text) for text in texts]
+    for text, ids in zip(texts, cases, strict=True):
+        if "\ufffd" not in text:  # which a stream takes for a character that is not whole yet
+            assert each.pieces(ids) == pieces_of_the_library(each, ids), text
     cases += [[*ids[:3], each.mask_id, *ids[3:], each.eos_id] for ids in cases]
     # Nonsense too: an untrained model breaks characters off.
     cases += [[generator.randrange(each.vocab_size + 3) for _ in range(60)] for _ in range(50)]
     for ids in cases:
         pieces = each.pieces(ids)
-        assert "".join(pieces) == each.decode(ids)
-        assert pieces == pieces_by_prefixes(each, ids)
+        assert "".join(pieces) == each.decode(ids) and len(pieces) == len(ids)
         assert not any(piece for piece, i in zip(pieces, ids, strict=True) if i in each.special_ids)
 
 
@@ -276,24 +280,3 @@ def test_a_character_belongs_to_the_token_that_completes_it(real, spacious_model
     spacious = build_tokenizer("SentencePieceTokenizer", spacious_model)
     assert spacious.pieces(spacious.encode("\u4e2d"))[-3:] == ["", "", "\u4e2d"]
     assert spacious.pieces(spacious.encode("12 plus"))[0].startswith("1")
-
-
-def test_pieces_are_found_in_linear_time(each, monkeypatch):
-    generator = random.Random(0)
-    spell = each.encode("a \u4e2d\U0001f600 12 plus 7 ")
-    # Of the plain SentencePiece model spell[-1] would be a space that it drops: the one run that takes longer.
-    last = [spell[-1]] if each.decode([spell[-1]] * 2) else spell
-    runs = [spell, [each.eos_id], last, each.encode("\U00013000")[-1:]]
-    decoded = 0
-    real_decode = type(each).decode
-
-    def counting(self, ids):
-        nonlocal decoded
-        decoded += len(ids)
-        return real_decode(self, ids)
-
-    monkeypatch.setattr(type(each), "decode", counting)
-    for ids in [*((run * 2000)[:2000] for run in runs), [generator.randrange(each.vocab_size) for _ in range(2000)]]:
-        decoded = 0
-        assert "".join(each.pieces(ids)) == each.decode(ids)
-        assert decoded < 40 * len(ids)

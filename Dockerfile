@@ -1,6 +1,6 @@
 # Two images: `test` runs the tests on a CPU, `gpu` trains. How to build and run them: docs/container.md.
 #
-# In both, what is downloaded depends on setup.py and requirements/ alone: a change of the code rebuilds only the last
+# In both, what is downloaded depends on pyproject.toml and requirements/ alone: a change of the code rebuilds only the last
 # layers. The package is installed editable, from a stub first, so that the code can follow it.
 
 ARG BASE_IMAGE=python:3.11-slim

@@ -48,7 +48,7 @@ dtrpo_setup_cpu() (
 
     # What the environment was made from. The path counts: an editable install points to it.
     fingerprint() {
-        { echo "$root $TORCH_SPEC"; cat "$root/setup.py" "$constraints"; } |
+        { echo "$root $TORCH_SPEC"; cat "$root/setup.py" "$root/pyproject.toml" "$constraints"; } |
             { sha256sum 2>/dev/null || shasum -a 256; }
     }
     complete() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && runs "$python"; }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -21,7 +23,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROWS = 1024  # summed at a time
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
+def weights_fingerprint(model: torch.nn.Module | Sequence[torch.nn.Module]) -> str:
     """Hex fingerprint of all stages' parameters, on every process; collective. ``model`` is this rank's stage, or a
     list of its virtual ones."""
     gathered = objects.gather([_own_sums(chunk) for chunk in chunks_of(model)])
@@ -32,10 +34,10 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return hashlib.sha256(json.dumps(sorted(total.items())).encode()).hexdigest()
 
 
-def _own_sums(model: torch.nn.Module) -> dict[str, int]:
+def _own_sums(model: Any) -> dict[str, int]:
     """Parameter (name, type, shape) -> the sum over the part that this process counts; every element has one that
     does."""
-    sums = {}
+    sums: dict[str, int] = {}
     tp = model.pg_collection.tp
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return sums
@@ -52,7 +54,7 @@ def _own_sums(model: torch.nn.Module) -> dict[str, int]:
     return sums
 
 
-def _sharded_indices(parameter: Tensor, tp) -> Tensor:
+def _sharded_indices(parameter: Any, tp) -> Tensor:
     """Where this rank's part lies along the divided dimension; a stride of 2 marks two stacked matrices."""
     dim, stride = parameter.partition_dim, parameter.partition_stride
     whole = torch.arange(parameter.shape[dim] * tp.size(), device=parameter.device)

@@ -119,7 +119,8 @@ def read_yaml(path: str | Path, update: Callable[[dict], dict] = dict) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as a configuration file: {error}") from None
     except yaml.YAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if values is None:
         return {}
@@ -158,7 +159,7 @@ def _coerce_list(path: Path, key: str, value) -> list:
     """A single value is a list of one, as TRL has it."""
     (item,) = typing.get_args(TYPES[key])
     values = value if isinstance(value, list) else [value]
-    kinds, words = {str: (str, "texts"), float: ((int, float, str), "numbers")}[item]
+    kinds, words = {str: ((str,), "texts"), float: ((int, float, str), "numbers")}[item]
     mistake = UserError(f"{path}: {key} is {value!r}: it must be a list of {words}")
     if not values or any(isinstance(v, bool) or not isinstance(v, kinds) for v in values):
         raise mistake

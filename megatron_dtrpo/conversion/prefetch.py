@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-_END = object()
+_END: Any = object()
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -73,7 +73,7 @@ class SafetensorsFolder:
         stored = self.tensors[name]
         row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
         buffer = out if out.dtype == stored.dtype else torch.empty(out.shape, dtype=stored.dtype)
-        view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+        view = memoryview(buffer.view(-1).view(torch.uint8).numpy().data)
         position = stored.offset + start * row_bytes
         while view:
             count = os.preadv(self._descriptor(stored.file), [view], position)

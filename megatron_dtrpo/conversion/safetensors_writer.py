@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class Planned(NamedTuple):
 
 def split_into_shards(tensors: list[Planned], max_bytes: int) -> list[list[Planned]]:
     """Consecutive tensors of at most ``max_bytes`` together; a larger tensor has a shard of its own."""
-    shards, used = [[]], 0
+    shards: list[list[Planned]] = [[]]
+    used = 0
     for tensor in tensors:
         if shards[-1] and used + tensor.nbytes > max_bytes:
             shards.append([])
@@ -51,7 +52,8 @@ def shard_names(count: int) -> list[str]:
 
 def write_shard(path: Path, tensors: list[Planned], rows: Iterator[Tensor]) -> None:
     """Writes one file. ``rows`` yields contiguous tensors whose bytes, joined, are those of ``tensors`` in order."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for tensor in tensors:
         header[tensor.name] = {
             "dtype": CODES[tensor.dtype],

@@ -14,6 +14,7 @@ import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ class TorchDistReader:
         while self._cache and sum(t.nbytes for t in self._cache.values()) + info.length > limit:
             self._cache.popitem(last=False)
         try:
-            window = _Window(self._descriptor(info.relative_path), info.offset, info.length)
+            window: Any = _Window(self._descriptor(info.relative_path), info.offset, info.length)
             piece = torch.load(window, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"{where}: {error.strerror or error}") from None

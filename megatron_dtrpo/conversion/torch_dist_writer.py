@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class TorchDistWriter:
 
     def __init__(self, folder: Path, content_metadata: dict):
         self.folder, self.content_metadata = folder, content_metadata
-        self.tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self.tensors: dict[str, Any] = {}  # TensorStorageMetadata or BytesStorageMetadata
         self.storage: dict[MetadataIndex, _StorageInfo] = {}
         self.stream: io.FileIO | None = None
         self.files = 0

@@ -10,7 +10,7 @@ a feed-forward width of 8/3 of the hidden width that halves what a token keeps u
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class Recipe(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-def remember(result: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+def remember(result: Any, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """Leaves with ``result`` how it was made. The sources are kept for a gradient anyway."""
     if result.requires_grad:
         result.recipe = Recipe(make, tuple(t.detach() for t in sources))
@@ -84,7 +84,7 @@ def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, config, cu_seqlens=None, mscale: float = 1.0, cp_group=None):
+def apply_rotary_pos_emb(t: Tensor, freqs: Any, config, cu_seqlens=None, mscale: float = 1.0, cp_group=None):
     """``t [s, b, heads, d]`` turned by angles ``freqs [s, 1, 1, d]``. Cosines and sines are made once for the queries
     and keys of all layers: they stay with the angles."""
     made = getattr(freqs, "_cos_sin", None)

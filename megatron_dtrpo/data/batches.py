@@ -170,7 +170,7 @@ class Noising:
             block_size=self.block_size,
             mask_id=self.mask_id,
             block_start=self.block_start,
-            behind=[one.discarded[:, :2].unbind(1) for one in recorded or ()],
+            behind=[(one.discarded[:, 0], one.discarded[:, 1]) for one in recorded or ()],
             every_step=self.kind.every_step,
             turns=turns,
         )

@@ -168,7 +168,8 @@ def _ending(template: Template, before: Messages) -> str:
 
 def unwritten_keys(template: Template, messages: Messages, inputs: TemplateInputs) -> list[str]:
     """Those of `MESSAGE_KEYS` that a message has and that the template does not write, even where it is the last."""
-    template, found = _bound(template, inputs), []
+    template = _bound(template, inputs)
+    found: list[str] = []
     for number, message in enumerate(messages):
         for key in MESSAGE_KEYS & message.keys() - set(found):
             without = {name: value for name, value in message.items() if name != key}

@@ -91,7 +91,10 @@ def encode_records(
         if isinstance(texts, UserError):
             encoded.append(texts)
         else:
-            parts = _given(record, tokenizer) if texts is None else _joined(record, texts, ids, tokenizer)
+            if isinstance(record, TokenRecord):
+                parts = _given(record, tokenizer)
+            else:
+                parts = _joined(record, texts, ids, tokenizer)
             encoded.append(_attempt(_checked, parts, names, tokenizer, isinstance(record, TokenRecord)))
     return encoded
 

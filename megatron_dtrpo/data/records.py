@@ -136,6 +136,7 @@ def _prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
         record = preference_record(
             {name: value for name, value in row.items() if not name.endswith(("_ids", "_steps", "_discarded"))}
         )
+        assert isinstance(record, Record)  # without ids
         return Record(record.prompt, (), record.inputs, record.notes)
     if _is_conversation(row):
         messages = read_messages(row["messages"], "messages")

@@ -27,7 +27,7 @@ from megatron_dtrpo.data.source import kind_of
 from megatron_dtrpo.errors import UserError, one_line
 
 _UTF8_BOM = b"\xef\xbb\xbf"
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 class TextRows(Rows):

@@ -327,7 +327,6 @@ def _write(
         "notes": _lines(notes, rows) + _several(row_numbers),
     }
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return bad
 
 
 def _lines(notes: dict[str, list[int]], rows: Rows) -> list[str]:
@@ -384,7 +383,7 @@ def _examples(
             if problem is not None:
                 bad.add(rows.location(row), str(problem))
             else:
-                yield from ((row, example) for example in examples)
+                yield from ((row, example) for example in examples if not isinstance(example, UserError))
 
 
 def _record_batches(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -243,7 +243,7 @@ def lay_out(
                 length += int(kept.sum())
 
     tokens, branch, view, position = (torch.cat(field) for field in zip(*parts, strict=True))
-    rows, target_tokens, weights, response_ids = zip(*targets, strict=True)
+    target_rows, target_tokens, target_weights, response_ids = zip(*targets, strict=True)
     return PackedSequence(
         block_size=B,
         responses=len(responses),
@@ -252,10 +252,10 @@ def lay_out(
         branch=branch,
         view=view,
         position=position,
-        target_row=torch.cat(rows),
+        target_row=torch.cat(target_rows),
         target_token=torch.cat(target_tokens),
-        target_weight=torch.cat(weights),
-        target_response=torch.cat([torch.full_like(t, r) for t, r in zip(rows, response_ids, strict=True)]),
+        target_weight=torch.cat(target_weights),
+        target_response=torch.cat([torch.full_like(t, r) for t, r in zip(target_rows, response_ids, strict=True)]),
     )
 
 
@@ -300,10 +300,11 @@ def share_prompt(documents: Sequence[PackedSequence]) -> PackedSequence:
             torch.where(document.target_row < shared, document.target_row, document.target_row + length - shared)
         )
         length += len(document) - shared
+    joined: dict[str, Any] = dict(zip(names, map(torch.cat, zip(*tokens, strict=True)), strict=True))
     return replace(
         documents[0],
         responses=len(documents),
-        **{name: torch.cat(parts) for name, parts in zip(names, zip(*tokens, strict=True), strict=True)},
+        **joined,
         target_row=torch.cat(rows),
         target_token=torch.cat([d.target_token for d in documents]),
         target_weight=torch.cat([d.target_weight for d in documents]),
@@ -313,9 +314,11 @@ def share_prompt(documents: Sequence[PackedSequence]) -> PackedSequence:
 
 def empty_sequence(block_size: int) -> PackedSequence:
     """No tokens, no predictions, no responses: to be padded."""
-    nothing = {f.name: torch.zeros(0, dtype=torch.long) for f in fields(PackedSequence) if f.name != "responses"}
-    nothing |= {"block_size": block_size, "target_weight": torch.zeros(0, dtype=torch.float64)}
-    return PackedSequence(responses=0, **nothing)
+    nothing: dict[str, Any] = {
+        f.name: torch.zeros(0, dtype=torch.long) for f in fields(PackedSequence) if f.name != "responses"
+    }
+    nothing |= {"block_size": block_size, "responses": 0, "target_weight": torch.zeros(0, dtype=torch.float64)}
+    return PackedSequence(**nothing)
 
 
 def pad_to(sequence: PackedSequence, length: int, pad_id: int) -> PackedSequence:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Number(NamedTuple):
@@ -180,8 +180,8 @@ _ANSWER = re.compile(
 )
 
 
-def _marked(plain: str, marker: re.Pattern) -> Number | None | str:
-    """The number right behind the last ``marker`` that has one; ``""`` where none has."""
+def _marked(plain: str, marker: re.Pattern) -> Any:
+    """The number right behind the last ``marker`` that has one, or None; ``""`` where none has."""
     for match in reversed(list(marker.finditer(plain))):
         start = match.end()
         run = _RUN.match(plain, start)

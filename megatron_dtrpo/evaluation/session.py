@@ -123,9 +123,9 @@ def _converted(folder: Path) -> Iterator[Path]:
     if initialize.world_size() != initialize.local_world_size():
         raise UserError(f"{folder}: on several nodes import it first: tools/convert_checkpoint.py import")
     if initialize.world_size() == 1:
-        with tempfile.TemporaryDirectory() as scratch:
-            import_checkpoint(folder, Path(scratch) / "checkpoint", ImportOptions(progress=False))
-            yield Path(scratch) / "checkpoint"
+        with tempfile.TemporaryDirectory() as own:
+            import_checkpoint(folder, Path(own) / "checkpoint", ImportOptions(progress=False))
+            yield Path(own) / "checkpoint"
         return
     # The processes do not know each other yet, but they know who started them.
     launcher = psutil.Process(os.getppid())

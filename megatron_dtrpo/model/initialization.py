@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _FUSED_NORMS = {
 }
 
 
-def global_parameter_names(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def global_parameter_names(model: Any) -> dict[str, Any]:
     """Parameters by the name they have in an unpipelined model: layers are numbered through all stages."""
     names = {}
     for name, parameter in model.named_parameters():
@@ -39,7 +40,7 @@ def global_parameter_names(model: torch.nn.Module) -> dict[str, torch.nn.Paramet
 
 
 @torch.no_grad()
-def initialize_weights(model: torch.nn.Module, seed: int) -> None:
+def initialize_weights(model: Any, seed: int) -> None:
     """Normal matrices, zero biases, unit norms, in place. ``model`` is one stage of a `BlockDiffusionGPTModel`."""
     config, tp = model.config, model.pg_collection.tp
     for name, parameter in global_parameter_names(model).items():
@@ -62,14 +63,14 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _full_shape(parameter: Tensor, tp_size: int) -> tuple[int, ...]:
+def _full_shape(parameter: Any, tp_size: int) -> tuple[int, ...]:
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= tp_size
     return tuple(shape)
 
 
-def _shard(full: Tensor, parameter: Tensor, tp) -> Tensor:
+def _shard(full: Tensor, parameter: Any, tp) -> Tensor:
     """This rank's part. A stride of 2 marks two stacked matrices (gate and up), each of which is sharded."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full

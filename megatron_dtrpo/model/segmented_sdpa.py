@@ -90,7 +90,7 @@ class Kernel(NamedTuple):
     what ``backward`` wants of the softmax; ``backward`` gives the gradients of q, k and v."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
 
 
 def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -112,10 +112,10 @@ def _anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape), q.new_empty(0)
 
 
-def _backward_anywhere(grad, q, k, v, out, nothing, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_anywhere(grad, q, k, v, out, nothing, mask, scale) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        inputs = tuple(t.detach().requires_grad_() for t in (q, k, v))
-        return torch.autograd.grad(_anywhere(*inputs, mask, scale)[0], inputs, grad)
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        return torch.autograd.grad(_anywhere(q, k, v, mask, scale)[0], (q, k, v), grad)
 
 
 # Device types whose kernel can be called without autograd keeping each chunk's copy of the keys; others run it again.
@@ -164,5 +164,5 @@ class _SegmentedSdpa(torch.autograd.Function):
 
 def _inputs(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     mask = None if chunk.mask is None else chunk.mask.to(query.dtype)
-    rows = (query[chunk.start : chunk.stop], key[chunk.keys], value[chunk.keys])
-    return *map(_heads_first, rows), mask
+    q, k, v = (_heads_first(t) for t in (query[chunk.start : chunk.stop], key[chunk.keys], value[chunk.keys]))
+    return q, k, v, mask

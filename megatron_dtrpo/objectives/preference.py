@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -150,7 +150,7 @@ def preference_loss(
         name: LOSSES[name].of(per_token if LOSSES[name].per_token or length_normalization else pairs, options)
         for name in losses
     }
-    loss = sum(weight * values[name] for name, weight in losses.items())
+    loss: Any = sum(weight * values[name] for name, weight in losses.items())
     margin = pairs.margin
     metrics = {
         "loss": loss,

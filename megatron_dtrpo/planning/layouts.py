@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, ParallelSettings
@@ -16,7 +17,7 @@ from megatron_dtrpo.planning import step_time as time
 HEADROOM = 0.08
 
 # Settings of recomputation from none to all, in the order in which they are tried.
-RECOMPUTATION = {
+RECOMPUTATION: dict[str, dict[str, Any]] = {
     "none": {},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {
@@ -104,7 +105,7 @@ def _least_recomputation(config: Config, gpus: int, capacity: int, tp: int, pp: 
     return layout
 
 
-def _layout(config: Config, gpus: int, capacity: int, sizes: tuple, name: str, settings: dict) -> Layout:
+def _layout(config: Config, gpus: int, capacity: int, sizes: tuple[int, int, int], name: str, settings: dict) -> Layout:
     config = copy.deepcopy(config)
     config.parallel = _spread(config.parallel, *sizes, settings)
     data_parallel = validate(config, gpus)

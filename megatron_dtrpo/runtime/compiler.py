@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from megatron_dtrpo.errors import UserError
 
@@ -27,7 +28,8 @@ def compiled(function: Callable, dynamic: bool | None = False) -> Callable:
     import torch._dynamo  # slow to import, and not needed on a CPU
 
     allow_variants(_LEAST)
-    errors, config = torch._dynamo.exc, torch._dynamo.config
+    errors: Any = torch._dynamo.exc
+    config: Any = torch._dynamo.config
     limit_reached = getattr(errors, "FailOnRecompileLimitHit", None) or errors.FailOnCacheLimitHit
     fail, limit = _known(config, *_FAIL), _known(config, "recompile_limit", "cache_size_limit")
     kernel = torch.compile(function, dynamic=dynamic)

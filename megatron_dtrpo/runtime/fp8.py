@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def reference_pass(chunks: Sequence[torch.nn.Module], in_fp8: bool) -> Iterator[
 @contextmanager
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Inside, the stages compute in bf16, or what they compute in without FP8."""
-    config = chunks[0].config  # one object for all stages
+    config: Any = chunks[0].config  # one object for all stages
     before, config.fp8 = config.fp8, None
     # A bf16 pass makes a module forget that it has scales to save; a checkpoint may be written before the next one.
     flags = [(meta, meta["fp8_checkpoint"]) for meta in _fp8_states(chunks) if "fp8_checkpoint" in meta]
@@ -68,8 +69,8 @@ def _history_kept(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def _fp8_states(chunks: Sequence[torch.nn.Module]) -> list[dict]:
-    modules = (module for chunk in chunks for module in chunk.modules())
-    return [module.fp8_meta for module in modules if isinstance(getattr(module, "fp8_meta", None), dict)]
+    states = (getattr(module, "fp8_meta", None) for chunk in chunks for module in chunk.modules())
+    return [state for state in states if isinstance(state, dict)]
 
 
 def _histories(chunks: Sequence[torch.nn.Module]) -> list[Tensor]:
@@ -77,7 +78,7 @@ def _histories(chunks: Sequence[torch.nn.Module]) -> list[Tensor]:
     return [state.amax_history for state in states if hasattr(state, "amax_history")]
 
 
-def keep_exact_value(parameter: torch.nn.Parameter, value: Tensor) -> None:
+def keep_exact_value(parameter: Any, value: Tensor) -> None:
     """Tells a parameter that is kept in FP8 the ``value`` it was given, for the optimizer's main weights to start from.
     Transformer Engine remembers the one it was built with, which here is none."""
     if hasattr(parameter, "get_high_precision_init_val"):

@@ -241,7 +241,8 @@ class Trainer:
         outcomes = train_pass(self.wrapped, batches, self.objective)
         names = self.objective.metric_names
         reduced = reduce_metrics(outcomes, len(names), packed, stop.requested() is not None, self.device)
-        sums, count, tokens, stopping, slope = (t.tolist() for t in reduced)
+        sums: list[float] = reduced.metrics.tolist()
+        count, tokens, stopping, slope = (float(t) for t in reduced[1:])
         metrics = {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
         if not math.isfinite(metrics["loss"]):
             self._fail("loss", metrics["loss"], samples, outcomes)

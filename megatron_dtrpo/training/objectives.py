@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     ``slope``: in a training pass, of `training.step.slope`."""
 
     loss: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     metrics: Tensor
     per_example: Tensor
     slope: Tensor | None = None

@@ -20,8 +20,10 @@ from megatron_dtrpo.errors import UserError
 RUN_CONFIG = "run_config.yaml"
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.
-_PINNED = ("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16")
-_PINNED += ("length_normalization", "fp8_format", "fp8_recipe", "fp8_reference")
+_PINNED = (
+    *("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16"),
+    *("length_normalization", "fp8_format", "fp8_recipe", "fp8_reference"),
+)
 _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
 # What a checkpoint records of the data, and how a message says it.

@@ -189,7 +189,7 @@ class Reduced(NamedTuple):
     the number of processes asked to ``stop`` and the ``slope`` of the loss (see `slope`)."""
 
     metrics: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     packed_tokens: Tensor
     stop: Tensor
     slope: Tensor

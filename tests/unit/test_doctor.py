@@ -129,7 +129,7 @@ def test_the_versions_of_transformer_engine_that_megatron_core_takes(version, st
 
 def test_the_range_is_that_of_the_extra():
     low, high = (".".join(map(str, bound)) for bound in TRANSFORMER_ENGINE)
-    assert f"transformer-engine[pytorch]>={low},<{high}" in (REPOSITORY / "setup.py").read_text()
+    assert f"transformer-engine[pytorch]>={low},<{high}" in (REPOSITORY / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ _MULTIPLE = (
 )
 _COINS = r"(?i:dollars?|euros?|pounds?)\s+and\s+"
 _POWERS = r"\u00b2\u00b3\u00b9\u2070-\u209c"
-_TIMES = r"(?:[*^\u00d7\u00b7\u22c5\u00f7]|\s:|\\(?:cdot|times|div)\b)"
+_TIMES = r"(?:[*^\u00d7\u00b7\u22c5\u00f7]|\s:|\\(?:cdot|times|div)\b|\s+(?:times|multiplied by|divided by)\b)"
 # Beside a number, these make another of it, or say that it is not the one; which one it is then is not read.
 _BEHIND = (
     r"[xyziIOokKMB]\b|[^\W\d_]+\d|_[\w{]|['\u2019]\d",  # 5x, 1O, 0x10, 1_000, 1'000
@@ -52,7 +52,7 @@ _BEHIND = (
 )
 _BEFORE = (
     r"\u221a|\u00b1|\\pm|\\sqrt\s*(?:\[\d+\])?\s*\{?|\\[cdt]?frac\s*\{[^{}]*|\\[cdt]?frac\s*\{[^{}]*\}\s*\{[^{}]*",
-    r"\b(?:sqrt|log|ln|exp|sin|cos|tan|abs)\b\s*\(?|\b[a-z]\(|\b(?:root|half|twice|square|cube) of|%\s*of",
+    r"\b(?:sqrt|log(?:_\w+)?|ln|exp|sin|cos|tan|abs)\b\s*\(?|\b[a-z]\(|\b(?:root|half|twice|square|cube) of|%\s*of",
     r"[\w)]\s*[\^_]\s*\{?|\b\\?p?mod(?:ulo)?\b\s*\{?",
     rf"\d\}}?\s*{_TIMES}",
     r"\b(?:not|never|rather than|instead of|(?:more|less|fewer|greater) than|out of|minus|negative)|n['\u2019]t",

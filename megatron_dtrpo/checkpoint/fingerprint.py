@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dtrpo.model.chunks import chunks_of
-from megatron_dtrpo.model.initialization import global_parameter_names
+from megatron_dtrpo.model.initialization import global_parameter_names, shared_name
 from megatron_dtrpo.runtime import objects
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,8 +42,8 @@ def _own_sums(model: Any) -> dict[str, int]:
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return sums
     for name, parameter in global_parameter_names(model).items():
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            continue  # the last stage's copy of a tied matrix
+        if shared_name(model, name) != name:
+            continue
         sharded = getattr(parameter, "tensor_model_parallel", False)
         if not sharded and tp.rank() != 0:
             continue

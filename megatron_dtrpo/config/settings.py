@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from megatron_dtrpo.config.fp8 import RECIPES
 from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.objectives.preference import LOSSES, reads_reference
+from megatron_dtrpo.rounding import round_up
 
 RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transformer Engine
 
@@ -50,8 +51,7 @@ class ModelSettings:
 
     @property
     def padded_vocab_size(self) -> int:
-        multiple = self.make_vocab_size_divisible_by
-        return -(-self.vocab_size // multiple) * multiple
+        return round_up(self.vocab_size, self.make_vocab_size_divisible_by)
 
 
 @dataclass

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_dtrpo.rounding import ceil_divide
+
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
     """Deals positions ``0 .. len(costs) - 1`` into ``parts`` lists of nearly equal cost: the longest first, each to
     the list that has least so far. No list gets more than its share of items, rounded up."""
-    size = -(-len(costs) // parts)
+    size = ceil_divide(len(costs), parts)
     dealt: list[list[int]] = [[] for _ in range(parts)]
     totals = [0] * parts
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

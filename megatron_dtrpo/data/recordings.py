@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_dtrpo.data.token_store import RESPONSES, Example, TokenStore
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.rounding import round_up
 
 
 def blocks_in_order(steps: np.ndarray, prompt_length: int, block_size: int) -> bool:
@@ -31,7 +32,7 @@ def fits_last_block(example: Example, response: int, block_size: int) -> bool:
     """Whether what was thrown away lies in the response's last block and was written while that was decoded."""
     prompt_length, steps = len(example.prompt), example.steps[response]
     discarded = example.discarded[response]
-    stop = -(-(prompt_length + len(steps)) // block_size) * block_size - prompt_length  # of the last block, in places
+    stop = round_up(prompt_length + len(steps), block_size) - prompt_length  # of the last block, in places
     earlier = steps[: max(stop - block_size + 1, 0)]  # of the blocks before, and of this one's first token
     return bool((discarded[:, 0] < stop).all() and (discarded[:, 2] > earlier.max(initial=-1)).all())
 

@@ -13,7 +13,6 @@ Legend: n blocks, B block size, K views, m maskable tokens of a block.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_dtrpo.seeds import stable_seed
 
 # Views are numbered from 1; the reference's own draws, where it has any, have the negative numbers.
 POLICY, REFERENCE = 1, -1
@@ -77,8 +78,8 @@ def noise_generator(seed: int, epoch: int, index: int, branch: int, view: int) -
 
     The five integers are hashed because neighbouring seeds must not give related streams.
     """
-    digest = hashlib.blake2b(struct.pack("<5q", seed, epoch, index, branch, view), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    seed = stable_seed(struct.pack("<5q", seed, epoch, index, branch, view))
+    return torch.Generator().manual_seed(seed)
 
 
 def dtrpo(request: NoiseRequest) -> Noise:

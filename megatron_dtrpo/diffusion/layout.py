@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.rounding import ceil_divide
+
 CLEAN = 0  # the view number of clean tokens
 PADDING_DOCUMENT = -1
 
@@ -50,7 +52,7 @@ class Blocks:
     @property
     def count(self) -> int:
         """n, the number of blocks that hold at least one response token."""
-        return (self.prompt_length + self.response_length - 1) // self.block_size + 1 - self.first
+        return ceil_divide(self.prompt_length + self.response_length, self.block_size) - self.first
 
     @property
     def start(self) -> int:
@@ -160,7 +162,7 @@ def packed_length(prompt_length, response_lengths: Sequence, block_size: int, vi
     first = prompt_length // block_size
     total = first * block_size
     for number, length in enumerate(response_lengths):
-        count = (prompt_length + length - 1) // block_size + 1 - first
+        count = ceil_divide(prompt_length + length, block_size) - first
         noisy = copies[number] if len(copies) else views * count
         total = total + (count - 1 + noisy) * block_size
     return total

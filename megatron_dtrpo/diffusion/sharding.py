@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, visible
+from megatron_dtrpo.rounding import round_up
 
 GRAIN = 128  # tokens of a FlexAttention tile: a unit of as many leaves the mask's empty tiles empty
 UNITS_PER_RANK = 8  # fewer cannot be balanced; shorter sequences are cut into smaller units
@@ -34,7 +35,7 @@ def unit_length(length: int, block_size: int, ranks: int) -> int:
 def padded_length(length: int, block_size: int, ranks: int, multiple: int = 1) -> int:
     """``length`` tokens, rounded up so that every rank gets as many whole units, and a multiple of ``multiple``."""
     step = math.lcm(unit_length(length, block_size, ranks), multiple) * ranks
-    return -(-length // step) * step
+    return round_up(length, step)
 
 
 def work(coordinates: Coordinates, block_size: int) -> Tensor:

@@ -7,7 +7,6 @@ the choices of one question that are equally long are compared under the same dr
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate, share_prompt
 from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.runtime import initialize
+from megatron_dtrpo.seeds import stable_seed
 
 CHUNK = 256  # documents whose packed sequences are alive at once
 
@@ -34,8 +34,7 @@ class Continuation(NamedTuple):
 
 def content_key(ids: Sequence[int]) -> int:
     """A number from 0 to 2**63 - 1 that stands for ``ids``, the same in every process and version."""
-    digest = hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return stable_seed(",".join(map(str, ids)).encode())
 
 
 def score_continuations(

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dtrpo.diffusion.layout import CLEAN, PADDING_DOCUMENT, Coordinates
-from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention, round_up
+from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention
+from megatron_dtrpo.rounding import round_up
 
 
 class KeyValueCache:

@@ -19,6 +19,7 @@ from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefi
 from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width, choose_backend
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.transfer import send_together
 
 PREFILL_TOKENS = 16384  # prompts that are prefilled together; one longer prompt goes alone
@@ -133,7 +134,7 @@ class BlockDecoder:
 
     def _capacity(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
         longest = min(max(map(len, prompts)) + options.max_new_tokens, self.max_positions)
-        return -(-longest // self.block_size) * self.block_size
+        return round_up(longest, self.block_size)
 
     def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor) -> None:
         """One pass of every active sequence; sequences whose passes have the same form share a call of the model."""

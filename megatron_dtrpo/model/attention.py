@@ -24,6 +24,7 @@ from megatron_dtrpo.diffusion.layout import Coordinates, visible
 from megatron_dtrpo.diffusion.sharding import GRAIN
 from megatron_dtrpo.model.context_parallel import gather_keys_and_values
 from megatron_dtrpo.model.segmented_sdpa import plan_chunks, segmented_sdpa
+from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.compiler import allow_variants, compiled
 
 
@@ -86,11 +87,6 @@ def flex_variants(longest: int) -> int:
 
 def _any_length(length: int) -> int:
     return length
-
-
-def round_up(length: int, step: int) -> int:
-    """The least multiple of ``step`` that is not below ``length``."""
-    return -(-length // step) * step
 
 
 @functools.cache

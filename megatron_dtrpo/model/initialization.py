@@ -6,7 +6,6 @@ are a function of the seed and its name in the whole model, and a rank takes its
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
+from megatron_dtrpo.seeds import stable_seed
 
 # Layers that write to the residual stream start smaller, by 1 / sqrt(2 * layers) (GPT-2, Megatron).
 _RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
@@ -39,6 +39,12 @@ def global_parameter_names(model: Any) -> dict[str, Any]:
     return names
 
 
+def shared_name(model: Any, name: str) -> str:
+    """``name``, or the embedding's where the parameter is the last stage's copy of a tied embedding."""
+    tied_copy = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+    return "embedding.word_embeddings.weight" if tied_copy else name
+
+
 @torch.no_grad()
 def initialize_weights(model: Any, seed: int) -> None:
     """Normal matrices, zero biases, unit norms, in place. ``model`` is one stage of a `BlockDiffusionGPTModel`."""
@@ -47,8 +53,7 @@ def initialize_weights(model: Any, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied matrix
+        name = shared_name(model, name)
         std = config.init_method_std
         if name.endswith(_RESIDUAL_WRITERS):
             std /= math.sqrt(2 * config.num_layers)
@@ -58,8 +63,7 @@ def initialize_weights(model: Any, seed: int) -> None:
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(stable_seed(f"{seed}/{name}".encode()))
     return torch.randn(shape, generator=generator)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
 from megatron_dtrpo.planning import parameters
+from megatron_dtrpo.rounding import ceil_divide
 
 GPUS_PER_NODE = 8
 PEAK_FLOPS = 989e12  # H100, bf16, dense
@@ -46,12 +47,12 @@ def bubble_share(pp: int, virtual: int, micro_batches: int) -> float:
 
 def examples_of_step(config: Config, data_parallel: int) -> int:
     """Of the data-parallel process that has most."""
-    return -(-config.data.global_batch_size // data_parallel)
+    return ceil_divide(config.data.global_batch_size, data_parallel)
 
 
 def micro_batches_of_step(config: Config, data_parallel: int) -> int:
     """Of the data-parallel process that has most, where ``micro_batch_size`` examples fit a packed sequence."""
-    return -(-examples_of_step(config, data_parallel) // config.data.micro_batch_size)
+    return ceil_divide(examples_of_step(config, data_parallel), config.data.micro_batch_size)
 
 
 def step_time(config: Config, data_parallel: int) -> StepTime:

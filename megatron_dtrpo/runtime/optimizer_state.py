@@ -25,6 +25,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+from megatron_dtrpo.rounding import ceil_divide
+
 STATE = ("param", "exp_avg", "exp_avg_sq")  # main weights and Adam's moments
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -45,7 +47,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
         found = boxes(shape[1:], start - number * row, stop - number * row)
         return [((number, *offset), (1, *size)) for offset, size in found]
 
-    first, last = -(-start // row), stop // row  # whole rows first:last
+    first, last = ceil_divide(start, row), stop // row  # whole rows first:last
     if first > last:
         return inside(last, start, stop)
     whole = [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))] if first < last else []

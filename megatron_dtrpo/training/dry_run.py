@@ -16,6 +16,7 @@ from megatron_dtrpo.planning.layouts import fits_in, stage_plans
 from megatron_dtrpo.planning.memory import GIB
 from megatron_dtrpo.planning.report import gib, memory_table
 from megatron_dtrpo.planning.step_time import examples_of_step, micro_batches_of_step
+from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime import simulated_rank as pretend
 from megatron_dtrpo.training.setup import check_reference_architecture, resolve_start
@@ -46,7 +47,7 @@ def _settle(config: Config, given: set[str], world_size: int | None) -> tuple[in
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
     if world_size is None:
-        world_size = -(-initialize.world_size() // model_parallel) * model_parallel
+        world_size = round_up(initialize.world_size(), model_parallel)
     if world_size < 1:
         raise UserError(f"--world-size is {world_size}: it must be positive")
     data_parallel = validate(config, world_size)

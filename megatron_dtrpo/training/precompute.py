@@ -15,6 +15,7 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.attention import choose_backend
+from megatron_dtrpo.rounding import ceil_divide
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.fp8 import reference_pass
 from megatron_dtrpo.training.reference import reference_model
@@ -36,7 +37,7 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     steps = config.optimizer.steps(len(data.order), batch)
     if steps == 0:
         raise UserError("num_epochs is 0: there is no step to precompute")
-    epochs = -(-steps * batch // len(data.order))
+    epochs = ceil_divide(steps * batch, len(data.order))
     builder = data.reference_batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
     device = initialize.device()
     backend = choose_backend(config.parallel.attention_backend, device)

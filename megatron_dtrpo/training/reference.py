@@ -16,7 +16,7 @@ from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
-from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
+from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights, shared_name
 from megatron_dtrpo.model.provider import build_chunks
 from megatron_dtrpo.training import resume
 
@@ -60,8 +60,7 @@ def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] 
     matched = set()
     named = [(chunk, item) for chunk in chunks for item in global_parameter_names(chunk).items()]
     for chunk, (name, parameter) in named:
-        if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied matrix
+        name = shared_name(chunk, name)
         hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*")}
         parameter.requires_grad_(bool(hits))
         matched |= hits

@@ -17,10 +17,11 @@ from torch import Tensor
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
-from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention, round_up
+from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.context_parallel import add_up
 from megatron_dtrpo.objectives.preference import response_log_likelihoods
+from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.transfer import pinned, to_device
 from megatron_dtrpo.training.objectives import Objective, Outcome
 

@@ -90,6 +90,7 @@ def test_a_server_is_all_ok():
         ("transformers", {"tokenizer": "HuggingFaceTokenizer"}),
         ("sentencepiece", {"tokenizer": "SentencePieceTokenizer"}),
         ("pyarrow", {"data_format": ".parquet"}),
+        ("pyarrow", {"data_format": ".arrow"}),
         ("datasets", {"data_format": ""}),
         ("tensorboard", {"tensorboard": True}),
         ("wandb", {"wandb": True}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import random
 import socket
+import sys
 
 import pytest
 from tokenizers.decoders import DecodeStream
@@ -231,6 +232,12 @@ def test_sentencepiece_errors(sentencepiece_model, tmp_path):
     assert "cannot be loaded" in message_of(lambda: build_tokenizer("SentencePieceTokenizer", tmp_path / "bad.model"))
     assert "no file" in message_of(lambda: build_tokenizer("SentencePieceTokenizer", tmp_path / "none.model"))
     assert "needs the file" in message_of(lambda: build_tokenizer("SentencePieceTokenizer"))
+
+
+def test_a_missing_library_says_what_to_install(sentencepiece_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    file = sentencepiece_model / "masked.model"
+    assert "pip install sentencepiece" in message_of(lambda: build_tokenizer("SentencePieceTokenizer", file))
 
 
 def test_byte_level_ids_are_bytes_and_specials_come_after(tmp_path):

@@ -51,9 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro-batch-size", type=int, default=6, help="Pairs at once, for ours and the peers. Default: %(default)s."
     )
     parser.add_argument(
-        "--same-products", action="store_true",
+        "--same-products",
+        action="store_true",
         help="On a CPU: peers choose the library of a matrix product as ours does; left is the layout.",
-    )  # fmt: skip
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="Default: %(default)s.")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="Some only (ours always). Default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Chooses the pairs. Default: %(default)s.")

@@ -96,9 +96,15 @@ def _open(folder: Path, count: int):
 
     usable, _ = select_by_length(store, noise.packed_lengths(store), SEQ_LENGTH)
     builder = BatchBuilder(
-        store, SampleOrder(usable, seed=0), noise, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
-        seq_length=SEQ_LENGTH, data_parallel_rank=0, data_parallel_size=1,
-    )  # fmt: skip
+        store,
+        SampleOrder(usable, seed=0),
+        noise,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=MICRO_BATCH,
+        seq_length=SEQ_LENGTH,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
     return builder, tokenized
 
 
@@ -114,9 +120,13 @@ def _pairs_per_second_of_steps(arguments: argparse.Namespace) -> float:
     drawn = pairs.tokenize(rows, range(len(rows)), pairs.train_tokenizer(rows, 300), vocabulary)
     noise = noising("dtrpo", 1, block_size=BLOCK_SIZE, mask_id=vocabulary, steps_per_block=8)
     ours = Ours(
-        Learner(shape, lr=0.0), shape, lambda pair: noise.document(sample_of(pair), pair.prompt, pair.responses),
-        beta=0.1, micro_batch_size=MICRO_BATCH, seq_length=SEQ_LENGTH,
-    )  # fmt: skip
+        Learner(shape, lr=0.0),
+        shape,
+        lambda pair: noise.document(sample_of(pair), pair.prompt, pair.responses),
+        beta=0.1,
+        micro_batch_size=MICRO_BATCH,
+        seq_length=SEQ_LENGTH,
+    )
     seconds = []
     for _ in range(arguments.steps + 1):
         started = time.perf_counter()

@@ -80,8 +80,9 @@ def _run(arguments: argparse.Namespace) -> None:
     contenders = {"transformers, one at a time": theirs}
     contenders |= {f"ours, batch {size}": ours(size) for size in arguments.batch_sizes}
     answers = {name: run() for name, run in contenders.items()}  # warm-up, and the check
-    same = sum(a == b for other in answers.values() for a, b in zip(answers["transformers, one at a time"], other,
-                                                                    strict=True))  # fmt: skip
+    same = sum(
+        a == b for other in answers.values() for a, b in zip(answers["transformers, one at a time"], other, strict=True)
+    )
     print(f"equal answers: {same} of {len(prompts) * len(answers)} (fp32 rounding may flip one)")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.repetitions):

@@ -31,11 +31,19 @@ from megatron_dtrpo.runtime.precision import check_machine
 from megatron_dtrpo.train import run_command
 
 SIZES = {
-    "7b": dict(hidden_size=3584, ffn_hidden_size=18944, num_attention_heads=28, num_query_groups=4, kv_channels=128,
-               vocab_size=152064, rotary_base=1e6),
-    "tiny": dict(hidden_size=64, ffn_hidden_size=160, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-                 vocab_size=512),
-}  # fmt: skip
+    "7b": dict(
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
+        kv_channels=128,
+        vocab_size=152064,
+        rotary_base=1e6,
+    ),
+    "tiny": dict(
+        hidden_size=64, ffn_hidden_size=160, num_attention_heads=4, num_query_groups=2, kv_channels=16, vocab_size=512
+    ),
+}
 FORMATS = {
     "fp32": ParallelSettings(
         transformer_impl="local", attention_backend="sdpa", apply_rope_fusion=False, gradient_accumulation_fusion=False
@@ -214,8 +222,10 @@ def _report(arguments: argparse.Namespace, rows: list[dict]) -> None:
     machine = torch.cuda.get_device_name() if initialize.device().type == "cuda" else "a CPU"
     day = time.strftime("%Y-%m-%d")
     print(f"{day}, {machine}, torch {torch.__version__}: {arguments.layers} layers, {arguments.size}")
-    print("| packed tokens | format | forward + backward | spread | MFU | peak memory | compiled after warm-up | "
-          "error of log p | of gradients |")  # fmt: skip
+    print(
+        "| packed tokens | format | forward + backward | spread | MFU | peak memory | compiled after warm-up | "
+        "error of log p | of gradients |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         peak = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB" if row["peak_memory_bytes"] else ""

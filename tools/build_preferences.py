@@ -32,10 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", required=True, metavar="FILE", help="Prompts, with what the verifier needs.")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file of pairs to write.")
     parser.add_argument("--samples", type=int, default=8, help="Responses per prompt. Default: %(default)s.")
-    parser.add_argument("--pairs-per-prompt", type=int, default=1, metavar="N", help="At most this many pairs of one "
-                        "prompt, no response twice. Default: %(default)s.")  # fmt: skip
-    parser.add_argument("--verifier", default="numeric", metavar="NAME", help="numeric, or module:function. Default: "
-                        "%(default)s.")  # fmt: skip
+    parser.add_argument(
+        "--pairs-per-prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="At most this many pairs of one prompt, no response twice. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--verifier", default="numeric", metavar="NAME", help="numeric, or module:function. Default: %(default)s."
+    )
     parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
     add_prompt_file_flags(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="Responses decoded at once. Default: %(default)s.")
@@ -56,8 +62,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _warn(arguments: argparse.Namespace) -> None:
     if arguments.sub_block_cache:
-        print("warning: --sub-block-cache is an approximation: the recorded decodings replay otherwise than they were "
-              "made; leave it out for --estimator trajectory and exact_trajectory", file=sys.stderr)  # fmt: skip
+        print(
+            "warning: --sub-block-cache is an approximation: the recorded decodings replay otherwise than they were "
+            "made; leave it out for --estimator trajectory and exact_trajectory",
+            file=sys.stderr,
+        )
 
 
 def _build(argv: list[str]) -> None:

@@ -44,28 +44,48 @@ def _number(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="convert_checkpoint.py", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _Parser(
+        prog="convert_checkpoint.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{import,export,roundtrip,inspect}")
 
     def verb(name: str, help: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
 
     to = verb("import", "Hugging Face folder to Megatron checkpoint: train from it with --load.")
-    to.add_argument("--hf-path", required=True, type=Path, metavar="DIR", help="Folder with config.json, safetensors "
-                    "and tokenizer.")  # fmt: skip
+    to.add_argument(
+        "--hf-path", required=True, type=Path, metavar="DIR", help="Folder with config.json, safetensors and tokenizer."
+    )
     to.add_argument("--megatron-path", required=True, type=Path, metavar="DIR", help="Checkpoint to write.")
     to.add_argument("--params-dtype", choices=DTYPES, help="Convert weights to this. Default: as stored.")
-    to.add_argument("--add-mask-token", action="store_true", help="Reserve the mask token |<MASK>| in the tokenizer, "
-                    "behind its last token; for models that are no diffusion models yet.")  # fmt: skip
+    to.add_argument(
+        "--add-mask-token",
+        action="store_true",
+        help="Reserve the mask token |<MASK>| in the tokenizer, "
+        "behind its last token; for models that are no diffusion models yet.",
+    )
     to.add_argument("--mask-token", metavar="TOKEN", help="Use this token of the tokenizer as the mask.")
-    to.add_argument("--eos-token", metavar="TOKEN", help="Use this token of the tokenizer as the end of an answer. "
-                    "Default: the tokenizer's own.")  # fmt: skip
-    to.add_argument("--block-size", type=_positive, metavar="N", help="Tokens per diffusion block, where config.json "
-                    "has no bd_size. Default: 32.")  # fmt: skip
-    to.add_argument("--make-vocab-size-divisible-by", type=_positive, metavar="N",
-                    default=ModelSettings.make_vocab_size_divisible_by,
-                    help="Pad the vocabulary to a multiple of this. Default: %(default)s.")  # fmt: skip
+    to.add_argument(
+        "--eos-token",
+        metavar="TOKEN",
+        help="Use this token of the tokenizer as the end of an answer. Default: the tokenizer's own.",
+    )
+    to.add_argument(
+        "--block-size",
+        type=_positive,
+        metavar="N",
+        help="Tokens per diffusion block, where config.json has no bd_size. Default: 32.",
+    )
+    to.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=_positive,
+        metavar="N",
+        default=ModelSettings.make_vocab_size_divisible_by,
+        help="Pad the vocabulary to a multiple of this. Default: %(default)s.",
+    )
 
     back = verb("export", "Megatron checkpoint to Hugging Face folder.")
     back.add_argument("--megatron-path", required=True, type=Path, metavar="DIR", help="Checkpoint or run folder.")
@@ -73,15 +93,20 @@ def build_parser() -> argparse.ArgumentParser:
     back.add_argument("--iteration", type=_number, metavar="N", help="Iteration to export. Default: the latest.")
     back.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="Largest weight file. Default: 5GB.")
     back.add_argument("--dtype", choices=DTYPES, help="Convert weights to this. Default: that of the imported folder.")
-    back.add_argument("--hf-reference", type=Path, metavar="DIR", help="Copy modelling files (*.py) from this folder, "
-                      "and config.json where the checkpoint was not imported.")  # fmt: skip
+    back.add_argument(
+        "--hf-reference",
+        type=Path,
+        metavar="DIR",
+        help="Copy modelling files (*.py) from this folder, and config.json where the checkpoint was not imported.",
+    )
     back.add_argument("--no-tokenizer", action="store_true", help="Leave the tokenizer out.")
 
     both = verb("roundtrip", "Import and export in a scratch folder and compare every tensor.")
     both.add_argument("--hf-path", required=True, type=Path, metavar="DIR", help="Hugging Face folder.")
     both.add_argument("--params-dtype", choices=DTYPES, help="Convert to this on the way; differences show.")
-    both.add_argument("--scratch", type=Path, metavar="DIR", help="Where the scratch folder is made. Default: the "
-                      "system's.")  # fmt: skip
+    both.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="Where the scratch folder is made. Default: the system's."
+    )
 
     for each in (to, back):
         each.add_argument("--overwrite", action="store_true", help="Replace the output folder if it is a checkpoint.")

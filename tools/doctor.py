@@ -26,8 +26,9 @@ from megatron_dtrpo.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="doctor.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="doctor.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nproc", type=int, metavar="N", help="Processes on this machine, as torchrun counts them.")
     arguments, settings = parser.parse_known_args(argv)
     if arguments.nproc is not None and arguments.nproc < 1:

@@ -51,31 +51,59 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", required=True, metavar="NAMES", help="Tasks, separated by commas.")
     parser.add_argument("--include-path", metavar="DIR", help="Folder with YAML files of your own tasks.")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples in the prompt. Default: the task's.")
-    parser.add_argument("--limit", type=float, metavar="N", help="Only the first N documents of each task, or, below "
-                        "1, that share of them: for trying out.")  # fmt: skip
-    parser.add_argument("--apply-chat-template", action="store_true", help="Prompts are messages to the assistant; "
-                        "few-shot examples are earlier turns.")  # fmt: skip
-    parser.add_argument("--no-fewshot-as-multiturn", dest="multiturn", action="store_false", help="With a chat "
-                        "template: few-shot examples inside the one message.")  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="N",
+        help="Only the first N documents of each task, or, below 1, that share of them: for trying out.",
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="Prompts are messages to the assistant; few-shot examples are earlier turns.",
+    )
+    parser.add_argument(
+        "--no-fewshot-as-multiturn",
+        dest="multiturn",
+        action="store_false",
+        help="With a chat template: few-shot examples inside the one message.",
+    )
     parser.add_argument(
         "--system-instruction", metavar="TEXT", help="The system's message, or what prompts begin with."
     )
     parser.add_argument("--output", metavar="FILE.json", help="Results as the harness has them.")
     parser.add_argument("--log-samples", action="store_true", help="Results include every prompt and answer.")
-    parser.add_argument("--confirm-run-unsafe-code", action="store_true", help="Let code tasks (HumanEval, MBPP) run "
-                        "what the model wrote, on this machine.")  # fmt: skip
+    parser.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="Let code tasks (HumanEval, MBPP) run what the model wrote, on this machine.",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
     add_decoding_flags(parser, **TASKS_OWN)
-    parser.add_argument("--estimator", choices=SCORING, default="vrpo", help="Estimator of log-likelihoods. Default: "
-                        "%(default)s.")  # fmt: skip
-    parser.add_argument("--num-views", type=int, metavar="K", help="Noisy views it averages over. Default: 4, or 1 "
-                        "where there is no noise.")  # fmt: skip
-    parser.add_argument("--steps-per-block", type=int, default=8, metavar="N", help="dtrpo: decoding steps of a block. "
-                        "Default: %(default)s.")  # fmt: skip
-    parser.add_argument("--seq-length", type=int, default=8192, metavar="N", help="Tokens scored at once. Default: "
-                        "%(default)s.")  # fmt: skip
-    parser.add_argument("--check-greedy", action="store_true", help="For metrics that ask whether an answer is what "
-                        "greedy decoding writes: decode and compare.")  # fmt: skip
+    parser.add_argument(
+        "--estimator", choices=SCORING, default="vrpo", help="Estimator of log-likelihoods. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--num-views",
+        type=int,
+        metavar="K",
+        help="Noisy views it averages over. Default: 4, or 1 where there is no noise.",
+    )
+    parser.add_argument(
+        "--steps-per-block",
+        type=int,
+        default=8,
+        metavar="N",
+        help="dtrpo: decoding steps of a block. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--seq-length", type=int, default=8192, metavar="N", help="Tokens scored at once. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--check-greedy",
+        action="store_true",
+        help="For metrics that ask whether an answer is what greedy decoding writes: decode and compare.",
+    )
     return parser
 
 
@@ -83,14 +111,20 @@ def _check(arguments: argparse.Namespace) -> None:
     for holds, message in (
         (arguments.batch_size >= 1, f"--batch-size {arguments.batch_size}: it must be at least 1"),
         (arguments.limit is None or arguments.limit > 0, f"--limit {arguments.limit}: it must be above 0"),
-        (arguments.num_fewshot is None or arguments.num_fewshot >= 0,
-         f"--num-fewshot {arguments.num_fewshot}: it must not be negative"),
-        (arguments.include_path is None or Path(arguments.include_path).is_dir(),
-         f"--include-path {arguments.include_path}: no such folder"),
-        (arguments.output is None or Path(arguments.output).resolve().parent.is_dir(),
-         f"--output {arguments.output}: its folder does not exist"),
+        (
+            arguments.num_fewshot is None or arguments.num_fewshot >= 0,
+            f"--num-fewshot {arguments.num_fewshot}: it must not be negative",
+        ),
+        (
+            arguments.include_path is None or Path(arguments.include_path).is_dir(),
+            f"--include-path {arguments.include_path}: no such folder",
+        ),
+        (
+            arguments.output is None or Path(arguments.output).resolve().parent.is_dir(),
+            f"--output {arguments.output}: its folder does not exist",
+        ),
         (Path(arguments.checkpoint).is_dir(), f"--checkpoint {arguments.checkpoint}: no such folder"),
-    ):  # fmt: skip
+    ):
         if not holds:
             raise UserError(message)
 

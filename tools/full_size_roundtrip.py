@@ -141,9 +141,19 @@ def _run(argv: list[str]) -> None:
         print(f"{parameters:,} parameters, {nbytes / 1e9:.2f} GB, {len(list(source.glob('*.safetensors')))} shards")
         steps = {
             "import": [*convert, "import", "--hf-path", str(source), "--megatron-path", str(megatron)],
-            "export": [*convert, "export", "--megatron-path", str(megatron), "--hf-path", str(back),
-                       "--max-shard-size", arguments.max_shard_size, "--hf-reference", str(source)],
-        }  # fmt: skip
+            "export": [
+                *convert,
+                "export",
+                "--megatron-path",
+                str(megatron),
+                "--hf-path",
+                str(back),
+                "--max-shard-size",
+                arguments.max_shard_size,
+                "--hf-reference",
+                str(source),
+            ],
+        }
         rows, peaks = [], []
         for name, command in steps.items():
             plain = measured(["cp", "-r", str(source), str(copy)], copy)

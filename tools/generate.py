@@ -38,10 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--apply-chat-template", action="store_true", help="Wrap text prompts as a user's message.")
     add_prompt_file_flags(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
-    parser.add_argument("--stop-token", action="append", default=[], metavar="TOKEN", help="A token that ends a "
-                        "response and stays in it, beside the tokenizer's end token; may be repeated.")  # fmt: skip
-    parser.add_argument("--verifier", metavar="NAME", help="Judge the responses: numeric (the final number against the "
-                        "row's answer) or module:function. Prints the share that is right.")  # fmt: skip
+    parser.add_argument(
+        "--stop-token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="A token that ends a response and stays in it, beside the tokenizer's end token; may be repeated.",
+    )
+    parser.add_argument(
+        "--verifier",
+        metavar="NAME",
+        help="Judge the responses: numeric (the final number against the "
+        "row's answer) or module:function. Prints the share that is right.",
+    )
     parser.add_argument("--record-trajectory", action="store_true", help="Write each token's decoding step.")
     parser.add_argument("--trace", metavar="FILE.html", help=f"Write a page that replays the first {TRACED} prompts.")
     parser.add_argument("--no-progress", action="store_true", help="No progress bar.")

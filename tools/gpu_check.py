@@ -62,9 +62,11 @@ PARTS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="gpu_check.py", description=__doc__, allow_abbrev=False,
+        prog="gpu_check.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="Folder for the table and the logs.")
     parser.add_argument("--size", choices=SIZES, default="full", help="Default: %(default)s.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="Some only. Default: all.")

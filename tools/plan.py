@@ -32,9 +32,11 @@ def _plan(argv: list[str]) -> None:
     if config.model.vocab_size is None:
         raise UserError("vocab_size is missing: give --vocab-size, or a --config that has it")
     found = layouts(config, own.gpus, int(own.gpu_memory * GIB))
-    print(f"{own.gpus} GPUs of {own.gpu_memory:g} GiB, seq_length {config.data.seq_length}, "
-          f"global_batch_size {config.data.global_batch_size}: {sum(each.fits for each in found)} of "
-          f"{len(found)} layouts fit")  # fmt: skip
+    print(
+        f"{own.gpus} GPUs of {own.gpu_memory:g} GiB, seq_length {config.data.seq_length}, "
+        f"global_batch_size {config.data.global_batch_size}: {sum(each.fits for each in found)} of "
+        f"{len(found)} layouts fit"
+    )
     print("\n".join(layout_table(found[: own.top])))
 
 

@@ -24,8 +24,12 @@ from megatron_dtrpo.train import run_command
 
 
 def _precompute(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="precompute_reference.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="precompute_reference.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
     arguments, rest = parser.parse_known_args(argv)
     config, given = parse(rest, parser.prog, __doc__)

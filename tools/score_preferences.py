@@ -28,8 +28,12 @@ from megatron_dtrpo.train import run_command
 
 
 def _score(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="score_preferences.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="score_preferences.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True, help="Run folder whose policy is scored.")
     parser.add_argument("--data", required=True, help="Preference pairs, as for training.")
     parser.add_argument("--output", help="JSONL file: one object per pair.")

@@ -68,8 +68,10 @@ def latest_iteration(directory: str | Path) -> int | None:
     tracker, known = Path(directory) / TRACKER, complete_iterations(directory)
     if not tracker.exists():
         if known:
-            raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing; write {known[-1]} into it, the "
-                            "latest of the iterations beside it")  # fmt: skip
+            raise UserError(
+                f"{directory}: no checkpoint to load: {TRACKER} is missing; write {known[-1]} into it, the "
+                "latest of the iterations beside it"
+            )
         return None
     try:
         text = tracker.read_text(encoding="ascii").strip()

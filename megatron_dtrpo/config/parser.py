@@ -103,9 +103,12 @@ def _add_settings(parser: argparse.ArgumentParser, groups: Iterable[str]) -> Non
                 section.add_argument(flag, nargs="+", type=item, choices=choices, metavar=shown, **common)
             else:
                 section.add_argument(
-                    flag, type=hint, choices=f.metadata["choices"] or None,
-                    metavar=None if f.metadata["choices"] else hint.__name__.upper(), **common,
-                )  # fmt: skip
+                    flag,
+                    type=hint,
+                    choices=f.metadata["choices"] or None,
+                    metavar=None if f.metadata["choices"] else hint.__name__.upper(),
+                    **common,
+                )
 
 
 def read_yaml(path: str | Path, update: Callable[[dict], dict] = dict) -> dict:

@@ -28,8 +28,9 @@ def inspect(folder: str | Path) -> dict[str, str]:
         return _huggingface(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    raise UserError(f"{folder}: neither a Hugging Face nor a Megatron checkpoint: no {CONFIG}, no "
-                    f"{checkpoint.MODEL_CONFIG}")  # fmt: skip
+    raise UserError(
+        f"{folder}: neither a Hugging Face nor a Megatron checkpoint: no {CONFIG}, no {checkpoint.MODEL_CONFIG}"
+    )
 
 
 def _megatron(folder: Path) -> dict[str, str]:

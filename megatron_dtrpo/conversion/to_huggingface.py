@@ -111,6 +111,13 @@ def _check_reference(reference: Path | None, ours: str) -> None:
             raise UserError(f"--hf-reference {reference}: is a {theirs}, the checkpoint a {ours}")
 
 
+# Settings that a template's config.json has to share.
+_SHAPE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
+    "untie_embeddings_and_output_weights rotary_base norm_epsilon block_size"
+).split()
+
+
 def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | None, dict, ModelSettings]:
     """The template folder, the configuration to export and the model's settings, checked against each other."""
     template = find_template(megatron_path)
@@ -130,9 +137,7 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
     theirs = model_settings(
         config, template / CONFIG, None if "bd_size" in config else model.block_size, model.make_vocab_size_divisible_by
     )
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                 "kv_channels", "vocab_size", "untie_embeddings_and_output_weights", "rotary_base", "norm_epsilon",
-                 "block_size"):  # fmt: skip
+    for name in _SHAPE:
         mine, other = getattr(model, name), getattr(theirs, name)
         if mine != other:
             raise UserError(

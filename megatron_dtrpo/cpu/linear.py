@@ -69,9 +69,16 @@ def copy_to_region(input: Tensor, group=None) -> Tensor:
 
 
 def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion, allreduce_dgrad: bool,
-    sequence_parallel: bool, tp_group, grad_output_buffer=None, wgrad_deferral_limit=None,
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group,
+    grad_output_buffer=None,
+    wgrad_deferral_limit=None,
+) -> Tensor:
     """``input [s, b, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``, with the signature and the
     collectives of megatron-core's ``linear_with_grad_accumulation_and_async_allreduce``. Its overlap of collectives
     with products needs streams; here one follows the other."""

@@ -346,8 +346,10 @@ def _discarded(value: Any, name: str, steps: list[int]) -> list[tuple[int, int, 
             raise UserError(f"{name}: place {place} holds a token already; the response has {len(steps)}")
         before = {*steps, *(other[2] for other in found[:number])}
         if not step < until or until not in before:
-            raise UserError(f"{name}: place {place}: until {until} must be the step, after step {step}, that wrote an "
-                            "end token before it")  # fmt: skip
+            raise UserError(
+                f"{name}: place {place}: until {until} must be the step, after step {step}, that wrote an "
+                "end token before it"
+            )
     return found
 
 

@@ -51,21 +51,42 @@ PACKAGES = (
     Package("megatron-core", (0, 16), _always, "everything", "pip install 'megatron-core>=0.16'"),
     Package("numpy", (), _always, "everything", INSTALL),
     Package("pyyaml", (), _always, "settings", "pip install pyyaml"),
-    Package("psutil", (), _always, "checkpoints; without it megatron-core hangs for ever when it saves one",
-            "pip install psutil"),
+    Package(
+        "psutil",
+        (),
+        _always,
+        "checkpoints; without it megatron-core hangs for ever when it saves one",
+        "pip install psutil",
+    ),
     Package("safetensors", (), _always, "Hugging Face checkpoints", "pip install safetensors"),
-    Package("transformers", (), lambda n: n.tokenizer == "HuggingFaceTokenizer", "HuggingFaceTokenizer",
-            "pip install transformers"),
-    Package("sentencepiece", (), lambda n: n.tokenizer == "SentencePieceTokenizer", "SentencePieceTokenizer",
-            "pip install sentencepiece"),
-    Package("tensorboard", (), lambda n: n.tensorboard, "TensorBoard events",
-            "pip install tensorboard, or --no-tensorboard"),
-    Package("pyarrow", (), lambda n: n.data_format in (".parquet", ".arrow"), "data in Parquet or Arrow",
-            "pip install pyarrow"),
+    Package(
+        "transformers",
+        (),
+        lambda n: n.tokenizer == "HuggingFaceTokenizer",
+        "HuggingFaceTokenizer",
+        "pip install transformers",
+    ),
+    Package(
+        "sentencepiece",
+        (),
+        lambda n: n.tokenizer == "SentencePieceTokenizer",
+        "SentencePieceTokenizer",
+        "pip install sentencepiece",
+    ),
+    Package(
+        "tensorboard", (), lambda n: n.tensorboard, "TensorBoard events", "pip install tensorboard, or --no-tensorboard"
+    ),
+    Package(
+        "pyarrow",
+        (),
+        lambda n: n.data_format in (".parquet", ".arrow"),
+        "data in Parquet or Arrow",
+        "pip install pyarrow",
+    ),
     Package("datasets", (), lambda n: n.data_format == "", "saved Hugging Face data sets", "pip install datasets"),
     Package("wandb", (), lambda n: n.wandb, "Weights & Biases", "pip install wandb"),
     Package("lm-eval", (0, 4, 13), lambda n: False, "tools/evaluate.py", "pip install 'lm-eval>=0.4.13,<0.5'"),
-)  # fmt: skip
+)
 
 
 def version_of(text: str) -> tuple[int, ...]:
@@ -285,9 +306,20 @@ def unanswered(facts: Facts, needs: Needs) -> Iterator[Line]:
 
 
 CHECKS: tuple[Check, ...] = (
-    configuration, python, packages, gpus, layout, transformer_engine, apex, flex_attention, precision, machine, room,
-    browser, unanswered,
-)  # fmt: skip
+    configuration,
+    python,
+    packages,
+    gpus,
+    layout,
+    transformer_engine,
+    apex,
+    flex_attention,
+    precision,
+    machine,
+    room,
+    browser,
+    unanswered,
+)
 
 
 def examine(facts: Facts, needs: Needs) -> list[Line]:

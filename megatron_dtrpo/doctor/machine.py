@@ -20,13 +20,15 @@ from typing import NamedTuple
 from megatron_dtrpo.errors import one_line
 
 DISTRIBUTIONS = (
-    "torch", "megatron-core", "transformer-engine", "numpy", "psutil", "transformers", "safetensors", "sentencepiece",
-    "tensorboard", "pyyaml", "tqdm", "pyarrow", "datasets", "wandb", "lm-eval",
-)  # fmt: skip
+    "torch megatron-core transformer-engine numpy psutil transformers safetensors sentencepiece tensorboard pyyaml "
+    "tqdm pyarrow datasets wandb lm-eval"
+).split()
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The modules that runs import and that fail on some machines although their packages are installed.
-IMPORTS = {"megatron-core": "megatron.core.transformer.transformer_config",
-           "transformer-engine": "transformer_engine.pytorch"}  # fmt: skip
+IMPORTS = {
+    "megatron-core": "megatron.core.transformer.transformer_config",
+    "transformer-engine": "transformer_engine.pytorch",
+}
 
 
 class Gpu(NamedTuple):
@@ -189,6 +191,16 @@ def _browser(facts: Facts) -> None:
 
 
 PROBES = (
-    _packages, _apex, _torch, _flex, _imports, _driver, _processor, _shared_memory, _open_files, _port, _hostname,
+    _packages,
+    _apex,
+    _torch,
+    _flex,
+    _imports,
+    _driver,
+    _processor,
+    _shared_memory,
+    _open_files,
+    _port,
+    _hostname,
     _browser,
-)  # fmt: skip
+)

@@ -12,20 +12,44 @@ from megatron_dtrpo.errors import UserError
 def add_decoding_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     """The flags of `decoding_options`; ``defaults`` replace those of `DecodingOptions`."""
     default = {**vars(DecodingOptions()), "seed": 1234, **defaults}
-    parser.add_argument("--max-new-tokens", type=int, default=default["max_new_tokens"], help="Longest response. "
-                        "Default: %(default)s.")  # fmt: skip
-    parser.add_argument("--threshold", type=float, default=default["threshold"], help="Unmask tokens surer than this, "
-                        "and always the surest. 1: one at a time. Default: %(default)s.")  # fmt: skip
-    parser.add_argument("--small-block-size", type=int, metavar="N", help="Tokens of a sub-block; sub-blocks are "
-                        "written from left to right. Default: 8, or the block size if that is smaller.")  # fmt: skip
-    parser.add_argument("--sub-block-cache", action="store_true", help="Recompute the current sub-block only, where "
-                        "its first token is known: Fast-dLLM v2's approximation, faster.")  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=default["temperature"], help="0: the most probable "
-                        "token. Default: %(default)s.")  # fmt: skip
-    parser.add_argument("--top-p", type=float, default=default["top_p"], help="Above temperature 0: sample from the "
-                        "most probable tokens that together have this probability. Default: %(default)s.")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=default["seed"], help="Seed of what is sampled. Default: "
-                        "%(default)s.")  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=default["max_new_tokens"], help="Longest response. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=default["threshold"],
+        help="Unmask tokens surer than this, and always the surest. 1: one at a time. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--small-block-size",
+        type=int,
+        metavar="N",
+        help="Tokens of a sub-block; sub-blocks are "
+        "written from left to right. Default: 8, or the block size if that is smaller.",
+    )
+    parser.add_argument(
+        "--sub-block-cache",
+        action="store_true",
+        help="Recompute the current sub-block only, where "
+        "its first token is known: Fast-dLLM v2's approximation, faster.",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=default["temperature"],
+        help="0: the most probable token. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=default["top_p"],
+        help="Above temperature 0: sample from the "
+        "most probable tokens that together have this probability. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default["seed"], help="Seed of what is sampled. Default: %(default)s."
+    )
 
 
 def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +57,11 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
     for name in ("split", "bad_rows"):
         field = FIELDS[name]
         parser.add_argument(
-            "--" + name.replace("_", "-"), choices=field.metadata["choices"] or None, default=field.default,
+            "--" + name.replace("_", "-"),
+            choices=field.metadata["choices"] or None,
+            default=field.default,
             help=field.metadata["help"] + (" Default: %(default)s." if field.default else ""),
-        )  # fmt: skip
+        )
 
 
 def decoding_options(arguments: argparse.Namespace, block_size: int) -> DecodingOptions:
@@ -46,10 +72,12 @@ def decoding_options(arguments: argparse.Namespace, block_size: int) -> Decoding
         (0 <= arguments.threshold <= 1, f"--threshold {arguments.threshold}: it must be from 0 to 1"),
         (arguments.temperature >= 0, f"--temperature {arguments.temperature}: it must not be negative"),
         (0 < arguments.top_p <= 1, f"--top-p {arguments.top_p}: it must be above 0 and at most 1"),
-        (0 < small <= block_size and block_size % small == 0,
-         f"--small-block-size {small}: it must divide the model's block_size {block_size}"),
+        (
+            0 < small <= block_size and block_size % small == 0,
+            f"--small-block-size {small}: it must divide the model's block_size {block_size}",
+        ),
         (arguments.seed >= 0, f"--seed {arguments.seed}: it must not be negative"),
-    ):  # fmt: skip
+    ):
         if not holds:
             raise UserError(message)
     return DecodingOptions(

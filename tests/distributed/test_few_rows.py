@@ -62,9 +62,12 @@ def test_scoring_one_pair(server, folder, base, tmp_path):
     for processes in (1, 3):
         output = tmp_path / f"{processes}.jsonl"
         statuses, log = server.run(
-            {**words, "output": output}, tmp_path / f"{processes}.log", processes, timeout=120,
+            {**words, "output": output},
+            tmp_path / f"{processes}.log",
+            processes,
+            timeout=120,
             tool="tools/score_preferences.py",
-        )  # fmt: skip
+        )
         assert statuses == [0] * processes, log
         scores.append(json.loads(output.read_text()))
     for key, value in scores[0].items():

@@ -164,8 +164,12 @@ def test_what_is_evaluated_is_what_the_step_made(train, folder):
     rows = [json.loads(line) for line in uneven_pairs(folder / "heldout.jsonl", 4, seed=1).read_text().splitlines()]
     heldout = write_lines(folder / "heldout.jsonl", [{**row, "answer": 7} for row in rows])
     settings = {
-        "eval_interval": 1, "eval_data_path": heldout, "eval_max_new_tokens": 10, "train_iters": 2, "bf16": True,
-    }  # fmt: skip
+        "eval_interval": 1,
+        "eval_data_path": heldout,
+        "eval_max_new_tokens": 10,
+        "train_iters": 2,
+        "bf16": True,
+    }
     plain, overlapped = (train({**settings, **flags}) / "eval.jsonl" for flags in ({}, ALL))
     assert overlapped.read_text() == plain.read_text()
 
@@ -218,9 +222,15 @@ def while_saving(save: Path, step: int) -> Callable[[], bool]:
 def test_ten_kills_change_nothing(server, folder):
     """Thirty steps on four processes, killed ten times: at random steps, and while a checkpoint is being written."""
     settings = {
-        **SETTINGS, **with_small_buckets(ALL), "num_layers": 2, "clip_grad": 1, "train_iters": 30, "save_interval": 3,
-        "keep_last": 2, "data_path": folder / "pairs.jsonl",
-    }  # fmt: skip
+        **SETTINGS,
+        **with_small_buckets(ALL),
+        "num_layers": 2,
+        "clip_grad": 1,
+        "train_iters": 30,
+        "save_interval": 3,
+        "keep_last": 2,
+        "data_path": folder / "pairs.jsonl",
+    }
     undisturbed, save = folder / "undisturbed", folder / "killed"
     expected = server.train({**settings, "save_interval": 30, "save": undisturbed}, 4, timeout=240)
 

@@ -193,9 +193,14 @@ def test_indivisible(settings, error_of, monkeypatch, key, divisor):
 def sentencepiece_without_mask(path: Path) -> Path:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["1 + 1 = 2", "2 + 2 = 4"]), model_writer=model, vocab_size=280, byte_fallback=True,
-        model_type="bpe", minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(["1 + 1 = 2", "2 + 2 = 4"]),
+        model_writer=model,
+        vocab_size=280,
+        byte_fallback=True,
+        model_type="bpe",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     path.write_bytes(model.getvalue())
     return path
 

@@ -37,10 +37,27 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     """Each contender's loss is checked against ours on the same noise before it is timed; a policy and a reference that
     differ make that loss tell."""
     status, output = run(
-        "benchmark.py", "--size", "tiny", "--block-size", "8", "--data", str(rows(tmp_path / "pairs.jsonl")),
-        "--pairs", "3", "--slow-pairs", "2", "--micro-batch-size", "2", "--repetitions", "2", "--no-memory",
-        "--output", "numbers.json", *option, folder=tmp_path,
-    )  # fmt: skip
+        "benchmark.py",
+        "--size",
+        "tiny",
+        "--block-size",
+        "8",
+        "--data",
+        str(rows(tmp_path / "pairs.jsonl")),
+        "--pairs",
+        "3",
+        "--slow-pairs",
+        "2",
+        "--micro-batch-size",
+        "2",
+        "--repetitions",
+        "2",
+        "--no-memory",
+        "--output",
+        "numbers.json",
+        *option,
+        folder=tmp_path,
+    )
     assert status == 0, output
     record = json.loads((tmp_path / "numbers.json").read_text())
     names = {"fast_dllm_layout", "fast_dllm_layout_cached", "vrpo_8", "exact_trajectory", "packed_sketch"}
@@ -83,8 +100,11 @@ def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
     spoiled += f"sys.exit(benchmark.run_command(benchmark._benchmark, {words!r}))"
     done = subprocess.run(
         [sys.executable, "-c", "from megatron_dtrpo.runtime import initialize; initialize.enable_device(); " + spoiled],
-        cwd=launch.REPOSITORY, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=launch.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2 and "packed_sketch computes something else" in done.stderr, done.stderr
 
 
@@ -130,9 +150,19 @@ def test_mistakes_are_one_line(tmp_path, tool, words, said):
 
 def test_layers_are_near_the_fp32_oracle(tmp_path):
     status, output = run(
-        "benchmark_layers.py", "--size", "tiny", "--layers", "2", "--tokens", "512", "--repetitions", "2", "--output",
-        "numbers.json", folder=tmp_path,
-    )  # fmt: skip
+        "benchmark_layers.py",
+        "--size",
+        "tiny",
+        "--layers",
+        "2",
+        "--tokens",
+        "512",
+        "--repetitions",
+        "2",
+        "--output",
+        "numbers.json",
+        folder=tmp_path,
+    )
     assert status == 0, output
     (row,) = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert row["format"] == "bf16" and 0 < row["log_prob_error"] < 2e-3 and 0 < row["gradient_error"] < 0.1
@@ -141,9 +171,22 @@ def test_layers_are_near_the_fp32_oracle(tmp_path):
 
 def test_scaling_is_fitted(tmp_path):
     status, output = run(
-        "benchmark_scaling.py", "--lengths", "32", "64", "96", "--pairs-per-micro-batch", "1", "2", "--response", "32",
-        "--repetitions", "1", "--output", "numbers.json", folder=tmp_path,
-    )  # fmt: skip
+        "benchmark_scaling.py",
+        "--lengths",
+        "32",
+        "64",
+        "96",
+        "--pairs-per-micro-batch",
+        "1",
+        "2",
+        "--response",
+        "32",
+        "--repetitions",
+        "1",
+        "--output",
+        "numbers.json",
+        folder=tmp_path,
+    )
     assert status == 0, output
     record = json.loads((tmp_path / "numbers.json").read_text())
     assert [row["tokens"] for row in record["by_length"]] == [128, 256, 384]
@@ -153,9 +196,19 @@ def test_scaling_is_fitted(tmp_path):
 
 def test_one_length_has_no_power(tmp_path):
     status, output = run(
-        "benchmark_scaling.py", "--lengths", "32", "--pairs-per-micro-batch", "1", "--response", "32",
-        "--repetitions", "1", "--output", "numbers.json", folder=tmp_path,
-    )  # fmt: skip
+        "benchmark_scaling.py",
+        "--lengths",
+        "32",
+        "--pairs-per-micro-batch",
+        "1",
+        "--response",
+        "32",
+        "--repetitions",
+        "1",
+        "--output",
+        "numbers.json",
+        folder=tmp_path,
+    )
     assert status == 0, output
     fit = json.loads((tmp_path / "numbers.json").read_text(), parse_constant=pytest.fail)["fit"]  # JSON has no NaN
     assert fit["power"] is None and fit["r_squared"] is None
@@ -163,9 +216,17 @@ def test_one_length_has_no_power(tmp_path):
 
 def test_batches_are_streamed(tmp_path):
     status, output = run(
-        "benchmark_batches.py", "--stream", "2600", "--size", "tiny", "--steps", "1", "--output", "numbers.json",
+        "benchmark_batches.py",
+        "--stream",
+        "2600",
+        "--size",
+        "tiny",
+        "--steps",
+        "1",
+        "--output",
+        "numbers.json",
         folder=tmp_path,
-    )  # fmt: skip
+    )
     assert status == 0, output
     record = json.loads((tmp_path / "numbers.json").read_text())
     assert len(record["memory_bytes_by_tenth"]) == 10 and record["ratio"] > 1

@@ -90,10 +90,17 @@ def test_a_run_from_nothing_is_exported(tmp_path, kind):
 
     sums = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}."} for a in range(10) for b in range(10)]
     settings = {
-        **launch.TINY_MODEL, "objective": "sft", "train_iters": 2, "lr": 0.01, "lr_warmup_iters": 0,
-        "global_batch_size": 8, "micro_batch_size": 8, "save": tmp_path / "run", "tokenizer_type": kind,
+        **launch.TINY_MODEL,
+        "objective": "sft",
+        "train_iters": 2,
+        "lr": 0.01,
+        "lr_warmup_iters": 0,
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "save": tmp_path / "run",
+        "tokenizer_type": kind,
         "data_path": launch.write_lines(tmp_path / "sums.jsonl", sums),
-    }  # fmt: skip
+    }
     if kind == "HuggingFaceTokenizer":
         tokenizer = train_tokenizer.train([text for row in sums for text in row.values()], 285)
         tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -58,21 +58,45 @@ def folder(tmp_path_factory) -> Path:
     (folder / "tasks").mkdir()
     generation = {"until": [stop, "<eos>"], "max_gen_toks": NEW, "do_sample": False}
     write_task(
-        folder, "local_generation", rows, "exact_match", output_type="generate_until", doc_to_text="{{question}}",
-        doc_to_target="{{answer}}", generation_kwargs=generation,
-    )  # fmt: skip
+        folder,
+        "local_generation",
+        rows,
+        "exact_match",
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs=generation,
+    )
     write_task(
-        folder, "local_choice", CHOICES, "acc", output_type="multiple_choice", doc_to_text="{{question}}",
-        doc_to_choice="{{choices}}", doc_to_target="label", target_delimiter="",
-    )  # fmt: skip
+        folder,
+        "local_choice",
+        CHOICES,
+        "acc",
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice="{{choices}}",
+        doc_to_target="label",
+        target_delimiter="",
+    )
     write_task(
-        folder, "local_pages", [{"page": page} for page in PAGES], "bits_per_byte",
-        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{page}}",
-    )  # fmt: skip
+        folder,
+        "local_pages",
+        [{"page": page} for page in PAGES],
+        "bits_per_byte",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{page}}",
+    )
     write_task(
-        folder, "local_code", rows, "exact_match", output_type="generate_until", doc_to_text="{{question}}",
-        doc_to_target="{{answer}}", unsafe_code=True,
-    )  # fmt: skip
+        folder,
+        "local_code",
+        rows,
+        "exact_match",
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        unsafe_code=True,
+    )
     return folder
 
 
@@ -235,9 +259,14 @@ def test_greedy_is_what_is_decoded(folder):
 def test_huggingface_folder_with_a_chat_template(folder, capfd):
     write_folder(folder / "hf")
     changed = run_tool(
-        folder, "chat", checkpoint=folder / "hf", tasks="local_generation,local_choice", apply_chat_template=True,
-        num_fewshot=0, max_new_tokens=8,
-    )  # fmt: skip
+        folder,
+        "chat",
+        checkpoint=folder / "hf",
+        tasks="local_generation,local_choice",
+        apply_chat_template=True,
+        num_fewshot=0,
+        max_new_tokens=8,
+    )
     prompt = changed["samples"]["local_generation"][1]["arguments"][0][0]
     assert prompt == "<|im_start|>user\nx<|im_end|>\n"
     assert len(answers_of(changed, "local_choice")) == len(CHOICES)

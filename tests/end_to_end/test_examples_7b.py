@@ -58,9 +58,13 @@ class Command:
         fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                words, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True,
+                words,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=REPOSITORY,
+                start_new_session=True,
                 env=inherited | fixed | environment,
-            )  # fmt: skip
+            )
 
     def family(self) -> list[psutil.Process]:
         try:
@@ -156,11 +160,15 @@ def test_two_nodes_and_a_failure(tmp_path):
         words = ["bash", "examples/dtrpo_7b.sh", *flags(settings | {"train_iters": steps})]
         return [
             Command(
-                words, tmp_path / f"node{node}.log",
-                NNODES="2", NPROC_PER_NODE="1", RDZV_ENDPOINT=f"localhost:{port}", RDZV_ID="two-nodes",
+                words,
+                tmp_path / f"node{node}.log",
+                NNODES="2",
+                NPROC_PER_NODE="1",
+                RDZV_ENDPOINT=f"localhost:{port}",
+                RDZV_ID="two-nodes",
             )
             for node in range(2)
-        ]  # fmt: skip
+        ]
 
     nodes = launch(1000, free_port())
     wait_for(lambda: (save / "latest_checkpointed_iteration.txt").exists(), nodes)

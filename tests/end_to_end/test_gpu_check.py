@@ -22,9 +22,13 @@ def test_a_cpu_runs_what_needs_no_gpu(tmp_path):
     (tmp_path / "pytest.py").write_text("raise ImportError('only tests need pytest')\n")
     folder = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, TOOL, "--output", folder, "--size", "tiny"], cwd=tmp_path, capture_output=True, text=True,
-        timeout=500, env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, TOOL, "--output", folder, "--size", "tiny"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((folder / "gpu_check.json").read_text())
     status = {row["part"]: row["status"] for row in record["parts"]}

@@ -60,15 +60,22 @@ class World:
     @cached_property
     def ours(self) -> Ours:
         return Ours(
-            self.learner, self.shape, self.document, beta=BETA,
-            micro_batch_size=self.arguments.micro_batch_size, seq_length=2**30,
-        )  # fmt: skip
+            self.learner,
+            self.shape,
+            self.document,
+            beta=BETA,
+            micro_batch_size=self.arguments.micro_batch_size,
+            seq_length=2**30,
+        )
 
     def noising(self, estimator: str, views: int) -> Noising:
         return noising(
-            estimator, views, block_size=self.arguments.block_size, mask_id=self.mask_id,
+            estimator,
+            views,
+            block_size=self.arguments.block_size,
+            mask_id=self.mask_id,
             steps_per_block=self.arguments.steps_per_block,
-        )  # fmt: skip
+        )
 
     def document(self, pair: Pair) -> PackedSequence:
         """dTRPO's noise, packed."""
@@ -78,9 +85,14 @@ class World:
         """Any noise, packed."""
         masked, weight = zip(*noise, strict=True)
         return lay_out(
-            pair.prompt, pair.responses, masked, weight, block_size=self.arguments.block_size, mask_id=self.mask_id,
+            pair.prompt,
+            pair.responses,
+            masked,
+            weight,
+            block_size=self.arguments.block_size,
+            mask_id=self.mask_id,
             block_start="noisy",
-        )  # fmt: skip
+        )
 
     def blocks(self, pair: Pair) -> list[Blocks]:
         return [Blocks(len(pair.prompt), len(r), self.arguments.block_size) for r in pair.responses]
@@ -98,9 +110,13 @@ class World:
 
     def layout(self, noise: Callable[[Pair], Sequence[Noise]]) -> FastDllmLayout:
         return FastDllmLayout(
-            self.learner, noise, block_size=self.arguments.block_size, mask_id=self.mask_id, beta=BETA,
+            self.learner,
+            noise,
+            block_size=self.arguments.block_size,
+            mask_id=self.mask_id,
+            beta=BETA,
             micro_batch_size=self.arguments.micro_batch_size,
-        )  # fmt: skip
+        )
 
     def mean_lengths(self) -> tuple[float, float]:
         prompts = sum(len(p.prompt) for p in self.pairs) / len(self.pairs)
@@ -212,8 +228,11 @@ CONTENDERS = {
             needs="trl",
         ),
         Contender(
-            "ours_few", "ours, live reference, on the pairs below", _ours(slow=True),
-            _expected(lambda world: world.draw("dtrpo"), slow=True), against=None,
+            "ours_few",
+            "ours, live reference, on the pairs below",
+            _ours(slow=True),
+            _expected(lambda world: world.draw("dtrpo"), slow=True),
+            against=None,
         ),
         Contender(
             "vrpo_8",
@@ -230,7 +249,7 @@ CONTENDERS = {
             against="ours_few",
         ),
     )
-}  # fmt: skip
+}
 
 
 def check(world: World, name: str, step: Step) -> float:

@@ -22,10 +22,19 @@ class TrlDpo:
         self.learner, self.micro_batch_size = learner, micro_batch_size
         self.folder = tempfile.TemporaryDirectory(prefix="trl-")  # goes with this object
         config = DPOConfig(
-            output_dir=self.folder.name, use_cpu=not torch.cuda.is_available(), bf16=False, beta=beta,
-            learning_rate=learner.lr, per_device_train_batch_size=micro_batch_size, max_length=None, report_to=[],
-            disable_tqdm=True, gradient_checkpointing=False, logging_strategy="no", save_strategy="no",
-        )  # fmt: skip
+            output_dir=self.folder.name,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            beta=beta,
+            learning_rate=learner.lr,
+            per_device_train_batch_size=micro_batch_size,
+            max_length=None,
+            report_to=[],
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            logging_strategy="no",
+            save_strategy="no",
+        )
         row = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}  # pairs are given as tokens; the trainer wants a set
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -46,11 +55,14 @@ class TrlDpo:
         for some in batches:
             inputs = self.trainer.data_collator(
                 [
-                    {"prompt_ids": p.prompt.tolist(), "chosen_ids": p.chosen.tolist(),
-                     "rejected_ids": p.rejected.tolist()}
+                    {
+                        "prompt_ids": p.prompt.tolist(),
+                        "chosen_ids": p.chosen.tolist(),
+                        "rejected_ids": p.rejected.tolist(),
+                    }
                     for p in some
                 ]
-            )  # fmt: skip
+            )
             self.tokens += inputs["input_ids"].numel()
             # What the trainer divides a micro-batch's mean by; the last one may be short.
             self.trainer.current_gradient_accumulation_steps = len(pairs) / len(some)

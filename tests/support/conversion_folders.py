@@ -129,9 +129,17 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards=1) -> N
 
 
 def write_folder(
-    folder: Path, architecture=FAST_DLLM, dtype=torch.float32, tied=False, shards=1, mask=True, seed=0, shape=None,
-    specials=SPECIALS, **changes,
-) -> Path:  # fmt: skip
+    folder: Path,
+    architecture=FAST_DLLM,
+    dtype=torch.float32,
+    tied=False,
+    shards=1,
+    mask=True,
+    seed=0,
+    shape=None,
+    specials=SPECIALS,
+    **changes,
+) -> Path:
     """A complete folder; ``changes`` are made to its configuration."""
     folder.mkdir(parents=True)
     _dump(folder / "config.json", config(architecture, tied, dtype, shape, **changes))
@@ -172,11 +180,15 @@ def assert_same_model(megatron: Path, folder: Path, iteration: int = 0, padding_
     """A Megatron checkpoint holds what the oracle makes of the Hugging Face folder's weights, and no more."""
     model, found = checkpoint.load_model_config(megatron), read_megatron(megatron, iteration)
     expected = oracles.megatron_from_qwen2(
-        read_weights(folder), model.num_attention_heads, model.num_query_groups,
+        read_weights(folder),
+        model.num_attention_heads,
+        model.num_query_groups,
         tied=not model.untie_embeddings_and_output_weights,
-    )  # fmt: skip
-    sharded_key = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-                   "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}  # fmt: skip
+    )
+    sharded_key = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
     for name, tensor in expected.items():
         for theirs, key in sharded_key.items():
             name = name.replace(theirs, key)

@@ -175,9 +175,14 @@ class ForkServer:
     def __init__(self, log: Path):
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=file, text=True, env=_environment(), cwd=REPOSITORY,
-            )  # fmt: skip
+                [sys.executable, "-m", "tests.support.fork_server"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=_environment(),
+                cwd=REPOSITORY,
+            )
 
     def train(self, settings: dict, processes: int = 1, timeout: float = 120) -> list[dict]:
         save = Path(settings["save"])

@@ -85,9 +85,19 @@ def test_nothing_given_is_the_defaults():
 
 def test_flags_have_types():
     config, given = parsed(
-        "--num-layers", "3", "--lr", "1e-4", "--bf16", "--no-shuffle", "--estimator", "dtrpo",
-        "--trainable-modules", "mlp", "linear_proj", "--save=runs/a b",
-    )  # fmt: skip
+        "--num-layers",
+        "3",
+        "--lr",
+        "1e-4",
+        "--bf16",
+        "--no-shuffle",
+        "--estimator",
+        "dtrpo",
+        "--trainable-modules",
+        "mlp",
+        "linear_proj",
+        "--save=runs/a b",
+    )
     assert config.model.num_layers == 3 and config.optimizer.lr == 1e-4
     assert config.parallel.bf16 is True and config.data.shuffle is False
     assert config.objective.trainable_modules == ["mlp", "linear_proj"] and config.run.save == "runs/a b"

@@ -102,12 +102,15 @@ def test_tied_head_that_is_stored_all_the_same(tmp_path):
         import_checkpoint(source, tmp_path / "other", WEIGHTS_ONLY)
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_theta": 5000.0},
-    {"rope_theta": None, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
-    {"rope_theta": 5000, "rope_scaling": None, "rope_parameters": {"rope_theta": 5000.0}},
-    {"rope_theta": None, "rope_parameters": {"full_attention": {"rope_theta": 5000.0, "rope_type": "default"}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5000.0},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+        {"rope_theta": 5000, "rope_scaling": None, "rope_parameters": {"rope_theta": 5000.0}},
+        {"rope_theta": None, "rope_parameters": {"full_attention": {"rope_theta": 5000.0, "rope_type": "default"}}},
+    ],
+)
 def test_rotary_base_of_either_transformers(rope):
     assert model_settings(folders.config(**rope), "config.json").rotary_base == 5000.0
 
@@ -144,8 +147,10 @@ def test_add_mask_token(tmp_path, vocabulary, grown, tokenizer_json):
     embedding = ours["model.embed_tokens.weight"]
     assert len(embedding) == grown
     assert torch.equal(embedding[:vocabulary], theirs.pop("model.embed_tokens.weight"))
-    torch.testing.assert_close(embedding[vocabulary:].sum(0) * vocabulary / max(1, grown - vocabulary),
-                               embedding[:vocabulary].sum(0) * (grown > vocabulary))  # fmt: skip
+    torch.testing.assert_close(
+        embedding[vocabulary:].sum(0) * vocabulary / max(1, grown - vocabulary),
+        embedding[:vocabulary].sum(0) * (grown > vocabulary),
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["vocab_size"], config["bd_size"]) == (grown, 4)
@@ -222,8 +227,13 @@ def test_compare_sees_every_kind_of_difference(tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"] *= -1
     folders.write_weights(two, weights)
     different = {row.name: row.difference for row in compare(one, two) if not row.equal}
-    assert sorted(different) == ["config.json", "lm_head.weight", "model.layers.0.mlp.up_proj.weight",
-                                 "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]  # fmt: skip
+    assert sorted(different) == [
+        "config.json",
+        "lm_head.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+    ]
     assert different["model.layers.0.mlp.up_proj.weight"] == "largest difference inf"
 
 

@@ -129,18 +129,21 @@ def test_unknown_architecture(source, capsys):
         import_refused(capsys, source, "known are Fast_dLLM_QwenForCausalLM, Qwen2ForCausalLM")
 
 
-@pytest.mark.parametrize("changes", [
-    {"use_sliding_window": True, "sliding_window": 64},
-    {"layer_types": ["full_attention", "sliding_attention"] * 2},
-    {"hidden_act": "gelu"},
-    {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
-    {"quantization_config": {"bits": 4}},
-    {"num_key_value_heads": None},
-    {"num_key_value_heads": 5},
-    {"hidden_size": "56"},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_sliding_window": True, "sliding_window": 64},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
+        {"quantization_config": {"bits": 4}},
+        {"num_key_value_heads": None},
+        {"num_key_value_heads": 5},
+        {"hidden_size": "56"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    ],
+)
 def test_what_the_model_does_not_compute(source, capsys, changes):
     (source / "config.json").write_text(json.dumps(folders.config(**changes)))
     import_refused(capsys, source, list(changes)[0])

@@ -28,16 +28,55 @@ CORPUS = [
 SYMBOLS = ["[MASK]", "<x>", "<x>>"]
 # What the texts of the test are made of: tokens' names, spaces of all kinds, marks that a normalizer would move,
 # letters that the corpus lacks.
-PARTS = [*SYMBOLS, "</s>", "<s>", "<unk>", "<0x41>", "<0x0A>", " ", "  ", "\n", "\t", "\u2581", "\u3000", "\u00a0", "a",
-         "ab", "aaab", "12", " plus", "makes", "e\u0301", "\u00e9", "\u4e2d", "\u0e01", "\U0001f600", "\x00", "\ufeff",
-         "Z", "<", "/s>", "0x41", "return", " x", "."]  # fmt: skip
+PARTS = [
+    *SYMBOLS,
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<0x41>",
+    "<0x0A>",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\u2581",
+    "\u3000",
+    "\u00a0",
+    "a",
+    "ab",
+    "aaab",
+    "12",
+    " plus",
+    "makes",
+    "e\u0301",
+    "\u00e9",
+    "\u4e2d",
+    "\u0e01",
+    "\U0001f600",
+    "\x00",
+    "\ufeff",
+    "Z",
+    "<",
+    "/s>",
+    "0x41",
+    "return",
+    " x",
+    ".",
+]
 
 
 def train(file, **settings):
     """A SentencePiece model with a mask, which normalizes nothing unless asked to."""
     model = io.BytesIO()
-    default = dict(vocab_size=420, hard_vocab_limit=False, user_defined_symbols=SYMBOLS, num_threads=1, minloglevel=2,
-                   normalization_rule_name="identity", character_coverage=1.0)  # fmt: skip
+    default = dict(
+        vocab_size=420,
+        hard_vocab_limit=False,
+        user_defined_symbols=SYMBOLS,
+        num_threads=1,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+    )
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, **{**default, **settings}
     )

@@ -46,6 +46,11 @@ def test_frozen_weight_keeps_no_input():
 
 def _linear(input, weight, bias=None):
     return cpu_linear.linear(
-        input, weight, bias, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False,
+        input,
+        weight,
+        bias,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
         tp_group=None,
-    )  # fmt: skip
+    )

@@ -16,9 +16,13 @@ MASK, END = 99, 98
 def decoding(prompt_length: int, block_size: int = 4, max_positions: int = 1000, **options) -> Decoding:
     options = {"max_new_tokens": 10, "threshold": 0.9, "small_block_size": 2} | options
     return Decoding(
-        list(range(prompt_length)), DecodingOptions(**options), block_size=block_size, mask_id=MASK,
-        end_ids=frozenset([END]), max_positions=max_positions,
-    )  # fmt: skip
+        list(range(prompt_length)),
+        DecodingOptions(**options),
+        block_size=block_size,
+        mask_id=MASK,
+        end_ids=frozenset([END]),
+        max_positions=max_positions,
+    )
 
 
 def give(state: Decoding, *answers: tuple[int, float]) -> None:
@@ -116,9 +120,13 @@ def test_any_answers_lead_to_a_whole_response():
         block = rng.choice((1, 2, 4, 8))
         small = rng.choice([s for s in (1, 2, 4, 8) if block % s == 0])
         state = decoding(
-            rng.randint(1, 20), block, small_block_size=small, max_new_tokens=rng.randint(1, 20),
-            threshold=rng.random(), sub_block_cache=rng.random() < 0.5,
-        )  # fmt: skip
+            rng.randint(1, 20),
+            block,
+            small_block_size=small,
+            max_new_tokens=rng.randint(1, 20),
+            threshold=rng.random(),
+            sub_block_cache=rng.random() < 0.5,
+        )
         while not state.finished:
             one = state.next_pass()
             assert all(0 <= row < len(one.tokens) for row in one.rows)

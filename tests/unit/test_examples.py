@@ -433,9 +433,15 @@ def test_a_packed_exchange_masks_and_reads_what_the_assistant_writes(fast_dllm, 
     options = EstimatorOptions(steps_per_block=1)  # everything of a block is masked and read
     noising = Noising("dtrpo", options, 1, "clean", 8, fast_dllm.mask_id, seed=0)
     builder = BatchBuilder(
-        store, SampleOrder(np.arange(2), seed=0), noising, global_batch_size=2, micro_batch_size=2, seq_length=4096,
-        data_parallel_rank=0, data_parallel_size=1,
-    )  # fmt: skip
+        store,
+        SampleOrder(np.arange(2), seed=0),
+        noising,
+        global_batch_size=2,
+        micro_batch_size=2,
+        seq_length=4096,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
     for index in range(2):
         example = store[index]
         batch = builder.micro_batch([Sample(0, index)])

@@ -33,18 +33,31 @@ def trl_dpo(name: str, options: LossOptions, pair: int, token_log_probs, weights
     names = [name] if isinstance(name, str) else name
     identity = SimpleNamespace(device="cpu", gather=lambda t: t, gather_for_metrics=lambda t: t)
     trainer = SimpleNamespace(
-        accelerator=identity, model=SimpleNamespace(training=True), aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=names,
-        loss_weights=weights or [1.0] * len(names), beta=options.beta, label_smoothing=options.label_smoothing,
-        use_weighting=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        accelerator=identity,
+        model=SimpleNamespace(training=True),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=names,
+        loss_weights=weights or [1.0] * len(names),
+        beta=options.beta,
+        label_smoothing=options.label_smoothing,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     nothing = torch.zeros_like(policy)
     outputs = SimpleNamespace(log_probs=policy, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     mask = torch.cat([torch.zeros(2, 1, dtype=torch.bool), is_response], dim=1)  # one token of prompt
     inputs = {
-        "input_ids": torch.zeros(mask.shape, dtype=torch.long), "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask, "ref_chosen_logps": reference[:1].sum(1), "ref_rejected_logps": reference[1:].sum(1),
-    }  # fmt: skip
+        "input_ids": torch.zeros(mask.shape, dtype=torch.long),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "ref_chosen_logps": reference[:1].sum(1),
+        "ref_rejected_logps": reference[1:].sum(1),
+    }
     loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
     return loss, {key: values[0] for key, values in trainer._metrics["train"].items()}
 
@@ -54,9 +67,13 @@ def trl_cpo(name: str, options: LossOptions, chosen: torch.Tensor, rejected: tor
     from trl.experimental.cpo import CPOTrainer
 
     trainer = SimpleNamespace(
-        alpha=0.0, loss_type=name, beta=options.beta, simpo_gamma=options.simpo_gamma,
-        label_smoothing=options.label_smoothing, accelerator=SimpleNamespace(device="cpu"),
-    )  # fmt: skip
+        alpha=0.0,
+        loss_type=name,
+        beta=options.beta,
+        simpo_gamma=options.simpo_gamma,
+        label_smoothing=options.label_smoothing,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
     return CPOTrainer.cpo_loss(trainer, chosen, rejected)
 
 

@@ -24,9 +24,15 @@ from tests.conftest import REPOSITORY
 
 GIB = memory.GIB
 SMALL = ModelSettings(
-    num_layers=4, hidden_size=64, ffn_hidden_size=192, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-    vocab_size=250, block_size=8,
-)  # fmt: skip
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=192,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=250,
+    block_size=8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +121,14 @@ def packed(tokens: int):
         masked = [m & blocks.maskable("clean") for m in masked]
         words = [torch.randint(0, 250, (length,), generator=noise) for length in (prompt, response, response)]
         return lay_out(
-            words[0], words[1:], masked, [m.double() for m in masked],
-            block_size=SMALL.block_size, mask_id=249, block_start="clean",
-        )  # fmt: skip
+            words[0],
+            words[1:],
+            masked,
+            [m.double() for m in masked],
+            block_size=SMALL.block_size,
+            mask_id=249,
+            block_start="clean",
+        )
 
     return concatenate([document(tokens // 12, tokens // 8), document(tokens // 16, tokens // 8)])
 

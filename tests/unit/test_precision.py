@@ -17,9 +17,15 @@ from megatron_dtrpo.runtime import fp8 as fp8_passes
 from megatron_dtrpo.runtime import initialize, precision
 
 MODEL = ModelSettings(
-    num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64,
-    vocab_size=128, block_size=8,
-)  # fmt: skip
+    num_layers=4,
+    hidden_size=256,
+    ffn_hidden_size=512,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=64,
+    vocab_size=128,
+    block_size=8,
+)
 FP8 = ParallelSettings(bf16=True, fp8_format="hybrid")
 
 
@@ -42,9 +48,14 @@ def test_settings_become_megatron_cores():
     from megatron_dtrpo.model.provider import transformer_config
 
     parallel = replace(
-        FP8, fp8_recipe="blockwise", fp8_param_gather=True, use_distributed_optimizer=True, first_last_layers_bf16=True,
-        num_layers_at_start_in_bf16=2, transformer_impl="transformer_engine",
-    )  # fmt: skip
+        FP8,
+        fp8_recipe="blockwise",
+        fp8_param_gather=True,
+        use_distributed_optimizer=True,
+        first_last_layers_bf16=True,
+        num_layers_at_start_in_bf16=2,
+        transformer_impl="transformer_engine",
+    )
     config = transformer_config(MODEL, parallel)
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", "blockwise", True)
     assert config.first_last_layers_bf16
@@ -54,9 +65,7 @@ def test_settings_become_megatron_cores():
     assert precision.optimizer_precision(parallel)["fp8_recipe"] == "blockwise"
     assert precision.data_parallel_precision(parallel)["fp8_param_gather"]
 
-    delayed = replace(
-        FP8, fp8_recipe="delayed", fp8_margin=1, fp8_amax_history_len=16, fp8_amax_compute_algo="max"
-    )  # fmt: skip
+    delayed = replace(FP8, fp8_recipe="delayed", fp8_margin=1, fp8_amax_history_len=16, fp8_amax_compute_algo="max")
     config = transformer_config(MODEL, delayed)
     assert (config.fp8_recipe, config.fp8_margin, config.fp8_amax_history_len) == ("delayed", 1, 16)
     assert config.fp8_amax_compute_algo == "max"
@@ -100,12 +109,17 @@ def test_transformer_engine_is_the_default_where_it_is(monkeypatch):
             "leave none of 4",
         ),
         (
-            {"fp8_format": "hybrid", "bf16": True, "fp8_recipe": "mxfp8", "fp8_param_gather": True,
-             "use_distributed_optimizer": True},
+            {
+                "fp8_format": "hybrid",
+                "bf16": True,
+                "fp8_recipe": "mxfp8",
+                "fp8_param_gather": True,
+                "use_distributed_optimizer": True,
+            },
             "cannot be had with fp8_recipe mxfp8",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together_is_one_line(settings, message):
     assert message in refused(**settings)
 
@@ -238,9 +252,7 @@ def test_a_reference_cache_is_for_one_format():
     assert fp8.reference_format(ParallelSettings(bf16=True)) is None
     assert fp8.reference_format(FP8) == "hybrid/tensorwise"
     assert fp8.reference_format(replace(FP8, fp8_reference=False)) is None
-    assert "1+2 layers" in fp8.reference_format(
-        replace(FP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
-    )  # fmt: skip
+    assert "1+2 layers" in fp8.reference_format(replace(FP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2))
 
 
 def test_a_run_keeps_its_format():

@@ -133,15 +133,23 @@ SPLITS = "holds files of several splits (test_prefs: test_prefs-00000-of-00001.p
 LAYOUTS = {
     "ultrafeedback": (ultrafeedback, "", {}, SPLITS),
     "ultrafeedback, split": (
-        ultrafeedback, "", {"split": "train_prefs"}, ("user\nQuestion 0?\nassistant\n", "Good 0.", "Bad 0."),
+        ultrafeedback,
+        "",
+        {"split": "train_prefs"},
+        ("user\nQuestion 0?\nassistant\n", "Good 0.", "Bad 0."),
     ),
     "ultrafeedback, sft": (
-        ultrafeedback, "data/train_sft*", {"objective": "sft"}, ("user\nQuestion 0?\nassistant\n", "Good 0."),
+        ultrafeedback,
+        "data/train_sft*",
+        {"objective": "sft"},
+        ("user\nQuestion 0?\nassistant\n", "Good 0."),
     ),
     "hh-rlhf": (hh_rlhf, "", {}, "its folders harmless-base, helpful-base do; give one of them"),
     "hh-rlhf, topic": (hh_rlhf, "helpful-base", {}, "holds files of several splits (test: test.jsonl.gz; train: train"),
     "hh-rlhf, split": (
-        hh_rlhf, "helpful-base", {"split": "train"},
+        hh_rlhf,
+        "helpful-base",
+        {"split": "train"},
         ("\n\nHuman: Hello 0\n\nAssistant: Hi!\n\nHuman: How are you?\n\nAssistant:", " Well, thanks.", " Go."),
     ),
     "orca": (orca, "", {}, "rename 'question' to 'prompt'"),
@@ -149,21 +157,32 @@ LAYOUTS = {
     "kto": (kto, "", {}, "missing field 'chosen'"),
     "kto, sft": (kto, "", {"objective": "sft"}, "the completion is one to avoid"),
     "kto, sft, skip": (
-        kto, "", {"objective": "sft", "bad_rows": "skip"}, ("user\n0?\nassistant\n", "Yes 0."),
+        kto,
+        "",
+        {"objective": "sft", "bad_rows": "skip"},
+        ("user\n0?\nassistant\n", "Yes 0."),
     ),
     "tools": (
-        tool_calls, "", {"objective": "sft"},
+        tool_calls,
+        "",
+        {"objective": "sft"},
         ("system\n", "Cold in Oslo?", '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'),
     ),
     "tools, saved": (
-        saved(tool_calls), "", {"objective": "sft"},
+        saved(tool_calls),
+        "",
+        {"objective": "sft"},
         ("system\n", "Cold in Oslo?", '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'),
     ),
     "gsm8k": (gsm8k, "", {}, "its folders main, socratic do; give one of them"),
     "gsm8k, split": (gsm8k, "main", {"split": "train"}, "missing field 'prompt'"),
-    "gsm8k, sft": (gsm8k, "main", {"split": "train", "objective": "sft"},
-                   "rename 'question' to 'prompt', 'answer' to 'completion'"),
-}  # fmt: skip
+    "gsm8k, sft": (
+        gsm8k,
+        "main",
+        {"split": "train", "objective": "sft"},
+        "rename 'question' to 'prompt', 'answer' to 'completion'",
+    ),
+}
 BY_COMMAND = ("ultrafeedback, split", "hh-rlhf, split", "orca", "kto, sft, skip", "tools, saved", "gsm8k, sft")
 
 

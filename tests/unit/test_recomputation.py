@@ -13,9 +13,16 @@ from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import lay_out
 
 MODEL = ModelSettings(
-    num_layers=3, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
-    vocab_size=64, make_vocab_size_divisible_by=4, block_size=4,
-)  # fmt: skip
+    num_layers=3,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=8,
+    vocab_size=64,
+    make_vocab_size_divisible_by=4,
+    block_size=4,
+)
 RECOMPUTED = {
     "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "uniform, all": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
@@ -24,8 +31,18 @@ RECOMPUTED = {
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "both": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
 }
-TRAINED = [None, ["mlp"], ["linear_proj"], ["linear_fc2"], ["linear_qkv"], ["output_layer"], ["word_embeddings"],
-           ["final_layernorm"], ["layers.0"], ["layers.2"]]  # fmt: skip
+TRAINED = [
+    None,
+    ["mlp"],
+    ["linear_proj"],
+    ["linear_fc2"],
+    ["linear_qkv"],
+    ["output_layer"],
+    ["word_embeddings"],
+    ["final_layernorm"],
+    ["layers.0"],
+    ["layers.2"],
+]
 
 
 def gradients(trained: list[str] | None, impl: str, **recompute) -> dict[str, torch.Tensor]:

@@ -10,9 +10,16 @@ import torch
 from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, ParallelSettings
 
 MODEL = ModelSettings(
-    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
-    vocab_size=64, make_vocab_size_divisible_by=4, block_size=4,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=8,
+    vocab_size=64,
+    make_vocab_size_divisible_by=4,
+    block_size=4,
+)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -18,9 +18,15 @@ from megatron_dtrpo.runtime import initialize
 
 CPU = torch.device("cpu")
 MODEL = ModelSettings(
-    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8,
-    vocab_size=50, block_size=8,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=50,
+    block_size=8,
+)
 
 
 class Waits(TorchDispatchMode):

@@ -109,9 +109,14 @@ class Estimate:
 
     def _compute(self, masked, weight) -> float:
         sequence = lay_out(
-            torch.tensor(PROMPT), [torch.tensor(RESPONSE)], [masked], [weight],
-            block_size=B, mask_id=MASK, block_start=self.block_start,
-        )  # fmt: skip
+            torch.tensor(PROMPT),
+            [torch.tensor(RESPONSE)],
+            [masked],
+            [weight],
+            block_size=B,
+            mask_id=MASK,
+            block_start=self.block_start,
+        )
         where = sequence.coordinates()
         sees = visible(where.at((slice(None), None)), where.at((None, slice(None))))
         with torch.no_grad():

@@ -8,9 +8,16 @@ from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 
 MODEL = ModelSettings(
-    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=8,
-    vocab_size=64, make_vocab_size_divisible_by=4, block_size=4,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=8,
+    vocab_size=64,
+    make_vocab_size_divisible_by=4,
+    block_size=4,
+)
 MLP = {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
 QKV = {"self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"}
 PROJ = {"self_attention.linear_proj.weight"}

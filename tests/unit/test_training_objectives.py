@@ -99,9 +99,12 @@ def test_sft_is_the_mean_over_all_tokens(num_views, block_start):
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_every_token_weighs_one_on_average(num_views, block_start, min_timestep, complementary):
     config = settings(
-        objective="sft", num_views=num_views, block_start=block_start, min_timestep=min_timestep,
+        objective="sft",
+        num_views=num_views,
+        block_start=block_start,
+        min_timestep=min_timestep,
         complementary=complementary,
-    )  # fmt: skip
+    )
     draws = 400
     total = torch.zeros(2000 + 1000 * len(SHAPES), dtype=torch.float64)
     square = total.clone()

@@ -209,8 +209,11 @@ def test_steps_are_distinct_and_in_order():
     written = torch.tensor([[9, 5, 7, 5], [30, 10, 20, 11], [1, 2, 40, 3], [1, 2, 3, 4]])
     steps, count = distinct_steps(writable, written)
     assert [row[:n] for row, n in zip(steps.tolist(), count.tolist(), strict=True)] == [
-        [5, 7], [10, 11, 20, 30], [40], []
-    ]  # fmt: skip
+        [5, 7],
+        [10, 11, 20, 30],
+        [40],
+        [],
+    ]
 
 
 def test_draws_are_uniform_over_the_recorded_steps():

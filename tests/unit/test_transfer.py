@@ -40,9 +40,15 @@ def test_a_decoding_pass_is_one_message_there_and_one_back(monkeypatch):
         from megatron_dtrpo.model.provider import build_model
 
         settings = ModelSettings(
-            num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8,
-            vocab_size=50, block_size=8,
-        )  # fmt: skip
+            num_layers=2,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=8,
+            vocab_size=50,
+            block_size=8,
+        )
         model = build_model(settings, ParallelSettings())
         initialize_weights(model, 1)
         # FlexAttention, as on a GPU: SDPA plans prompts on the host.

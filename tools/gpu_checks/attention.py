@@ -32,8 +32,11 @@ def compare(size: Size, folder: Path) -> Result:
     return verdict(
         max(worst.values()) < ALLOWED and more == 0,
         f"worst errors {told}; {more} compilations the second time; {times}{note}",
-        first=rows, second=again, compiled=compiled, compiled_again=more,
-    )  # fmt: skip
+        first=rows,
+        second=again,
+        compiled=compiled,
+        compiled_again=more,
+    )
 
 
 def _at_length(tokens: int, seed: int) -> dict:

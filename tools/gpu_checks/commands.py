@@ -44,9 +44,10 @@ def overlap(size: Size, folder: Path) -> Result:
         and all(map(math.isfinite, losses))
     )
     return verdict(
-        good, f"loss {losses[0]:.7f} at step 1, {losses[-1]:.4f} at step 9, resumed at 6; saved {', '.join(saved)}",
+        good,
+        f"loss {losses[0]:.7f} at step 1, {losses[-1]:.4f} at step 9, resumed at 6; saved {', '.join(saved)}",
         losses=losses,
-    )  # fmt: skip
+    )
 
 
 def same_on_cpu(size: Size, folder: Path) -> Result:

@@ -26,8 +26,9 @@ class Size(NamedTuple):
 
 
 _TINY = dict(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, block_size=8)
-_FULL = dict(num_layers=8, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=2,
-             block_size=32)  # fmt: skip
+_FULL = dict(
+    num_layers=8, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=2, block_size=32
+)
 SIZES = {
     "tiny": Size(_TINY, ("tiny", 2), 512, (512, 1024), (1, 4), 12),
     "full": Size(_FULL, ("7b", 6), 8192, (3072, 8192, 16384), (1, 16, 64), 64),

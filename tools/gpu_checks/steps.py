@@ -82,8 +82,11 @@ def memory(size: Size, folder: Path) -> Result:
         0.85 < peak / expected < 1.03,
         f"{layers}: peak {peak / GIB:.2f} GiB, planned {expected / GIB:.2f} ({peak / expected:.1%}); reserved "
         f"{reserved / GIB:.2f}, in use on the GPU {(total - free) / GIB:.2f}",
-        peak=peak, planned=vars(plan), reserved=reserved, in_use=total - free,
-    )  # fmt: skip
+        peak=peak,
+        planned=vars(plan),
+        reserved=reserved,
+        in_use=total - free,
+    )
 
 
 def profile(size: Size, folder: Path) -> Result:
@@ -114,8 +117,9 @@ def profile(size: Size, folder: Path) -> Result:
     return verdict(
         len(many) <= len(few),
         f"{len(few)} waits in a step of 2 micro-batches, {len(many)} in one of 4, see {folder.name}/waits.txt; {told}",
-        waits=many, seconds=seconds,
-    )  # fmt: skip
+        waits=many,
+        seconds=seconds,
+    )
 
 
 def _waits(step) -> list[str]:

@@ -134,9 +134,9 @@ def _at_length(arguments: argparse.Namespace, model: ModelSettings, tokens: int)
 
 def packed(model: ModelSettings, tokens: int, seed: int):
     """Pairs of random tokens under dTRPO's noise, as many as fit, padded to ``tokens``."""
+    from megatron_dtrpo.config.estimators import EstimatorOptions
     from megatron_dtrpo.data.batches import Noising
     from megatron_dtrpo.data.sampler import Sample
-    from megatron_dtrpo.diffusion.estimators import EstimatorOptions
     from megatron_dtrpo.diffusion.layout import concatenate, pad_to
 
     generator = torch.Generator().manual_seed(seed)
@@ -172,9 +172,10 @@ def _model_flops(model: ModelSettings, sequence) -> float:
 
 def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequences, repetitions: int) -> Measured:
     """Log-probabilities and gradients on the first sequence, then ``repetitions`` timed passes over all in turn."""
+    from megatron_dtrpo.config.backends import choose_backend
     from megatron_dtrpo.config.fp8 import token_multiple
     from megatron_dtrpo.data.batches import MicroBatch
-    from megatron_dtrpo.model.attention import attention_width, choose_backend
+    from megatron_dtrpo.model.attention import attention_width
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model
     from megatron_dtrpo.training.step import DeviceBatch
@@ -182,7 +183,7 @@ def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequence
     device = initialize.device()
     model = build_model(model_settings, parallel).to(device)
     initialize_weights(model, seed=1)
-    backend, width = choose_backend(parallel.attention_backend, device), attention_width(model.config)
+    backend, width = choose_backend(parallel.attention_backend, device.type), attention_width(model.config)
 
     def run(sequence) -> torch.Tensor:
         lengths = torch.ones(sequence.responses, dtype=torch.long)

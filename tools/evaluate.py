@@ -21,8 +21,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.parser import parse_tool, tool_parser
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
 from megatron_dtrpo.train import run_command

@@ -20,9 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.parser import parse
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.train import run_command
 
@@ -78,7 +78,7 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
     from megatron.core import parallel_state
 
     from megatron_dtrpo.checkpoint import distributed as checkpoint
-    from megatron_dtrpo.model.attention import choose_backend
+    from megatron_dtrpo.config.backends import choose_backend
     from megatron_dtrpo.model.provider import build_chunks
     from megatron_dtrpo.runtime import initialize
     from megatron_dtrpo.training import resume
@@ -94,7 +94,7 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
         print(line, flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
     device = initialize.device()
-    backend = choose_backend(config.parallel.attention_backend, device)
+    backend = choose_backend(config.parallel.attention_backend, device.type)
     model = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
 
     def scores(folder: str, iteration: int, builder) -> dict:

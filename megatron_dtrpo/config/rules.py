@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
+from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.objectives.preference import LOSSES
 
 
 def _demand(condition, message: str) -> None:
@@ -25,8 +26,9 @@ def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
 
 
 def fill_objective_defaults(objective: ObjectiveSettings) -> None:
-    objective.estimator = objective.estimator or {"preference": "dtrpo", "sft": "sft"}[objective.objective]
-    objective.block_start = objective.block_start or {"preference": "clean", "sft": "noisy"}[objective.objective]
+    kind = OBJECTIVES[objective.objective]
+    objective.estimator = objective.estimator or kind.estimator
+    objective.block_start = objective.block_start or kind.block_start
     objective.loss_type = objective.loss_type or ["sigmoid"]
     if objective.num_views is None:
         objective.num_views = ESTIMATORS[objective.estimator].default_views
@@ -133,12 +135,12 @@ def _check_losses(objective: ObjectiveSettings) -> None:
             f"loss_weights has {len(weights)} weights, loss_type {len(names)} losses: give as many of both",
         )
         _demand(any(weights), "loss_weights are all 0: there is nothing to learn")
-    knobs = {knob for name in names for knob in LOSSES[name].knobs}
-    for knob in ("label_smoothing", "simpo_gamma"):
-        readers = [name for name, loss in LOSSES.items() if knob in loss.knobs]
+    read = {*ALWAYS_READ, *(option for name in names for option in LOSSES[name].options)}
+    for option in dataclasses.fields(LossOptions):
+        readers = [name for name, loss in LOSSES.items() if option.name in loss.options]
         _demand(
-            knob in knobs or getattr(objective, knob) == getattr(ObjectiveSettings, knob),
-            f"{knob} belongs to loss_type {', '.join(readers)}: leave it out with {', '.join(names)}",
+            option.name in read or getattr(objective, option.name) == option.default,
+            f"{option.name} belongs to loss_type {', '.join(readers)}: leave it out with {', '.join(names)}",
         )
     _demand(
         "robust" not in names or objective.label_smoothing < 0.5,
@@ -186,7 +188,7 @@ def validate_decoding(config: Config) -> None:
 
 
 def _no_reference(objective: ObjectiveSettings) -> str:
-    if objective.objective != "preference":
+    if not OBJECTIVES[objective.objective].may_read_reference:
         return f"objective {objective.objective} has no reference"
     return f"loss_type {', '.join(objective.losses())} has no reference"
 

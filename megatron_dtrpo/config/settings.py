@@ -10,44 +10,42 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from megatron_dtrpo.config.backends import AUTO, BACKENDS
+from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.fp8 import RECIPES
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
-from megatron_dtrpo.objectives.preference import LOSSES, reads_reference
+from megatron_dtrpo.config.losses import LOSSES, LossOptions, reads_reference
+from megatron_dtrpo.config.objectives import OBJECTIVES
+from megatron_dtrpo.config.rows import setting
 from megatron_dtrpo.rounding import round_up
 
 RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transformer Engine
-
-
-def _setting(default, help: str, choices: tuple = (), *, at_least=None, at_most=None):
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelSettings:
     """The architecture. Saved beside every checkpoint; with ``load`` it is read from there."""
 
-    num_layers: int | None = _setting(None, "Transformer layers.", at_least=1)
-    hidden_size: int | None = _setting(None, "Width of the residual stream.", at_least=1)
-    ffn_hidden_size: int | None = _setting(None, "Width of the gated MLP.", at_least=1)
-    num_attention_heads: int | None = _setting(None, "Query heads.", at_least=1)
-    num_query_groups: int | None = _setting(None, "Key/value heads; default: as many as query heads.", at_least=1)
-    kv_channels: int | None = _setting(
+    num_layers: int | None = setting(None, "Transformer layers.", at_least=1)
+    hidden_size: int | None = setting(None, "Width of the residual stream.", at_least=1)
+    ffn_hidden_size: int | None = setting(None, "Width of the gated MLP.", at_least=1)
+    num_attention_heads: int | None = setting(None, "Query heads.", at_least=1)
+    num_query_groups: int | None = setting(None, "Key/value heads; default: as many as query heads.", at_least=1)
+    kv_channels: int | None = setting(
         None, "Width of one head; default: hidden_size / num_attention_heads.", at_least=1
     )
-    max_position_embeddings: int = _setting(32768, "Longest prompt plus response, in tokens.", at_least=1)
-    rotary_base: float = _setting(1000000.0, "Base of the rotary angles (rope_theta).")
-    norm_epsilon: float = _setting(1e-6, "Epsilon of the RMS norms.", at_least=0)
-    add_qkv_bias: bool = _setting(True, "Biases on the query, key and value projections, as Qwen2 has.")
-    untie_embeddings_and_output_weights: bool = _setting(True, "Separate embedding and output matrices.")
-    init_method_std: float = _setting(0.02, "Standard deviation of random initial weights.", at_least=0)
-    vocab_size: int | None = _setting(None, "Vocabulary before padding; default: the tokenizer's.", at_least=1)
-    make_vocab_size_divisible_by: int = _setting(
+    max_position_embeddings: int = setting(32768, "Longest prompt plus response, in tokens.", at_least=1)
+    rotary_base: float = setting(1000000.0, "Base of the rotary angles (rope_theta).")
+    norm_epsilon: float = setting(1e-6, "Epsilon of the RMS norms.", at_least=0)
+    add_qkv_bias: bool = setting(True, "Biases on the query, key and value projections, as Qwen2 has.")
+    untie_embeddings_and_output_weights: bool = setting(True, "Separate embedding and output matrices.")
+    init_method_std: float = setting(0.02, "Standard deviation of random initial weights.", at_least=0)
+    vocab_size: int | None = setting(None, "Vocabulary before padding; default: the tokenizer's.", at_least=1)
+    make_vocab_size_divisible_by: int = setting(
         128,
         "Pad the vocabulary to a multiple of this, whatever the layout, so that TP does not change the model.",
         at_least=1,
     )
-    block_size: int = _setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size).", at_least=1)
+    block_size: int = setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size).", at_least=1)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -58,87 +56,87 @@ class ModelSettings:
 class ParallelSettings:
     """How the one program is spread over processes, and in which precision it runs."""
 
-    tensor_model_parallel_size: int = _setting(1, "Processes that share each layer.", at_least=1)
-    pipeline_model_parallel_size: int = _setting(1, "Pipeline stages.", at_least=1)
-    num_virtual_stages_per_pipeline_rank: int = _setting(
+    tensor_model_parallel_size: int = setting(1, "Processes that share each layer.", at_least=1)
+    pipeline_model_parallel_size: int = setting(1, "Pipeline stages.", at_least=1)
+    num_virtual_stages_per_pipeline_rank: int = setting(
         1,
         "Parts that each pipeline stage is cut into; above 1 the interleaved schedule, with smaller bubbles.",
         at_least=1,
     )
-    context_parallel_size: int = _setting(
+    context_parallel_size: int = setting(
         1,
         "Processes that share each packed sequence; it is padded to whole units for each, at most 128 tokens long.",
         at_least=1,
     )
-    sequence_parallel: bool = _setting(False, "Shard norms and residuals along the sequence; no effect without TP.")
-    use_distributed_optimizer: bool = _setting(False, "Shard optimizer state over data-parallel processes.")
-    optimizer_cpu_offload: bool = _setting(
+    sequence_parallel: bool = setting(False, "Shard norms and residuals along the sequence; no effect without TP.")
+    use_distributed_optimizer: bool = setting(False, "Shard optimizer state over data-parallel processes.")
+    optimizer_cpu_offload: bool = setting(
         False,
         "Keep optimizer state and main weights in host memory and update them there; with use_distributed_optimizer.",
     )
-    optimizer_offload_fraction: float = _setting(
+    optimizer_offload_fraction: float = setting(
         1.0, "Share of the parameters whose update is offloaded.", at_least=0, at_most=1
     )
-    overlap_grad_reduce: bool = _setting(False, "Overlap gradient reduction with the backward pass.")
-    overlap_param_gather: bool = _setting(False, "Overlap the distributed optimizer's gather with the forward pass.")
-    ddp_bucket_size: int | None = _setting(
+    overlap_grad_reduce: bool = setting(False, "Overlap gradient reduction with the backward pass.")
+    overlap_param_gather: bool = setting(False, "Overlap the distributed optimizer's gather with the forward pass.")
+    ddp_bucket_size: int | None = setting(
         None,
         "Parameters whose gradients or values travel in one message, with overlap_grad_reduce. Default: 40 million, or "
         "a million for each data-parallel process if that is more.",
         at_least=1,
     )
-    bf16: bool = _setting(False, "bfloat16 weights and activations, fp32 main weights and gradient reduction.")
-    transformer_impl: str | None = _setting(
+    bf16: bool = setting(False, "bfloat16 weights and activations, fp32 main weights and gradient reduction.")
+    transformer_impl: str | None = setting(
         None,
         "Layers of Transformer Engine (fused norms, FP8) or megatron-core's own; default: Transformer Engine where it "
         "is installed and there is a GPU.",
         ("transformer_engine", "local"),
     )
-    fp8_format: str | None = _setting(
+    fp8_format: str | None = setting(
         None,
         "Matrix products in FP8: e4m3 throughout, or hybrid with e5m2 gradients. Default: none; see docs/fp8.md.",
         ("e4m3", "hybrid"),
     )
-    fp8_recipe: str = _setting(
+    fp8_recipe: str = setting(
         "tensorwise",
         "How FP8 tensors are scaled. Megatron-LM's default is delayed, with scales of past steps; with the others "
         "policy and reference round alike.",
         tuple(RECIPES),
     )
-    fp8_margin: int = _setting(0, "delayed: scales are smaller by 2 to this power.", at_least=0)
-    fp8_amax_history_len: int = _setting(1, "delayed: maxima that are remembered.", at_least=1)
-    fp8_amax_compute_algo: str = _setting(
+    fp8_margin: int = setting(0, "delayed: scales are smaller by 2 to this power.", at_least=0)
+    fp8_amax_history_len: int = setting(1, "delayed: maxima that are remembered.", at_least=1)
+    fp8_amax_compute_algo: str = setting(
         "most_recent", "delayed: the remembered maximum that sets the scale.", ("max", "most_recent")
     )
-    fp8_param_gather: bool = _setting(False, "Keep and gather the weights of FP8 matrix products in FP8.")
-    fp8_reference: bool = _setting(
+    fp8_param_gather: bool = setting(False, "Keep and gather the weights of FP8 matrix products in FP8.")
+    fp8_reference: bool = setting(
         True, "The reference policy too computes in FP8; off: in bf16, and FP8's error is in the likelihood ratio."
     )
-    first_last_layers_bf16: bool = _setting(False, "Keep the first and last layers out of FP8.")
-    num_layers_at_start_in_bf16: int = _setting(1, "How many of the first.", at_least=0)
-    num_layers_at_end_in_bf16: int = _setting(1, "How many of the last.", at_least=0)
-    attention_backend: str = _setting("auto", "auto: flex on CUDA, sdpa elsewhere.", ("auto", "flex", "sdpa"))
-    gradient_accumulation_fusion: bool | None = _setting(
+    first_last_layers_bf16: bool = setting(False, "Keep the first and last layers out of FP8.")
+    num_layers_at_start_in_bf16: int = setting(1, "How many of the first.", at_least=0)
+    num_layers_at_end_in_bf16: int = setting(1, "How many of the last.", at_least=0)
+    attention_backend: str = setting(AUTO, "auto: flex on CUDA, sdpa elsewhere.", (AUTO, *BACKENDS))
+    gradient_accumulation_fusion: bool | None = setting(
         None,
         "Add weight gradients into the fp32 gradient in the matrix product. Default: where Transformer Engine's layers "
         "or Apex's CUDA extension can; without that extension the output layer does not.",
     )
-    apply_rope_fusion: bool | None = _setting(
+    apply_rope_fusion: bool | None = setting(
         None, "Rotate queries and keys in one kernel of Transformer Engine's. Default: where it is there."
     )
-    recompute_granularity: str | None = _setting(
+    recompute_granularity: str | None = setting(
         None, "Recompute activations in the backward pass: whole layers or some modules.", ("full", "selective")
     )
-    recompute_modules: list[str] | None = _setting(
+    recompute_modules: list[str] | None = setting(
         None, f"With selective: which of {', '.join(RECOMPUTABLE)}. Default: core_attn."
     )
-    recompute_method: str | None = _setting(
+    recompute_method: str | None = setting(
         None, "With full: uniform chunks of layers, or a number of layers per stage (block).", ("uniform", "block")
     )
-    recompute_num_layers: int | None = _setting(
+    recompute_num_layers: int | None = setting(
         None, "Layers per recomputed chunk (uniform) or recomputed (block).", at_least=1
     )
-    distributed_timeout_minutes: int = _setting(
+    distributed_timeout_minutes: int = setting(
         60, "A collective on the device that takes longer ends the run.", at_least=1
     )
 
@@ -147,53 +145,51 @@ class ParallelSettings:
 class DataSettings:
     """What is trained on and how it is packed."""
 
-    data_path: str | None = _setting(
+    data_path: str | None = setting(
         None,
         "JSONL, JSON, CSV, Parquet or Arrow; a folder or glob of such files, or a saved Hugging Face data set. "
         "See docs/data.md.",
     )
-    split: str | None = _setting(
+    split: str | None = setting(
         None, "Split of a folder or glob that holds several: train, train_prefs, train+validation."
     )
-    data_cache_path: str | None = _setting(None, "Folder of tokenized data; default: data_cache in the run folder.")
-    tokenizer_type: str | None = _setting(
+    data_cache_path: str | None = setting(None, "Folder of tokenized data; default: data_cache in the run folder.")
+    tokenizer_type: str | None = setting(
         None,
         "Tokenizer library; with load, default: the checkpoint's own.",
         ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteLevelTokenizer"),
     )
-    tokenizer_model: str | None = _setting(None, "Tokenizer folder (Hugging Face) or model file (SentencePiece).")
-    mask_token: str | None = _setting(None, "The mask token; default: the tokenizer's own.")
-    eos_token: str | None = _setting(None, "The token that ends a response; default: the tokenizer's own.")
-    apply_chat_template: bool = _setting(False, "Wrap text prompts in the chat template as one user message.")
-    assistant_turns: str = _setting(
+    tokenizer_model: str | None = setting(None, "Tokenizer folder (Hugging Face) or model file (SentencePiece).")
+    mask_token: str | None = setting(None, "The mask token; default: the tokenizer's own.")
+    eos_token: str | None = setting(None, "The token that ends a response; default: the tokenizer's own.")
+    apply_chat_template: bool = setting(False, "Wrap text prompts in the chat template as one user message.")
+    assistant_turns: str = setting(
         "last",
         "What sft learns of a conversation in messages: the assistant's last message, or all of them, each an example "
         "with the conversation before it as its prompt.",
         ("last", "all"),
     )
-    seq_length: int = _setting(
-        8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1
-    )
-    micro_batch_size: int = _setting(8, "At most this many examples in one packed sequence.", at_least=1)
-    global_batch_size: int = _setting(32, "Examples per step, over all processes.", at_least=1)
-    overlong: str = _setting(
+    seq_length: int = setting(8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1)
+    micro_batch_size: int = setting(8, "At most this many examples in one packed sequence.", at_least=1)
+    global_batch_size: int = setting(32, "Examples per step, over all processes.", at_least=1)
+    overlong: str = setting(
         "skip", "Examples that do not fit seq_length: skip (counted in a warning) or error.", ("skip", "error")
     )
-    bad_rows: str = _setting(
+    bad_rows: str = setting(
         "error",
         "Rows that cannot be used: error (every kind of problem is named, with its first places) or skip (the same in "
         "a warning).",
         ("error", "skip"),
     )
-    shuffle: bool = _setting(True, "A new order every epoch; off: file order.")
+    shuffle: bool = setting(True, "A new order every epoch; off: file order.")
 
 
 @dataclass
-class ObjectiveSettings:
-    """What is optimised."""
+class ObjectiveChoices:
+    """What is optimised, but for the options of what was chosen."""
 
-    objective: str = _setting("preference", "preference (dTRPO) or sft.", ("preference", "sft"))
-    estimator: str | None = _setting(
+    objective: str = setting("preference", "preference (dTRPO) or sft.", tuple(OBJECTIVES))
+    estimator: str | None = setting(
         None,
         "How log-likelihoods are estimated. dtrpo: one random decoding step per block; trajectory: the same of the "
         "decodings recorded in the data (chosen_steps, rejected_steps); exact_trajectory: all of its steps; "
@@ -201,39 +197,35 @@ class ObjectiveSettings:
         "views and noise shared with the reference; mean_field: all masked; sft. Default: that of the objective.",
         tuple(ESTIMATORS),
     )
-    block_start: str | None = _setting(
+    block_start: str | None = setting(
         None,
         "Where a block's first token is read: the clean pass, as the decoder does (default for preference), or the "
         "noisy view, as Fast-dLLM v2 trains (default for sft).",
         ("clean", "noisy"),
     )
-    num_views: int | None = _setting(
+    num_views: int | None = setting(
         None,
         "K, independent noisy views per response (pairs of views if complementary). Default: 8 for vrpo, whose levels "
         "are stratified over views, 1 for the others.",
         at_least=1,
     )
-    steps_per_block: int = _setting(8, "T_B, decoding steps per block that the dtrpo estimator assumes.", at_least=1)
-    complementary: bool = _setting(True, "sft: a second view masks what the first left visible.")
-    min_timestep: float = _setting(
-        1e-3, "sft: least masking probability; the default is Fast-dLLM v2's.", at_least=0, at_most=1
-    )
-    loss_type: list[str] | None = _setting(
+    loss_type: list[str] | None = setting(
         None,
         "Preference losses, see docs/method.md; several are added up. sft is the likelihood anchor: mean -log p of the "
         "chosen's tokens. Default: sigmoid.",
         tuple(LOSSES),
     )
-    loss_weights: list[float] | None = _setting(None, "A weight for each of loss_type. Default: 1 each.", at_least=0)
-    length_normalization: bool = _setting(
+    loss_weights: list[float] | None = setting(None, "A weight for each of loss_type. Default: 1 each.", at_least=0)
+    length_normalization: bool = setting(
         False, "Losses see log-likelihoods divided by their responses' tokens, as ipo, simpo and sft always do."
     )
-    beta: float = _setting(0.5, "Strength of the preference: the paper's lambda, DPO's beta.", at_least=0)
-    label_smoothing: float = _setting(
-        0.0, "sigmoid, robust, simpo: probability that a preference label is wrong.", at_least=0, at_most=0.5
-    )
-    simpo_gamma: float = _setting(0.5, "simpo: the reward margin that is aimed at.", at_least=0)
-    trainable_modules: list[str] | None = _setting(
+
+
+@dataclass
+class ObjectiveSettings(LossOptions, EstimatorOptions, ObjectiveChoices):
+    """What is optimised."""
+
+    trainable_modules: list[str] | None = setting(
         None,
         "Train only modules of these names, e.g. mlp linear_proj; wildcards match parts of a name ('*norm'). Default: "
         "all.",
@@ -247,27 +239,27 @@ class ObjectiveSettings:
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares the policy with a reference."""
-        return self.objective == "preference" and reads_reference(self.loss_type or ["sigmoid"])
+        return OBJECTIVES[self.objective].may_read_reference and reads_reference(self.loss_type or ["sigmoid"])
 
 
 @dataclass
 class OptimizerSettings:
     """Adam and its schedule, as Megatron names them."""
 
-    train_iters: int | None = _setting(None, "Steps to train. Give this or num_epochs.", at_least=1)
-    num_epochs: float | None = _setting(None, "Passes over the data to train. Give this or train_iters.", at_least=0)
-    lr: float = _setting(5e-7, "Peak learning rate.", at_least=0)
-    min_lr: float = _setting(0.0, "Learning rate at the end of the decay.", at_least=0)
-    lr_decay_style: str = _setting(
+    train_iters: int | None = setting(None, "Steps to train. Give this or num_epochs.", at_least=1)
+    num_epochs: float | None = setting(None, "Passes over the data to train. Give this or train_iters.", at_least=0)
+    lr: float = setting(5e-7, "Peak learning rate.", at_least=0)
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.", at_least=0)
+    lr_decay_style: str = setting(
         "cosine", "Shape of the decay.", ("constant", "linear", "cosine", "inverse-square-root")
     )
-    lr_warmup_iters: int = _setting(0, "Steps of linear warm-up.", at_least=0)
-    weight_decay: float = _setting(0.0, "Decoupled weight decay (norms and biases excluded).", at_least=0)
-    adam_beta1: float = _setting(0.9, "Adam's first moment decay.", at_least=0, at_most=1)
-    adam_beta2: float = _setting(0.95, "Adam's second moment decay.", at_least=0, at_most=1)
-    adam_eps: float = _setting(1e-8, "Adam's epsilon.", at_least=0)
-    clip_grad: float = _setting(1.0, "Clip the global gradient norm to this; 0: do not clip.", at_least=0)
-    seed: int = _setting(1234, "Seed of initial weights, data order and noise.", at_least=0, at_most=2**63 - 1)
+    lr_warmup_iters: int = setting(0, "Steps of linear warm-up.", at_least=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay (norms and biases excluded).", at_least=0)
+    adam_beta1: float = setting(0.9, "Adam's first moment decay.", at_least=0, at_most=1)
+    adam_beta2: float = setting(0.95, "Adam's second moment decay.", at_least=0, at_most=1)
+    adam_eps: float = setting(1e-8, "Adam's epsilon.", at_least=0)
+    clip_grad: float = setting(1.0, "Clip the global gradient norm to this; 0: do not clip.", at_least=0)
+    seed: int = setting(1234, "Seed of initial weights, data order and noise.", at_least=0, at_most=2**63 - 1)
 
     def steps(self, examples: int, global_batch_size: int) -> int:
         """Steps of a whole run over data of so many examples."""
@@ -278,53 +270,53 @@ class OptimizerSettings:
 class RunSettings:
     """Where a run starts from and what it leaves behind."""
 
-    load: str | None = _setting(None, "Checkpoint folder to start from.")
-    reference: str | None = _setting(
+    load: str | None = setting(None, "Checkpoint folder to start from.")
+    reference: str | None = setting(
         None,
         "Checkpoint folder of the reference policy, of the same architecture and tokenizer. The first step's rewards "
         "are then not 0, nor is its loss ln 2. Default: what the run starts from.",
     )
-    reference_cache: str | None = _setting(
+    reference_cache: str | None = setting(
         None,
         "Folder of reference scores that tools/precompute_reference.py wrote for this run; no reference policy is kept "
         "in memory.",
     )
-    save: str | None = _setting(None, "Run folder: checkpoints, metrics.jsonl, TensorBoard. Resumed if it has any.")
-    save_interval: int = _setting(500, "Steps between checkpoints; the last step is always saved.", at_least=1)
-    async_save: bool = _setting(
+    save: str | None = setting(None, "Run folder: checkpoints, metrics.jsonl, TensorBoard. Resumed if it has any.")
+    save_interval: int = setting(500, "Steps between checkpoints; the last step is always saved.", at_least=1)
+    async_save: bool = setting(
         False, "Write checkpoints beside the run: processes forked from its own write while training goes on."
     )
-    keep_last: int | None = _setting(
+    keep_last: int | None = setting(
         None, "Keep this many checkpoints of the run and delete older ones. Default: keep all.", at_least=1
     )
-    ckpt_format: str = _setting("torch_dist", "Checkpoint format.", ("torch_dist",))
-    log_interval: int = _setting(1, "Steps between lines on the terminal; metrics.jsonl has every step.", at_least=1)
-    tensorboard: bool = _setting(True, "Write TensorBoard events to the run folder.")
-    wandb_project: str | None = _setting(None, "Also log to this Weights & Biases project (extra wandb).")
-    wandb_exp_name: str | None = _setting(None, "Run name in Weights & Biases.")
-    progress: bool = _setting(True, "A progress bar on rank 0 where standard error is a terminal.")
+    ckpt_format: str = setting("torch_dist", "Checkpoint format.", ("torch_dist",))
+    log_interval: int = setting(1, "Steps between lines on the terminal; metrics.jsonl has every step.", at_least=1)
+    tensorboard: bool = setting(True, "Write TensorBoard events to the run folder.")
+    wandb_project: str | None = setting(None, "Also log to this Weights & Biases project (extra wandb).")
+    wandb_exp_name: str | None = setting(None, "Run name in Weights & Biases.")
+    progress: bool = setting(True, "A progress bar on rank 0 where standard error is a terminal.")
 
 
 @dataclass
 class EvaluationSettings:
     """What a run measures of itself on data it does not train on, into eval.jsonl and TensorBoard."""
 
-    eval_interval: int | None = _setting(
+    eval_interval: int | None = setting(
         None, "Steps between evaluations; also before the first step and after the last.", at_least=1
     )
-    eval_data_path: str | None = _setting(
+    eval_data_path: str | None = setting(
         None,
         "Held-out data of the kind that is trained on. Rows with an answer are also decoded, greedily, and judged: "
         "exact match.",
     )
-    eval_split: str | None = _setting(None, "Its split, where it holds several.")
-    eval_examples: int = _setting(512, "At most this many of its rows, the first ones.", at_least=1)
-    eval_verifier: str = _setting("numeric", "Judges decoded answers: numeric, or module:function.")
-    eval_max_new_tokens: int = _setting(512, "Longest decoded answer.", at_least=1)
-    eval_threshold: float = _setting(
+    eval_split: str | None = setting(None, "Its split, where it holds several.")
+    eval_examples: int = setting(512, "At most this many of its rows, the first ones.", at_least=1)
+    eval_verifier: str = setting("numeric", "Judges decoded answers: numeric, or module:function.")
+    eval_max_new_tokens: int = setting(512, "Longest decoded answer.", at_least=1)
+    eval_threshold: float = setting(
         0.9, "Decoding unmasks what it is surer of than this, and always the surest.", at_least=0, at_most=1
     )
-    eval_batch_size: int = _setting(64, "Prompts decoded at once on each data-parallel process.", at_least=1)
+    eval_batch_size: int = setting(64, "Prompts decoded at once on each data-parallel process.", at_least=1)
 
 
 GROUPS = {

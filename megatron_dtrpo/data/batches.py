@@ -14,24 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.config.estimators import ESTIMATORS, Estimator, EstimatorOptions, total_views
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.token_store import TokenStore, turn_block_counts
-from megatron_dtrpo.diffusion.estimators import (
-    ESTIMATORS,
-    KEPT,
-    POLICY,
-    REFERENCE,
-    Estimator,
-    EstimatorOptions,
-    Noise,
-    NoiseRequest,
-    Recording,
-    noise_generator,
-    total_views,
-)
+from megatron_dtrpo.diffusion.estimators import KEPT, POLICY, REFERENCE, Noise, NoiseRequest, Recording, noise_generator
 from megatron_dtrpo.diffusion.layout import (
     Blocks,
     PackedSequence,
@@ -95,14 +84,9 @@ class Noising:
     @classmethod
     def from_config(cls, config: Config, mask_id: int) -> Noising:
         objective = config.objective
-        options = EstimatorOptions(
-            steps_per_block=objective.steps_per_block,
-            complementary=objective.complementary,
-            min_timestep=objective.min_timestep,
-        )
         return cls(
             estimator=objective.estimator,
-            options=options,
+            options=EstimatorOptions.of(objective),
             num_views=objective.num_views,
             block_start=objective.block_start,
             block_size=config.model.block_size,

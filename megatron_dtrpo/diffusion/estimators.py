@@ -7,20 +7,20 @@ An estimator draws, for one response, ``K`` noisy views of its blocks and a weig
 estimates what it is named for. Policy and reference get the same draws, hence their ratio needs no schedule; only the
 plain ``elbo`` draws anew for the reference.
 
-`ESTIMATORS` says of every estimator how it draws, ``NoiseRequest -> Noise``, and what else there is to know about it.
+Each is a function ``NoiseRequest -> Noise``; `config.estimators` has a row for each, with its options and properties.
 Legend: n blocks, B block size, K views, m maskable tokens of a block.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.seeds import stable_seed
 
 # Views are numbered from 1; the reference's own draws, where it has any, have the negative numbers.
@@ -33,15 +33,6 @@ class Noise(NamedTuple):
 
     masked: Tensor
     weight: Tensor
-
-
-@dataclass(frozen=True)
-class EstimatorOptions:
-    """Knobs of the estimators; the table says which estimator reads which."""
-
-    steps_per_block: int = 8
-    complementary: bool = True
-    min_timestep: float = 1e-3
 
 
 KEPT = torch.iinfo(torch.long).max
@@ -219,49 +210,3 @@ def sft(request: NoiseRequest) -> Noise:
     masked = torch.stack(views)
     share = 1.0 if options.complementary else (1 + options.min_timestep) / 2  # of a view, or a pair of them, masked
     return Noise(masked, masked.double() / (len(request.generators) * share))
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """How an estimator draws, and what its callers need to know of it.
-
-    Attributes:
-        options: the fields of `EstimatorOptions` that it reads.
-        objective: the objective it belongs to.
-        pairs_views: with the option ``complementary`` it lays out two views per generator.
-        default_views: K where none is given.
-        is_random: whether averaging several views means anything.
-        independent_reference: the reference's noise is drawn apart from the policy's.
-        needs_steps: it reads a recorded decoding.
-        every_step: it has as many views as a block has steps, and of a block that has fewer steps lays out as many.
-        block_starts: where it may read a block's first token; where ``"noisy"`` is missing, that would be biased.
-    """
-
-    draw: Callable[[NoiseRequest], Noise]
-    options: tuple[str, ...] = ()
-    objective: str = "preference"
-    pairs_views: bool = False
-    default_views: int = 1
-    is_random: bool = True
-    independent_reference: bool = False
-    needs_steps: bool = False
-    every_step: bool = False
-    block_starts: tuple[str, ...] = ("clean", "noisy")
-
-
-ESTIMATORS: dict[str, Estimator] = {
-    "dtrpo": Estimator(dtrpo, ("steps_per_block",), block_starts=("clean",)),
-    "elbo": Estimator(elbo, independent_reference=True),
-    "vrpo": Estimator(vrpo, default_views=8),
-    "mean_field": Estimator(mean_field, is_random=False),
-    "trajectory": Estimator(trajectory, needs_steps=True, block_starts=("clean",)),
-    "exact_trajectory": Estimator(
-        exact_trajectory, is_random=False, needs_steps=True, every_step=True, block_starts=("clean",)
-    ),
-    "sft": Estimator(sft, ("complementary", "min_timestep"), objective="sft", pairs_views=True),
-}
-
-
-def total_views(name: str, base_views: int, options: EstimatorOptions) -> int:
-    """K, the number of noisy views an estimator lays out for ``base_views`` generators."""
-    return 2 * base_views if ESTIMATORS[name].pairs_views and options.complementary else base_views

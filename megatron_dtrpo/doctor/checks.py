@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from megatron_dtrpo.config.backends import BACKENDS, choose_backend
 from megatron_dtrpo.config.fp8 import RECIPES
 from megatron_dtrpo.doctor.machine import Facts
 from megatron_dtrpo.doctor.requirements import GIB, Needs
@@ -214,9 +215,10 @@ def apex(facts: Facts, needs: Needs) -> Iterator[Line]:
 
 
 def flex_attention(facts: Facts, needs: Needs) -> Iterator[Line]:
-    asked = needs.attention_backend
-    needed = asked == "flex" or (asked == "auto" and bool(facts.gpus))
-    mend = "--attention-backend sdpa"
+    backend = choose_backend(needs.attention_backend, "cuda" if facts.gpus else "cpu")
+    needed = BACKENDS[backend].compiles
+    eager = next(name for name, row in BACKENDS.items() if not row.compiles)
+    mend = f"--attention-backend {eager}"
     if facts.flex is None:
         yield Line(_unless(needed, MISSING), "FlexAttention", "this torch has none", mend)
     elif facts.flex == "compiles":
@@ -225,7 +227,7 @@ def flex_attention(facts: Facts, needs: Needs) -> Iterator[Line]:
         yield Line(_unless(needed, WRONG), "FlexAttention", f"does not compile: {facts.flex}", mend)
     else:
         yield Line(
-            _unless(needed, WRONG), "FlexAttention", "has no backward pass on a CPU; sdpa is used", mend * needed
+            _unless(needed, WRONG), "FlexAttention", f"has no backward pass on a CPU; {eager} is used", mend * needed
         )
 
 

@@ -85,13 +85,14 @@ def _score_share(
     budget: int,
 ) -> dict[int, float]:
     """This replica's share, on its last pipeline stage."""
-    from megatron_dtrpo.model.attention import attention_width, choose_backend
+    from megatron_dtrpo.config.backends import choose_backend
+    from megatron_dtrpo.model.attention import attention_width
     from megatron_dtrpo.training.step import DeviceBatch, score
 
     costs = [_cost(noising, continuations, numbers) for numbers in documents]
     mine = balance(costs, session.replicas)[session.replica]
     device, width = initialize.device(), attention_width(session.model.config)
-    backend = choose_backend(session.config.parallel.attention_backend, device)
+    backend = choose_backend(session.config.parallel.attention_backend, device.type)
     batches, order = [], []
     for group in pack(costs, mine, budget, len(mine)):
         sequence = concatenate([_document(noising, continuations, documents[place]) for place in group])

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from megatron_dtrpo.config.backends import choose_backend
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.data.sampler import Sample
@@ -20,10 +22,9 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts, efficiency
 from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
-from megatron_dtrpo.model.attention import attention_width, choose_backend
+from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.transfer import to_device
-from megatron_dtrpo.training.objectives import OBJECTIVES
 from megatron_dtrpo.training.scoring import CHUNK, score_pairs
 from megatron_dtrpo.training.setup import open_data
 from megatron_dtrpo.training.step import DeviceBatch, reduce_metrics, train_pass
@@ -54,7 +55,7 @@ class PeriodicEvaluation:
         self.problems = self._problems()
         self.verifier = load_verifier(config.evaluation.eval_verifier)
         self.device = initialize.device()
-        self.backend = choose_backend(config.parallel.attention_backend, self.device)
+        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
         self.reference: dict[int, tuple[float, float]] = {}
 
     def _problems(self) -> list[Prompt]:

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.diffusion.layout import CLEAN, PADDING_DOCUMENT, Coordinates
-from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention
+from megatron_dtrpo.model.attention import PackedAttention, plan_attention
 from megatron_dtrpo.rounding import round_up
 
 
@@ -107,7 +108,7 @@ def prefill_attention(
 
     Args:
         slot, position: int64 ``[s]`` of every token, on the device.
-        width: of `model.attention.attention_width`; backend: of `model.attention.BACKENDS`.
+        width: of `model.attention.attention_width`; backend: of `config.backends.BACKENDS`.
     """
     count = slot.numel()
     padding = round_up(BACKENDS[backend].padded(count), block_size) - count

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, DecodingOptions, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
 from megatron_dtrpo.inference.predictor import Predictor
-from megatron_dtrpo.model.attention import attention_width, choose_backend
+from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.transfer import send_together
@@ -58,7 +59,7 @@ class BlockDecoder:
         self.model, self.vocabulary = model, vocabulary
         self.block_size, self.max_positions = block_size, max_positions
         self.device = next(model.parameters()).device
-        self.backend = choose_backend(attention_backend, self.device)
+        self.backend = choose_backend(attention_backend, self.device.type)
 
     def decode(
         self,

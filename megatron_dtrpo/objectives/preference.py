@@ -7,12 +7,12 @@ chosen, rejected, chosen, rejected, ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_dtrpo.config.losses import LOSSES, LossOptions
 
 
 def response_log_likelihoods(log_probs: Tensor, weight: Tensor, response: Tensor, responses: int) -> Tensor:
@@ -35,15 +35,6 @@ class Pairs(NamedTuple):
     @property
     def margin(self) -> Tensor:
         return self.chosen_gain - self.rejected_gain
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Knobs of the losses; the table says which loss reads which."""
-
-    beta: float = 0.5
-    label_smoothing: float = 0.0
-    simpo_gamma: float = 0.5
 
 
 def sigmoid(pairs: Pairs, options: LossOptions) -> Tensor:
@@ -88,39 +79,6 @@ def sft(pairs: Pairs, options: LossOptions) -> Tensor:
     """The likelihood anchor: mean ``-log p`` of the chosen's tokens. A preference loss alone is content when both
     log-likelihoods sink, as long as the rejected sinks faster."""
     return -pairs.chosen_policy
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss and what its callers need to know of it.
-
-    Attributes:
-        of: ``(pairs, options) -> [P]``.
-        knobs: the fields of `LossOptions` that it reads.
-        per_token: it sees log-likelihoods divided by their responses' tokens, whatever ``length_normalization`` is.
-        reads_reference: it looks at ``S``.
-    """
-
-    of: Callable[[Pairs, LossOptions], Tensor]
-    knobs: tuple[str, ...] = ("beta",)
-    per_token: bool = False
-    reads_reference: bool = True
-
-
-LOSSES: dict[str, Loss] = {
-    "sigmoid": Loss(sigmoid, ("beta", "label_smoothing")),
-    "hinge": Loss(hinge),
-    "ipo": Loss(ipo, per_token=True),
-    "robust": Loss(robust, ("beta", "label_smoothing")),
-    "apo_zero": Loss(apo_zero),
-    "simpo": Loss(simpo, ("beta", "label_smoothing", "simpo_gamma"), per_token=True, reads_reference=False),
-    "sft": Loss(sft, (), per_token=True, reads_reference=False),
-}
-
-
-def reads_reference(losses: Sequence[str]) -> bool:
-    """Whether one of these losses looks at a reference policy."""
-    return any(LOSSES[name].reads_reference for name in losses)
 
 
 def preference_loss(

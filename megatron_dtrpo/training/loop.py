@@ -13,21 +13,23 @@ from torch import Tensor
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
+from megatron_dtrpo.config.backends import BACKENDS, choose_backend
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import validate_decoding
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import SharedError, StopRequest
-from megatron_dtrpo.model.attention import attention_width, choose_backend
+from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import resume
 from megatron_dtrpo.training.metric_log import MetricLog
-from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
+from megatron_dtrpo.training.objectives import Outcome
 from megatron_dtrpo.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -62,7 +64,7 @@ class Trainer:
         rank = parallel_state.get_data_parallel_rank()
         self.batches = self.data.batches(config, rank, data_parallel_size)
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
-        self.backend = choose_backend(config.parallel.attention_backend, self.device)
+        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
         self.train_iters = config.optimizer.steps(len(self.data.order), config.data.global_batch_size)
         self.cache = self._open_cache()
         # The reference has batches of its own where it is run, and on other noise than the policy.
@@ -258,7 +260,7 @@ class Trainer:
         self.consumed += self.config.data.global_batch_size
         if self.log is not None:
             seconds = time.perf_counter() - started
-            compiled = {"compilations": compilations()} if self.backend == "flex" else {}
+            compiled = {"compilations": compilations()} if BACKENDS[self.backend].compiles else {}
             self.log.step(
                 {
                     "iteration": self.iteration,

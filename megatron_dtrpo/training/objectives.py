@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.config.losses import LossOptions
 from megatron_dtrpo.config.settings import ObjectiveSettings
 from megatron_dtrpo.data.batches import MicroBatch
-from megatron_dtrpo.objectives.preference import LossOptions, preference_loss
+from megatron_dtrpo.objectives.preference import preference_loss
 
 
 class Outcome(NamedTuple):
@@ -44,7 +45,7 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
     names = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
     names += ["logps/chosen", "logps/rejected"]
     names += [f"loss/{name}" for name in losses] if len(losses) > 1 else []
-    options = LossOptions(settings.beta, settings.label_smoothing, settings.simpo_gamma)
+    options = LossOptions.of(settings)
 
     def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         loss, metrics = preference_loss(
@@ -72,6 +73,3 @@ def sft_objective(settings: ObjectiveSettings) -> Objective:
         return Outcome(loss, count, loss.detach().double()[None], per_example.detach())
 
     return Objective(("loss",), evaluate)
-
-
-OBJECTIVES = {"preference": preference_objective, "sft": sft_objective}

@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
+from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.model.attention import choose_backend
 from megatron_dtrpo.rounding import ceil_divide
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.fp8 import reference_pass
@@ -40,7 +40,7 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     epochs = ceil_divide(steps * batch, len(data.order))
     builder = data.reference_batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
     device = initialize.device()
-    backend = choose_backend(config.parallel.attention_backend, device)
+    backend = choose_backend(config.parallel.attention_backend, device.type)
     multiple = token_multiple(config.parallel)
     model = reference_model(config, device)
     facts = run_facts(config, tokenizer) | {"data": data.store.content, "weights": weights_fingerprint(model)}

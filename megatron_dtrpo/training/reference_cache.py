@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import reference_format
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime.transfer import to_device
 

@@ -11,10 +11,10 @@ import dataclasses
 from pathlib import Path
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.parser import FIELDS, read_yaml
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import Config, RunSettings
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import UserError
 
 RUN_CONFIG = "run_config.yaml"

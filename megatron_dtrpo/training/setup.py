@@ -18,6 +18,8 @@ import numpy as np
 import yaml
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.backends import require_trainable
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.rules import validate, validate_data, validate_training
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
@@ -27,7 +29,6 @@ from megatron_dtrpo.data.source import data_files, listed
 from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
 from megatron_dtrpo.errors import StopRequest, UserError
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
@@ -235,8 +236,7 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
         check_optimizer(config.parallel)
         if Path(config.run.save).exists() and not Path(config.run.save).is_dir():
             raise UserError(f"save: {config.run.save} is a file; give a folder")
-        if config.parallel.attention_backend == "flex" and initialize.device().type == "cpu":
-            raise UserError("attention_backend flex has no backward pass on a CPU: leave it at auto")
+        require_trainable(config.parallel.attention_backend, initialize.device().type)
         if config.parallel.optimizer_cpu_offload and not transformer_engine_is_usable():
             raise UserError("optimizer_cpu_offload needs a GPU and Transformer Engine: leave it out here")
         check_logging(config.run)

@@ -14,10 +14,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
-from megatron_dtrpo.model.attention import BACKENDS, PackedAttention, plan_attention
+from megatron_dtrpo.model.attention import PackedAttention, plan_attention
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.context_parallel import add_up
 from megatron_dtrpo.objectives.preference import response_log_likelihoods

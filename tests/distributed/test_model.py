@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import EstimatorOptions, NoiseRequest, dtrpo, noise_generator
+from megatron_dtrpo.config.estimators import EstimatorOptions
+from megatron_dtrpo.diffusion.estimators import NoiseRequest, dtrpo, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
 from tests.support import launch, oracles
 

@@ -10,7 +10,7 @@ import runpy
 import numpy as np
 import pytest
 
-from megatron_dtrpo.diffusion.estimators import ESTIMATORS
+from megatron_dtrpo.config.estimators import ESTIMATORS
 from tests.support.launch import REPOSITORY, TINY_MODEL, Job, flags, train, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.config.backends import choose_backend
+from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.config.settings import Config, ObjectiveSettings, OptimizerSettings
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.packing import pack
 from megatron_dtrpo.data.sampler import Sample
-from megatron_dtrpo.diffusion.estimators import EstimatorOptions
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate
-from megatron_dtrpo.model.attention import attention_width, choose_backend
+from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.provider import build_model
 from megatron_dtrpo.training.objectives import preference_objective
 from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
@@ -53,7 +54,7 @@ class Ours:
         self.document, self.seq_length, self.micro_batch_size = document, seq_length, micro_batch_size
         self.chunks = [build_model(settings_of(shape), self.config.parallel)]
         self.device = next(self.chunks[0].parameters()).device
-        self.backend = choose_backend("auto", self.device)
+        self.backend = choose_backend("auto", self.device.type)
         copy_into(self.chunks[0], learner.reference)
         self.reference: ReferencePolicy | None = ReferencePolicy(self.chunks)
         copy_into(self.chunks[0], learner.policy)

@@ -11,10 +11,12 @@ import sys
 import pytest
 import torch
 
+from megatron_dtrpo.config.backends import BACKENDS, few_lengths
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to, visible
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.model import attention, segmented_sdpa
-from megatron_dtrpo.model.attention import BACKENDS, few_lengths, flex_kernel, flex_variants, plan_attention
+from megatron_dtrpo.model import flex, segmented_sdpa
+from megatron_dtrpo.model.attention import plan_attention
+from megatron_dtrpo.model.flex import flex_kernel, flex_variants
 from megatron_dtrpo.runtime import compiler
 from megatron_dtrpo.runtime.compiler import compilations
 from tests.support import oracles
@@ -255,7 +257,7 @@ def test_flex_keeps_no_more_than_its_operands(monkeypatch, together):
         given.extend([key, value])
         return query
 
-    monkeypatch.setattr(attention, "flex_kernel", lambda compile_it: kernel)
+    monkeypatch.setattr(flex, "flex_kernel", lambda compile_it: kernel)
     fused = torch.randn(16, 2, 24)
     query, key, value = fused.split(8, -1)
     query, key = query.contiguous(), key if together else key.contiguous()

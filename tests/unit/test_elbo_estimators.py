@@ -15,16 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import (
-    ESTIMATORS,
-    POLICY,
-    REFERENCE,
-    EstimatorOptions,
-    NoiseRequest,
-    dtrpo,
-    mean_field,
-    noise_generator,
-)
+from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
+from megatron_dtrpo.diffusion.estimators import POLICY, REFERENCE, NoiseRequest, dtrpo, mean_field, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks
 
 # Which places of a block of four may be masked.

@@ -12,17 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import (
-    ESTIMATORS,
-    KEPT,
-    EstimatorOptions,
-    NoiseRequest,
-    Recording,
-    dtrpo,
-    noise_generator,
-    sft,
-    total_views,
-)
+from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions, total_views
+from megatron_dtrpo.diffusion.estimators import KEPT, NoiseRequest, Recording, dtrpo, noise_generator, sft
 from megatron_dtrpo.diffusion.layout import Blocks
 
 # Which places of a block of four may be masked: three of them (its first token is read elsewhere), or all four.

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dtrpo.objectives.preference import LOSSES, LossOptions, preference_loss
+from megatron_dtrpo.config.losses import LOSSES, LossOptions
+from megatron_dtrpo.objectives.preference import preference_loss
 
 pytest.importorskip("trl", minversion="1.16")
 

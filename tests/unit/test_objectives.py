@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from megatron_dtrpo.config.losses import LossOptions
 from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
-from megatron_dtrpo.objectives.preference import LossOptions, preference_loss, response_log_likelihoods
+from megatron_dtrpo.objectives.preference import preference_loss, response_log_likelihoods
 from tests.support import oracles
 
 

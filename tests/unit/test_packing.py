@@ -9,12 +9,12 @@ import random
 import pytest
 import torch
 
+from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
-from megatron_dtrpo.diffusion.estimators import EstimatorOptions
 
 
 def random_costs(seed: int, count: int, longest: int = 400) -> list[int]:

@@ -1,319 +1,158 @@
-"""Rows of every kind of file, and the words for what can be wrong with one."""
+"""The tables of choices: read without torch, and complete, so that a new choice is a function and a row."""
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import json
-import lzma
+import dataclasses
+import subprocess
 import sys
-import tracemalloc
+import textwrap
 
 import pytest
 
-from megatron_dtrpo.data.rows import open_rows
+from megatron_dtrpo.config import parser
+from megatron_dtrpo.config.backends import AUTO, BACKENDS, choose_backend, require_trainable
+from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
+from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
+from megatron_dtrpo.config.objectives import OBJECTIVES
+from megatron_dtrpo.config.rows import function_named
+from megatron_dtrpo.config.settings import ObjectiveSettings
 from megatron_dtrpo.errors import UserError
 
-ROWS = [{"prompt": f"p{i} \u00e9\u4e2d", "n": i, "list": [{"role": "user", "content": "x"}]} for i in range(7)]
+HEAVY = ("torch", "megatron", "numpy", "transformers")
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+def in_new_process(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def message_of(call) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def test_settings_are_read_and_checked_without_torch(tmp_path):
+    file = tmp_path / "run.yaml"
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 99}
+    file.write_text("".join(f"{key}: {value}\n" for key, value in sizes.items()) + "estimator: vrpo\n")
+    script = f"""
+        import sys
+        from megatron_dtrpo.config import parser, rules, settings
+        config, given = parser.parse(["--config", sys.argv[1], "--beta", "0.25"], prog="test", description="")
+        assert rules.validate(config, 4) == 4
+        assert (config.objective.num_views, config.objective.beta) == (8, 0.25)
+        print([name for name in {HEAVY} if name in sys.modules])
+    """
+    assert in_new_process(script, str(file)).strip() == "[]"
 
 
-def test_jsonl_rows_in_any_order(tmp_path):
-    rows = open_rows(write_lines(tmp_path / "a.jsonl", ROWS))
-    assert len(rows) == len(ROWS)
-    assert [rows[i] for i in (6, 0, 3, 3)] == [ROWS[i] for i in (6, 0, 3, 3)]
-    assert list(rows) == ROWS
-
-
-def test_jsonl_blank_lines_bom_and_windows_newlines(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_bytes(b'\xef\xbb\xbf{"n": 0}\r\n\r\n   \n{"n": 1}\n\n{"n": 2}')  # no newline at the end
-    rows = open_rows(path)
-    assert [row["n"] for row in rows] == [0, 1, 2]
-    assert [rows.location(i) for i in range(3)] == [f"{path}:1", f"{path}:4", f"{path}:6"]
-
-
-def test_index_outside_is_an_index_error(tmp_path):
-    rows = open_rows(write_lines(tmp_path / "a.jsonl", ROWS))
-    for index in (-1, len(ROWS)):
-        with pytest.raises(IndexError):
-            rows[index]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b'{"a": 1', "not valid JSON"),
-        (b"[1, 2]", "must be a JSON object"),
-        (b'"text"', "must be a JSON object"),
-        (b'{"a": "\xff"}', "not UTF-8"),
-        (b"[" * 100_000, "cannot be read as JSON"),
-    ],
-)
-def test_bad_line_is_named(tmp_path, line, words):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b'{"a": 0}\n\n' + line + b"\n")
-    rows = open_rows(path)
-    assert rows[0] == {"a": 0}
-    message = message_of(lambda: rows[1])
-    assert message.startswith(f"{path}:3: ") and words in message
-
-
-def test_missing_empty_and_unknown_files(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n  \n")
-    (tmp_path / "a.txt").write_text("a,b\n")
-    (tmp_path / "folder").mkdir()
-    assert "no such file" in message_of(lambda: open_rows(tmp_path / "none.jsonl"))
-    assert "holds no rows" in message_of(lambda: open_rows(tmp_path / "empty.jsonl"))
-    assert "'.txt'" in message_of(lambda: open_rows(tmp_path / "a.txt"))
-    assert "neither" in message_of(lambda: open_rows(tmp_path / "folder"))
-
-
-def write_parquet(path, rows, row_group_size):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
-    return path
-
-
-def test_parquet_rows_across_row_groups(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", ROWS, row_group_size=3)
-    rows = open_rows(path)
-    assert list(rows) == ROWS
-    assert [rows[i] for i in (6, 0, 2, 3)] == [ROWS[i] for i in (6, 0, 2, 3)]
-    assert rows.location(4) == f"{path} row 4"
-
-
-def test_parquet_group_longer_than_a_window(tmp_path):
-    many = [{"n": i} for i in range(2500)]
-    rows = open_rows(write_parquet(tmp_path / "a.parquet", many, row_group_size=2100))
-    assert [row["n"] for row in rows] == list(range(2500))
-    assert [rows[i]["n"] for i in (2099, 2100, 1023, 1024)] == [2099, 2100, 1023, 1024]
-
-
-def test_parquet_folder_is_read_in_order_of_name(tmp_path):
-    write_parquet(tmp_path / "b.parquet", ROWS[4:], row_group_size=2)
-    write_parquet(tmp_path / "a.parquet", ROWS[:4], row_group_size=2)
-    rows = open_rows(tmp_path)
-    assert list(rows) == ROWS
-    assert rows.location(3) == f"{tmp_path / 'a.parquet'} row 3"
-    assert rows.location(5) == f"{tmp_path / 'b.parquet'} row 1"
-
-
-def test_parquet_that_is_none(tmp_path):
-    pytest.importorskip("pyarrow")
-    path = tmp_path / "a.parquet"
-    path.write_text("hello")
-    assert message_of(lambda: open_rows(path)).startswith(f"{path}: not a readable Parquet file")
-
-
-@pytest.mark.parametrize("name, pack", [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
-def test_compressed_text(tmp_path, name, pack):
-    plain = write_lines(tmp_path / "a.jsonl", ROWS).read_bytes()
-    path = tmp_path / f"b.jsonl.{name}"
-    path.write_bytes(pack(plain))
-    rows = open_rows(path)
-    assert list(rows) == ROWS and rows.location(3) == f"{path}:4"
-    path.write_bytes(pack(plain)[:-20])
-    assert message_of(lambda: open_rows(path)).startswith(f"{path}: cannot be ")
-    path.write_bytes(plain)
-    assert message_of(lambda: open_rows(path)).startswith(f"{path}: cannot be ")
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_json_array(tmp_path, indent):
-    tricky = [*ROWS, {"text": 'a "quote\\" ], {', "nested": [[1, []], {"a": {}}], "\u4e2d": "]"}, {}]
-    path = tmp_path / "a.json"
-    path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(tricky, indent=indent, ensure_ascii=False).encode() + b"\n")
-    rows = open_rows(path)
-    assert list(rows) == tricky and rows.location(5) == f"{path} row 5"
-
-
-def test_json_arrays_that_are_none(tmp_path):
-    path = tmp_path / "a.json"
-    for text, words in (
-        ("[]", "holds no rows"),
-        (" [ \n ] ", "holds no rows"),
-        ('[{"a": 1}, {"b": "', "is not closed"),
-        ('[{"a": 1}, {"b": 2}', "is not closed"),
-        ('[{"a": 1}] {"a": 2}', "goes on behind"),
-    ):
-        path.write_text(text)
-        message = message_of(lambda: open_rows(path))
-        assert message.startswith(f"{path}: ") and words in message
-    path.write_text('[{"a": 1}, 7, {"b" 2}, {"c": 3}, ]')
-    rows = open_rows(path)
-    assert rows[0] == {"a": 1} and rows[3] == {"c": 3}
-    for bad, words in ((1, "must be a JSON object"), (2, "not valid JSON"), (4, "not valid JSON")):
-        message = message_of(lambda bad=bad: rows[bad])
-        assert message.startswith(f"{path} row {bad}: ") and words in message
-
-
-def write_csv(path, rows, delimiter=","):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=delimiter).writerows(rows)
-    return path
-
-
-@pytest.mark.parametrize("name, delimiter", [("a.csv", ","), ("a.tsv", "\t")])
-def test_csv(tmp_path, name, delimiter):
-    """Cells are the text that they are: a number, a date, a word for nothing, several lines."""
-    names = ["prompt", "chosen", "answer"]
-    cells = [["NA", "042", "2024-01-01"], ['a, "b"\nc\n\nd', "null", ""], ["\u4e2d\t", "x" * 200_000, "nan"]]
-    path = write_csv(tmp_path / name, [names, *cells], delimiter)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    rows = open_rows(path)
-    expected = [dict(zip(names, [cell or None for cell in row], strict=True)) for row in cells]
-    assert list(rows) == expected and rows[1] == expected[1]
-    assert [rows.location(i) for i in range(3)] == [f"{path}:{line}" for line in (2, 3, 7)]
-
-
-def test_csv_with_a_mark_before_a_quoted_name(tmp_path):
-    """As pandas writes it for spreadsheets."""
-    path = tmp_path / "pairs.csv"
-    path.write_text('"prompt, short","chosen"\n"Hi","Ho"\n', encoding="utf-8-sig")
-    assert list(open_rows(path)) == [{"prompt, short": "Hi", "chosen": "Ho"}]
-
-
-def test_csv_with_lists(tmp_path):
-    messages = [{"role": "user", "content": 'a "b"'}]
-    names = ["prompt", "prompt_ids", "chosen_steps", "rejected"]
-    row = [json.dumps(messages), "[1, 2]", "[0]", "[1] is a footnote"]
-    rows = open_rows(
-        write_csv(tmp_path / "a.csv", [names, row, [repr(messages), *row[1:]], [row[0], "[1 2]", *row[2:]]])
-    )
-    assert rows[0] == {"prompt": messages, "prompt_ids": [1, 2], "chosen_steps": [0], "rejected": row[3]}
-    for bad, name in ((1, "prompt"), (2, "prompt_ids")):
-        words = f"{rows.location(bad)}: {name}: is a list that is not JSON"
-        assert message_of(lambda bad=bad: rows[bad]).startswith(words)
-
-
-def test_bad_csv_rows_are_named(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b'a,b\n1,2\n\n1\n1,2,3\n"1"x,2\n\xff,2\n3,4\n')
-    rows = open_rows(path)
-    assert (rows[0], rows[5]) == ({"a": "1", "b": "2"}, {"a": "3", "b": "4"})
-    problems = {1: (4, "1 cells under 2"), 2: (5, "3 cells under 2"), 3: (6, "not valid CSV"), 4: (7, "not UTF-8")}
-    for bad, (line, words) in problems.items():
-        message = message_of(lambda bad=bad: rows[bad])
-        assert message.startswith(f"{path}:{line}: ") and words in message
-    for text, line, words in (('a,b\n1,2\n"3,4\n5,6\n', 3, "never closes"), ("a,b,a\n1,2,3\n", 1, "two columns")):
-        path.write_text(text)
-        message = message_of(lambda: open_rows(path))
-        assert message.startswith(f"{path}:{line}: ") and words in message
-
-
-def test_a_folder_of_lines_keeps_little_in_memory(tmp_path):
-    for number in range(3):
-        write_lines(tmp_path / f"{number}.jsonl", [{"n": number, "text": "x" * 10_000}] * 300)
-    tracemalloc.start()
-    rows = open_rows(tmp_path)
-    assert [row["n"] for row in rows] == [0] * 300 + [1] * 300 + [2] * 300
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1_000_000 and rows.location(601) == f"{tmp_path / '2.jsonl'}:2"
-
-
-def test_a_parquet_row_that_cannot_be_decoded_is_named_alone(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    damaged = pyarrow.Array.from_buffers(
-        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
-    )
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"prompt": damaged}), path)
-    rows = open_rows(path)
-    assert rows[0] == {"prompt": "a"}
-    assert message_of(lambda: rows[1]).startswith(f"{path} row 1: cannot be read")
-
-
-TOOLS = [{"type": "function", "function": {"name": n, "parameters": {n: {"x": [1, n]}}}} for n in "fg"]
-RICH = [
-    {"prompt": "2024-01-01", "messages": [{"role": "user", "content": "x"}], "tools": TOOLS[:1], "n": 1},
-    {"prompt": "b", "messages": [{"role": "assistant", "tool_calls": [{"a": {"b": "c"}}]}], "tools": TOOLS[1:], "n": 2},
+FUNCTIONS = [
+    *(row.function for table in (ESTIMATORS, LOSSES, OBJECTIVES) for row in table.values()),
+    *(name for row in BACKENDS.values() for name in (row.plan_function, row.attend_function)),
 ]
 
 
-@pytest.fixture
-def rich():
-    """A data set with JSON columns, messages of different keys, and a number."""
-    datasets = pytest.importorskip("datasets")
-    features = {"prompt": datasets.Value("string"), "messages": datasets.List(datasets.Json())}
-    features |= {"tools": datasets.List(datasets.Json()), "n": datasets.Value("int64")}
-    return datasets.Dataset.from_list(RICH, features=datasets.Features(features))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_row_names_a_function(name):
+    assert callable(function_named(name))
 
 
-def test_json_columns_in_every_file_that_datasets_writes(tmp_path, rich):
-    rich.to_parquet(str(tmp_path / "a.parquet"))
-    rich.to_json(str(tmp_path / "a.jsonl"))
-    rich.to_json(str(tmp_path / "a.jsonl.gz"), compression="gzip")
-    rich.to_json(str(tmp_path / "a.json"), lines=False)
-    rich.to_json(str(tmp_path / "b.json"), lines=False, indent=2)
-    rich.save_to_disk(str(tmp_path / "set"))
-    (arrow,) = (tmp_path / "set").glob("*.arrow")
-    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.json", "b.json", "set", arrow):
-        rows = open_rows(tmp_path / name)
-        assert list(rows) == RICH, name
-        assert rows.location(1).startswith(str(tmp_path / name)), name
+@pytest.mark.parametrize(("table", "options"), [(ESTIMATORS, EstimatorOptions), (LOSSES, LossOptions)])
+def test_every_option_is_read_and_declared_once(table, options):
+    declared = {f.name for f in dataclasses.fields(options)}
+    assert {name for row in table.values() for name in row.options} | set(ALWAYS_READ) & declared == declared
+    inherited = {f.name: f for f in dataclasses.fields(ObjectiveSettings)}
+    assert not declared & set(vars(ObjectiveSettings)["__annotations__"])
+    for f in dataclasses.fields(options):
+        assert inherited[f.name].default == f.default and inherited[f.name].metadata is f.metadata
 
 
-@pytest.mark.parametrize("look", [None, "torch", "numpy", "pandas", "arrow"])
-@pytest.mark.parametrize("columns", [None, ["n"]])
-def test_a_saved_data_set_is_read_whole_whatever_its_format(tmp_path, rich, look, columns):
-    rich.with_format(look, columns=columns).save_to_disk(str(tmp_path / "set"))
-    rows = open_rows(tmp_path / "set")
-    assert list(rows) == RICH and rows[1] == RICH[1] and type(rows[0]["n"]) is int
-    assert rows.location(1) == f"{tmp_path / 'set'} row 1"
+def test_choices_are_the_tables():
+    choices = {key: tuple(f.metadata["choices"]) for key, f in parser.FIELDS.items()}
+    assert choices["estimator"] == tuple(ESTIMATORS)
+    assert choices["loss_type"] == tuple(LOSSES)
+    assert choices["objective"] == tuple(OBJECTIVES)
+    assert choices["attention_backend"] == (AUTO, *BACKENDS)
 
 
-def test_keys_that_arrow_adds_to_messages_are_taken_away(tmp_path):
-    """Arrow gives the structs of a column all keys that any of them has."""
-    datasets = pytest.importorskip("datasets")
-    simple = [{"messages": row["messages"]} for row in RICH]
-    datasets.Dataset.from_list(simple).to_parquet(str(tmp_path / "a.parquet"))
-    assert list(open_rows(tmp_path / "a.parquet")) == simple
+def test_defaults_of_an_objective_fit_it():
+    for name, kind in OBJECTIVES.items():
+        assert ESTIMATORS[kind.estimator].objective == name
+        assert kind.block_start in ESTIMATORS[kind.estimator].block_starts
+    assert {row.objective for row in ESTIMATORS.values()} == set(OBJECTIVES)
 
 
-def test_a_feather_file(tmp_path):
-    pyarrow, feather = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.feather")
-    path = tmp_path / "a.arrow"
-    feather.write_feather(pyarrow.Table.from_pylist(ROWS), str(path))
-    assert list(open_rows(path)) == ROWS
-    path.write_bytes(b"ARROW1 but not really")
-    assert message_of(lambda: open_rows(path)).startswith(f"{path}: not a readable Arrow file")
+def test_rows_of_backends_decide_the_default_and_what_trains():
+    assert [choose_backend(AUTO, device) for device in ("cpu", "cuda")] == ["sdpa", "flex"]
+    for device in ("cpu", "cuda"):
+        assert sum(device in row.default_on for row in BACKENDS.values()) == 1
+        require_trainable(AUTO, device)
+    assert choose_backend("flex", "cpu") == "flex"
+    with pytest.raises(UserError, match="attention_backend flex has no backward pass on a CPU: leave it at auto"):
+        require_trainable("flex", "cpu")
 
 
-def fake_data_set(path):
-    path.mkdir()
-    for name in ("dataset_info.json", "state.json"):
-        (path / name).write_text("{}")
-    return path
+# What docs/extending.md tells a reader to write, as a copy of the package with two changed files would have it.
+EXTENDED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import dataclasses
+    from megatron_dtrpo.config import estimators, losses, rows
+
+    @dataclasses.dataclass
+    class EstimatorOptions(estimators.EstimatorOptions):
+        share: float = rows.setting(0.5, "half: share of a block that is masked.", at_least=0, at_most=1)
+
+    @dataclasses.dataclass
+    class LossOptions(losses.LossOptions):
+        depth: float = rows.setting(2.0, "cube: its power.", at_least=1)
+
+    estimators.EstimatorOptions, losses.LossOptions = EstimatorOptions, LossOptions
+    estimators.ESTIMATORS["half"] = estimators.Estimator("toys:half", options=("share",))
+    losses.LOSSES["cube"] = losses.Loss("toys:cube", ("beta", "depth"))
+
+    from megatron_dtrpo.config import parser, rules
+
+    argv = ["--estimator", "half", "--share", "0.25", "--loss-type", "cube", "--depth", "3"]
+    argv += "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --vocab-size 9".split()
+    config, _ = parser.parse(argv, prog="test", description="")
+    rules.validate(config, 1)
+    assert "torch" not in sys.modules
+    def refused(*more):
+        try:
+            config, _ = parser.parse([*argv, *more], prog="test", description="")
+            rules.validate(config, 1)
+        except Exception as error:
+            return str(error)
+    assert refused("--share", "2") == "share is 2.0: it must be at most 1"
+    assert refused("--loss-type", "hinge") == "depth belongs to loss_type cube: leave it out with hinge"
+
+    import torch
+    from megatron_dtrpo.diffusion.estimators import NoiseRequest
+    from megatron_dtrpo.training.objectives import preference_loss
+    options = estimators.EstimatorOptions.of(config.objective)
+    request = NoiseRequest(torch.ones(3, 8, dtype=torch.bool), [torch.Generator()], options)
+    assert estimators.ESTIMATORS["half"].draw(request).masked.sum() == 3 * 2
+    policy, length = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0])
+    loss, _ = preference_loss(
+        policy, policy * 0, length, losses=config.objective.losses(), options=losses.LossOptions.of(config.objective)
+    )
+    assert loss.item() == -(1.5**3)
+"""
+TOYS = '''
+import torch
+from megatron_dtrpo.diffusion.estimators import Noise
+
+def half(request):
+    """Masks the first tokens of every block."""
+    masked = torch.zeros_like(request.maskable)
+    masked[:, : int(request.options.share * masked.shape[1])] = True
+    masked = (masked & request.maskable).expand(len(request.generators), -1, -1)
+    return Noise(masked, masked.double())
+
+def cube(pairs, options):
+    return -((options.beta * pairs.margin) ** options.depth)
+'''
 
 
-def test_a_damaged_saved_data_set(tmp_path):
-    pytest.importorskip("datasets")
-    folder = fake_data_set(tmp_path / "set")
-    assert message_of(lambda: open_rows(folder)).startswith(f"{folder}: not a readable Hugging Face data set")
-
-
-def test_missing_libraries_say_what_to_install(tmp_path, monkeypatch):
-    for name in ("datasets", "pyarrow", "pyarrow.parquet", "pyarrow.ipc"):
-        monkeypatch.setitem(sys.modules, name, None)
-    folder = fake_data_set(tmp_path / "set")
-    (tmp_path / "a.parquet").write_text("")
-    (tmp_path / "a.arrow").write_text("")
-    assert "pip install datasets" in message_of(lambda: open_rows(folder))
-    assert "pip install pyarrow" in message_of(lambda: open_rows(tmp_path / "a.parquet"))
-    assert "pip install pyarrow" in message_of(lambda: open_rows(tmp_path / "a.arrow"))
-    assert list(open_rows(write_csv(tmp_path / "a.csv", [["a"], ["b"]]))) == [{"a": "b"}]  # needs neither
+def test_a_row_and_a_field_are_all_that_a_new_choice_takes(tmp_path):
+    """Flag, key, bounds, choices and the check that an option is read follow from them."""
+    (tmp_path / "toys.py").write_text(TOYS)
+    in_new_process(EXTENDED, str(tmp_path))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.diffusion.layout import Coordinates, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import GRAIN, deal, padded_length, take_rows, unit_length, work
-from megatron_dtrpo.model.attention import BACKENDS, plan_attention
+from megatron_dtrpo.model.attention import plan_attention
 from tests.support import oracles
 from tests.unit.test_attention import WIDE, document, oracle_mask, random_qkv, random_sequence
 

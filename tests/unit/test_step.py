@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.config.settings import ModelSettings, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.sampler import Sample
-from megatron_dtrpo.diffusion.estimators import EstimatorOptions
 from megatron_dtrpo.diffusion.layout import concatenate
 from megatron_dtrpo.runtime import initialize
 
@@ -68,10 +68,10 @@ def micro_batch(estimator: str, responses: int) -> MicroBatch:
 def test_no_micro_batch_waits_for_the_device(objective, estimator, responses):
     initialize.start(ParallelSettings(), seed=1)
     try:
+        from megatron_dtrpo.config.objectives import OBJECTIVES
         from megatron_dtrpo.model.attention import attention_width
         from megatron_dtrpo.model.initialization import initialize_weights
         from megatron_dtrpo.model.provider import build_model
-        from megatron_dtrpo.training.objectives import OBJECTIVES
         from megatron_dtrpo.training.step import DeviceBatch, score, train_pass
 
         model = build_model(MODEL, ParallelSettings())

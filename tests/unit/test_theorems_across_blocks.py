@@ -15,14 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.estimators import (
-    ESTIMATORS,
-    KEPT,
-    EstimatorOptions,
-    NoiseRequest,
-    Recording,
-    noise_generator,
-)
+from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
+from megatron_dtrpo.diffusion.estimators import KEPT, NoiseRequest, Recording, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, lay_out, visible
 from tests.support import oracles
 

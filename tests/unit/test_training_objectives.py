@@ -12,13 +12,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dtrpo.config.losses import LOSSES
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import concatenate
-from megatron_dtrpo.objectives.preference import LOSSES, response_log_likelihoods
-from megatron_dtrpo.training.objectives import OBJECTIVES, Outcome
+from megatron_dtrpo.objectives.preference import response_log_likelihoods
+from megatron_dtrpo.training.objectives import Outcome
 from tests.conftest import REPOSITORY
 
 B, MASK = 4, 9999

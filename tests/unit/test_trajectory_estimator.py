@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dtrpo.config.backends import BACKENDS
+from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.data.batches import Decoded, Noising
 from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import Sample
@@ -19,7 +21,6 @@ from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.diffusion.estimators import (
     KEPT,
-    EstimatorOptions,
     NoiseRequest,
     Recording,
     distinct_steps,
@@ -27,7 +28,7 @@ from megatron_dtrpo.diffusion.estimators import (
     trajectory,
 )
 from megatron_dtrpo.diffusion.layout import concatenate, visible
-from megatron_dtrpo.model.attention import BACKENDS, plan_attention
+from megatron_dtrpo.model.attention import plan_attention
 from tests.support import oracles
 
 B, MASK = 4, 60

@@ -42,9 +42,10 @@ def compare(size: Size, folder: Path) -> Result:
 def _at_length(tokens: int, seed: int) -> dict:
     from benchmark_layers import SIZES, packed
 
+    from megatron_dtrpo.config.backends import BACKENDS, few_lengths
     from megatron_dtrpo.config.settings import ModelSettings
     from megatron_dtrpo.diffusion.layout import visible
-    from megatron_dtrpo.model.attention import BACKENDS, few_lengths, plan_attention
+    from megatron_dtrpo.model.attention import plan_attention
     from megatron_dtrpo.runtime.transfer import to_device
 
     device = torch.device("cuda" if has_gpu() else "cpu")

@@ -20,16 +20,17 @@ class Steps:
     def __init__(self, config, sequences: int):
         from benchmark_layers import packed
 
+        from megatron_dtrpo.config.backends import choose_backend
+        from megatron_dtrpo.config.objectives import OBJECTIVES
         from megatron_dtrpo.data.batches import MicroBatch
-        from megatron_dtrpo.model.attention import attention_width, choose_backend
+        from megatron_dtrpo.model.attention import attention_width
         from megatron_dtrpo.model.provider import build_chunks
         from megatron_dtrpo.runtime import initialize
-        from megatron_dtrpo.training.objectives import OBJECTIVES
         from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
         from megatron_dtrpo.training.reference import ReferencePolicy
 
         self.device = initialize.device()
-        self.backend = choose_backend(config.parallel.attention_backend, self.device)
+        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
         chunks = [chunk.to(self.device) for chunk in build_chunks(config.model, config.parallel)]
         for parameter in chunks[0].parameters():
             torch.nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,27 @@
+"""What the tables of choices are made of: settings, and functions that are named and not yet imported.
+
+A row of a table (`estimators`, `losses`, `objectives`, `backends`) holds the properties of a choice, and names its
+function as ``module:function``, as entry points do: settings are read, checked and explained without torch, and the
+function is imported when it is called for the first time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import field
+
+
+def setting(default, help: str, choices: tuple = (), *, at_least=None, at_most=None):
+    """A dataclass field that is a setting: the parser makes a flag and a YAML key of it, and `rules` checks the bounds,
+    which are included."""
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata=metadata)
+
+
+@functools.cache
+def function_named(name: str) -> Callable:
+    """The function that ``module:function`` names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)

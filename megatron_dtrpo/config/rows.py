@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import field
 
 
-def setting(default, help: str, choices: tuple = (), *, at_least=None, at_most=None):
+def setting(default, help: str, choices: Collection[str] = (), *, at_least=None, at_most=None):
     """A dataclass field that is a setting: the parser makes a flag and a YAML key of it, and `rules` checks the bounds,
     which are included."""
     metadata = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}

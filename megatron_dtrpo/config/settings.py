@@ -16,6 +16,7 @@ from megatron_dtrpo.config.fp8 import RECIPES
 from megatron_dtrpo.config.losses import LOSSES, LossOptions, reads_reference
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rows import setting
+from megatron_dtrpo.families.registry import DEFAULT_FAMILY, FAMILIES
 from megatron_dtrpo.rounding import round_up
 
 RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transformer Engine
@@ -25,6 +26,9 @@ RECOMPUTABLE = ("core_attn", "mlp")  # what megatron-core can without Transforme
 class ModelSettings:
     """The architecture. Saved beside every checkpoint; with ``load`` it is read from there."""
 
+    family: str = setting(
+        DEFAULT_FAMILY, "Model family, which an export names weights and config.json after.", FAMILIES
+    )
     num_layers: int | None = setting(None, "Transformer layers.", at_least=1)
     hidden_size: int | None = setting(None, "Width of the residual stream.", at_least=1)
     ffn_hidden_size: int | None = setting(None, "Width of the gated MLP.", at_least=1)

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.qwen2 import FAST_DLLM_V2
 from megatron_dtrpo.model import layer_spec
 
 try:
@@ -28,7 +29,9 @@ def _layer_spec(provider) -> ModuleSpec:
 
 
 # The name, not the class: that one is code in the checkpoint's folder, which is never run.
-@MegatronModelBridge.register_bridge(source="Fast_dLLM_QwenForCausalLM", target=GPTModel, model_type="Fast_dLLM_Qwen")
+@MegatronModelBridge.register_bridge(
+    source=FAST_DLLM_V2.architecture, target=GPTModel, model_type=FAST_DLLM_V2.model_type
+)
 class FastDLLMBridge(Qwen2Bridge):
     """Qwen2's parameters under the block-diffusion layer."""
 

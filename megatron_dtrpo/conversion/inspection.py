@@ -17,6 +17,7 @@ from megatron_dtrpo.conversion.template import find_template
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of_config
 
 
 def inspect(folder: str | Path) -> dict[str, str]:
@@ -37,7 +38,7 @@ def _megatron(folder: Path) -> dict[str, str]:
     model = checkpoint.load_model_config(folder)
     iteration = checkpoint.require_latest(folder)
     expected = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
-    keys = {piece.tensor.key: piece.tensor for pieces in expected.values() for piece in pieces}
+    keys = {part.tensor.key: part.tensor for parts in expected.values() for part in parts}
     with TorchDistReader(checkpoint.iteration_folder(folder, iteration)) as reader:
         dtypes = [reader.dtype(t.key, t.layer) for t in keys.values() if reader.find(t.key, t.layer) is not None]
     template = find_template(folder)
@@ -64,7 +65,7 @@ def _huggingface(folder: Path) -> dict[str, str]:
         "mask token": _mask_token(lambda: build_tokenizer("HuggingFaceTokenizer", folder)),
         "iteration": "none",
     }
-    if "bd_size" not in config:
+    if family_of_config(config, folder / CONFIG).block_size_key not in config:
         lines["block size"] = f"none ({model.block_size} unless import is given --block-size)"
     return lines
 

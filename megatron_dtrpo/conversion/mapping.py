@@ -1,5 +1,6 @@
-"""The parameter table, read in both directions: which Hugging Face rows make up which Megatron tensor.
+"""A family's parameter table, read in both directions: which Hugging Face rows make up which Megatron tensor.
 
+The names stand in `families`; how a rule's tensors are cut and joined stands here, in `ARRANGEMENTS`.
 Megatron fuses what Hugging Face keeps apart, and always along the first axis: q, k and v group by group, gate above
 up, padding below the vocabulary. Every tensor of the table is therefore a list of row ranges, its *segments*. Import
 gathers them, export puts them back, a bounded number of rows at a time, and no value is ever computed.
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_dtrpo.config.settings import ModelSettings
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from megatron_dtrpo.families.family import QKV, Copy, GatedMLP, Rule, Vocabulary
+from megatron_dtrpo.families.parameters import EMBEDDING, HEAD, SHAPES, in_layer, parameter_table, sizes
+from megatron_dtrpo.families.registry import family_of
 
 
 class Segment(NamedTuple):
@@ -34,7 +36,7 @@ class MegatronTensor(NamedTuple):
     segments: tuple[Segment, ...]
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """``rows`` consecutive rows of a Hugging Face tensor: those of ``tensor`` from row ``start`` on."""
 
     tensor: MegatronTensor
@@ -68,63 +70,14 @@ def padded(sources: Sources, model: ModelSettings) -> list[Segment]:
     return [Segment(name, 0, rows), *([Segment(None, 0, padding)] if padding else [])]
 
 
-class _Row(NamedTuple):
-    """One row of the table. Sizes are named; see `_sizes`. ``columns`` is None for vectors."""
+ARRANGEMENTS: dict[type[Rule], Arrangement] = {Copy: stacked, QKV: by_group, GatedMLP: stacked, Vocabulary: padded}
 
-    key: str
-    arrange: Arrangement
-    sources: tuple[tuple[str, str], ...]
-    columns: str | None
-
-
-def _attention(kind: str) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (f"model.layers.{{n}}.self_attn.{part}_proj.{kind}", size)
-        for part, size in (("q", "query"), ("k", "key"), ("v", "key"))
-    )
-
-
-_LAYER, _THEIRS = "decoder.layers.{n}.", "model.layers.{n}."
-
-_EMBEDDING = _Row("embedding.word_embeddings.weight", padded, ((EMBEDDING, "vocabulary"),), "hidden")
-_QKV_BIAS = _Row(_LAYER + "self_attention.linear_qkv.bias", by_group, _attention("bias"), None)
-_FINAL_NORM = _Row("decoder.final_layernorm.weight", stacked, (("model.norm.weight", "hidden"),), None)
-_HEAD = _Row("output_layer.weight", padded, ((HEAD, "vocabulary"),), "hidden")
-_LAYER_TABLE = (
-    _Row(
-        _LAYER + "self_attention.linear_qkv.layer_norm_weight",
-        stacked,
-        ((_THEIRS + "input_layernorm.weight", "hidden"),),
-        None,
-    ),
-    _Row(_LAYER + "self_attention.linear_qkv.weight", by_group, _attention("weight"), "hidden"),
-    _QKV_BIAS,
-    _Row(
-        _LAYER + "self_attention.linear_proj.weight",
-        stacked,
-        ((_THEIRS + "self_attn.o_proj.weight", "hidden"),),
-        "query",
-    ),
-    _Row(
-        _LAYER + "mlp.linear_fc1.layer_norm_weight",
-        stacked,
-        ((_THEIRS + "post_attention_layernorm.weight", "hidden"),),
-        None,
-    ),
-    _Row(
-        _LAYER + "mlp.linear_fc1.weight",
-        stacked,
-        ((_THEIRS + "mlp.gate_proj.weight", "ffn"), (_THEIRS + "mlp.up_proj.weight", "ffn")),
-        "hidden",
-    ),
-    _Row(_LAYER + "mlp.linear_fc2.weight", stacked, ((_THEIRS + "mlp.down_proj.weight", "hidden"),), "ffn"),
-)
 
 # Modules that keep state of their own beside weights (FP8 scales under Transformer Engine). Both layer specs ask for
 # these objects; they are empty in a converted checkpoint. Layer modules come per layer.
 STATEFUL = ("decoder.final_layernorm",)
 STATEFUL_IN_LAYER = tuple(
-    _LAYER + module
+    "decoder.layers.{n}." + module
     for module in (
         "self_attention.core_attention",
         "self_attention.linear_qkv",
@@ -135,58 +88,63 @@ STATEFUL_IN_LAYER = tuple(
 )
 
 
-def _sizes(model: ModelSettings, vocabulary: int) -> dict[str, int]:
-    return {
-        "hidden": model.hidden_size,
-        "query": model.num_attention_heads * model.kv_channels,
-        "key": model.num_query_groups * model.kv_channels,
-        "ffn": model.ffn_hidden_size,
-        "vocabulary": vocabulary,
-    }
-
-
-def _tensor(row: _Row, layer: int | None, model: ModelSettings, sizes: dict[str, int]) -> MegatronTensor:
-    segments = row.arrange([(name.format(n=layer), sizes[size]) for name, size in row.sources], model)
-    columns = () if row.columns is None else (sizes[row.columns],)
-    shape = (sum(segment.rows for segment in segments), *columns)
-    return MegatronTensor(row.key.format(n=layer), layer, shape, tuple(segments))
+def _tensor(name: str, rule: Rule, layer: int | None, model: ModelSettings, of: dict[str, int]) -> MegatronTensor:
+    shape = SHAPES[name]
+    sources = [(source, of[rows]) for source, rows in zip(rule.sources(layer), shape.rows, strict=True)]
+    segments = ARRANGEMENTS[type(rule)](sources, model)
+    columns = () if shape.columns is None else (of[shape.columns],)
+    rows = sum(segment.rows for segment in segments)
+    return MegatronTensor(name.replace("*", str(layer)), layer, (rows, *columns), tuple(segments))
 
 
 def megatron_tensors(model: ModelSettings, vocabulary: int) -> list[MegatronTensor]:
     """Every tensor of the Megatron model, in the model's order; ``vocabulary`` rows are Hugging Face's."""
-    sizes = _sizes(model, vocabulary)
-    tensors = [_tensor(_EMBEDDING, None, model, sizes)]
-    for layer in range(model.num_layers):
-        for row in _LAYER_TABLE:
-            if row is not _QKV_BIAS or model.add_qkv_bias:
-                tensors.append(_tensor(row, layer, model, sizes))
-    tensors.append(_tensor(_FINAL_NORM, None, model, sizes))
-    if model.untie_embeddings_and_output_weights:
-        tensors.append(_tensor(_HEAD, None, model, sizes))
-    return tensors
+    table, of = parameter_table(model), sizes(model, vocabulary)
+    names = list(table)
+    layer_names = [name for name in names if in_layer(name)]
+    first = names.index(layer_names[0])
+    before = [(name, None) for name in names[:first]]
+    layers = [(name, layer) for layer in range(model.num_layers) for name in layer_names]
+    after = [(name, None) for name in names[first:] if not in_layer(name)]
+    return [_tensor(name, table[name], layer, model, of) for name, layer in (*before, *layers, *after)]
 
 
-def huggingface_tensors(tensors: list[MegatronTensor]) -> dict[str, list[Piece]]:
+def embedding_name(model: ModelSettings) -> str:
+    """Hugging Face's name of the embedding."""
+    return family_of(model).parameters[EMBEDDING].pattern
+
+
+def head_name(model: ModelSettings) -> str:
+    """Hugging Face's name of the output matrix, also where the embedding is all there is of it."""
+    return family_of(model).parameters[HEAD].pattern
+
+
+def holds_vocabulary(tensor: MegatronTensor) -> bool:
+    """Whether it has a row for each token."""
+    return tensor.key in (EMBEDDING, HEAD)
+
+
+def huggingface_tensors(tensors: list[MegatronTensor]) -> dict[str, list[Part]]:
     """The same table the other way round: Hugging Face name -> its rows, from the first to the last."""
-    found: dict[str, list[tuple[int, Piece]]] = {}
+    found: dict[str, list[tuple[int, Part]]] = {}
     for tensor in tensors:
         row = 0
         for segment in tensor.segments:
             if segment.source is not None:
-                piece = Piece(tensor, row, segment.rows)
-                found.setdefault(segment.source, []).append((segment.start, piece))
+                part = Part(tensor, row, segment.rows)
+                found.setdefault(segment.source, []).append((segment.start, part))
             row += segment.rows
-    return {name: [piece for _, piece in sorted(pieces, key=lambda p: p[0])] for name, pieces in found.items()}
+    return {name: [part for _, part in sorted(parts, key=lambda p: p[0])] for name, parts in found.items()}
 
 
-def huggingface_shape(pieces: list[Piece]) -> tuple[int, ...]:
-    """Shape of the Hugging Face tensor that ``pieces`` make up."""
-    return (sum(piece.rows for piece in pieces), *pieces[0].tensor.shape[1:])
+def huggingface_shape(parts: list[Part]) -> tuple[int, ...]:
+    """Shape of the Hugging Face tensor that ``parts`` make up."""
+    return (sum(part.rows for part in parts), *parts[0].tensor.shape[1:])
 
 
-def count_parameters(tensors: dict[str, list[Piece]]) -> int:
+def count_parameters(tensors: dict[str, list[Part]]) -> int:
     """Parameters of the Hugging Face model: without padding, a tied matrix once."""
-    return sum(math.prod(huggingface_shape(pieces)) for pieces in tensors.values())
+    return sum(math.prod(huggingface_shape(parts)) for parts in tensors.values())
 
 
 def segments_between(tensor: MegatronTensor, start: int, stop: int) -> list[tuple[int, Segment]]:

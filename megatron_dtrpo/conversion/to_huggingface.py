@@ -16,10 +16,10 @@ from tqdm import tqdm
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
-from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, new_config, read_config, read_json
-from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, Piece
+from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config, read_json
+from megatron_dtrpo.conversion.mapping import Part, embedding_name, head_name, holds_vocabulary
 from megatron_dtrpo.conversion.output import output_folder, require_space
-from megatron_dtrpo.conversion.prefetch import ahead
+from megatron_dtrpo.conversion.prefetch import prefetch
 from megatron_dtrpo.conversion.safetensors_writer import (
     Planned,
     shard_names,
@@ -38,8 +38,9 @@ from megatron_dtrpo.conversion.template import (
 from megatron_dtrpo.conversion.tokenizer_export import export_tokenizer
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of, family_of_config
 
-CHUNK_BYTES = 8 << 20  # what is in memory at a time, beside the stored piece that it comes from
+CHUNK_BYTES = 8 << 20  # what is in memory at a time, beside the stored part that it comes from
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -76,15 +77,15 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
     folder = checkpoint.iteration_folder(megatron_path, iteration)
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{megatron_path}: no complete checkpoint of iteration {iteration}")
-    pieces = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
+    parts = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
     with TorchDistReader(folder) as reader:
-        _check_keys_and_shapes(reader, pieces)
-        source = _source(template, reader, pieces)
+        _check_keys_and_shapes(reader, parts)
+        source = _source(template, reader, parts)
         if source.head_stored_though_tied:
-            pieces[HEAD] = pieces[EMBEDDING]
+            parts[head_name(model)] = parts[embedding_name(model)]
         planned = [
             Planned(name, options.dtype or source.dtype_of(name), mapping.huggingface_shape(own))
-            for name, own in pieces.items()
+            for name, own in parts.items()
         ]
         shards = split_into_shards(planned, options.max_shard_bytes)
         with output_folder(hf_path, options.overwrite, megatron_path) as partial:
@@ -97,7 +98,7 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
             )
             with bar:
                 for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-                    write_shard(partial / name, shard, ahead(_rows(reader, shard, pieces, options.check_finite, bar)))
+                    write_shard(partial / name, shard, prefetch(_rows(reader, shard, parts, options.check_finite, bar)))
             if len(shards) > 1:
                 write_index(partial, shards)
     return notes
@@ -128,15 +129,19 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
         config = read_config(template)  # as Megatron-LM saves: the reference says what the architecture is
         return template, config, model_settings(config, template / CONFIG)
     model = checkpoint.load_model_config(megatron_path)
-    if not model.add_qkv_bias:
-        raise UserError(f"{megatron_path}: add_qkv_bias is false: Qwen2 has these biases, so it cannot be exported")
+    if mismatch := family_of(model).mismatch(model):
+        raise UserError(f"{megatron_path}: {mismatch}, so it cannot be exported")
     if template is None:
-        return None, new_config(model), model
+        return None, family_of(model).new_config(model), model
     config = read_config(template)
-    _check_reference(options.hf_reference, architecture(config, template / CONFIG))
-    theirs = model_settings(
-        config, template / CONFIG, None if "bd_size" in config else model.block_size, model.make_vocab_size_divisible_by
-    )
+    family = family_of_config(config, template / CONFIG)
+    _check_reference(options.hf_reference, family.architecture)
+    block_size = None if family.block_size_key in config else model.block_size
+    theirs = model_settings(config, template / CONFIG, block_size, model.make_vocab_size_divisible_by)
+    if family_of(model).parameters != family.parameters:
+        raise UserError(
+            f"{template / CONFIG}: of another model: family is {family.name} there, {model.family} in {megatron_path}"
+        )
     for name in _SHAPE:
         mine, other = getattr(model, name), getattr(theirs, name)
         if mine != other:
@@ -146,37 +151,37 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
     return template, config, model
 
 
-def _check_keys_and_shapes(reader: TorchDistReader, pieces: dict[str, list[Piece]]) -> None:
-    for tensor in {piece.tensor.key: piece.tensor for own in pieces.values() for piece in own}.values():
+def _check_keys_and_shapes(reader: TorchDistReader, parts: dict[str, list[Part]]) -> None:
+    for tensor in {part.tensor.key: part.tensor for own in parts.values() for part in own}.values():
         shape = reader.shape(tensor.key, tensor.layer)
         if shape is None:
             raise UserError(f"{reader.folder}: {tensor.key} is missing")
         # Megatron-LM pads the vocabulary more when it trains with more tensor parallelism.
-        longer = tensor.segments[0].source in (EMBEDDING, HEAD) and shape[:1] > tensor.shape[:1]
+        longer = holds_vocabulary(tensor) and shape[:1] > tensor.shape[:1]
         if shape != tensor.shape and not (longer and shape[1:] == tensor.shape[1:]):
             raise UserError(
                 f"{reader.folder}: {tensor.key} has shape {list(shape)}, the architecture says {list(tensor.shape)}"
             )
 
 
-def _source(template: Path | None, reader: TorchDistReader, pieces: dict[str, list[Piece]]) -> Source:
+def _source(template: Path | None, reader: TorchDistReader, parts: dict[str, list[Part]]) -> Source:
     """How the imported folder stored its weights; for a model that was never imported, how the checkpoint does."""
     if template is not None and (template / "source.json").is_file():
         return read_source(template)
-    dtypes = {name: reader.dtype(own[0].tensor.key, own[0].tensor.layer) for name, own in pieces.items()}
+    dtypes = {name: reader.dtype(own[0].tensor.key, own[0].tensor.layer) for name, own in parts.items()}
     return Source.of(dtypes, False)
 
 
 def _rows(
-    reader: TorchDistReader, shard: list[Planned], pieces: dict[str, list[Piece]], check_finite: bool, bar: tqdm
+    reader: TorchDistReader, shard: list[Planned], parts: dict[str, list[Part]], check_finite: bool, bar: tqdm
 ) -> Iterator[Tensor]:
     for planned in shard:
         step = max(1, CHUNK_BYTES // (math.prod(planned.shape[1:]) * planned.dtype.itemsize))
-        for piece in pieces[planned.name]:
-            for start in range(0, piece.rows, step):
-                count = min(step, piece.rows - start)
-                tensor = piece.tensor
-                out = reader.rows(tensor.key, tensor.layer, piece.start + start, count, planned.dtype)
+        for part in parts[planned.name]:
+            for start in range(0, part.rows, step):
+                count = min(step, part.rows - start)
+                tensor = part.tensor
+                out = reader.rows(tensor.key, tensor.layer, part.start + start, count, planned.dtype)
                 if check_finite and not out.isfinite().all():
                     raise UserError(f"{reader.folder}: {planned.name} has values that are not finite")
                 yield out

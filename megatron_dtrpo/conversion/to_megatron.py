@@ -17,14 +17,15 @@ from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, read_config
-from megatron_dtrpo.conversion.mapping import EMBEDDING, HEAD, MegatronTensor
+from megatron_dtrpo.conversion.mapping import MegatronTensor, embedding_name, head_name
 from megatron_dtrpo.conversion.output import output_folder, require_space
-from megatron_dtrpo.conversion.prefetch import ahead
+from megatron_dtrpo.conversion.prefetch import prefetch
 from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.template import FOLDER, Source, save_template
 from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of
 
 CHUNK_BYTES = 8 << 20  # what is in memory at a time: small enough that the allocator keeps it, so no page faults
 _CONTENT = {"non_homogeneous_layers": True}  # one key per layer, as training writes it
@@ -64,7 +65,7 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
             )
         with output_folder(megatron_path, options.overwrite, hf_path) as partial:
             if head_is_double:
-                _require_equal(weights, HEAD, EMBEDDING)
+                _require_equal(weights, head_name(settings), embedding_name(settings))
             model, mask_row = settings, None
             if options.tokenizer:
                 tokenizer = import_tokenizer(
@@ -73,13 +74,14 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
                     options.mask_token,
                     options.add_mask_token,
                     options.eos_token,
+                    family_of(settings).mask_token,
                 )
                 model = dataclasses.replace(settings, vocab_size=max(settings.vocab_size, tokenizer.vocab_size))
                 if model.vocab_size != settings.vocab_size:
                     _require_only_mask_is_new(settings, tokenizer, hf_path, options.add_mask_token)
                     config, mask_row = {**config, "vocab_size": model.vocab_size}, tokenizer.mask_id
             if options.add_mask_token or options.block_size is not None:
-                config = {**config, "bd_size": model.block_size}
+                config = {**config, family_of(model).block_size_key: model.block_size}
             plan = mapping.megatron_tensors(model, settings.vocab_size)
             rows = _Rows(weights, options, model, mask_row)
             require_space(partial, sum(rows.nbytes(tensor) for tensor in plan))
@@ -99,11 +101,11 @@ def _check_names_and_shapes(weights: SafetensorsFolder, settings: ModelSettings)
     """Raises UserError at the first tensor that is missing, unknown or of another shape. Returns whether the folder
     holds an output matrix although it is tied."""
     expected = mapping.huggingface_tensors(mapping.megatron_tensors(settings, settings.vocab_size))
-    tied = not settings.untie_embeddings_and_output_weights
+    tied, head = not settings.untie_embeddings_and_output_weights, head_name(settings)
     for name in expected:
-        if name == HEAD and name not in weights.tensors:
+        if name == head and name not in weights.tensors:
             raise UserError(
-                f"{weights.folder}: tensor {HEAD} is missing, though {CONFIG} does not tie it to the embedding: if the "
+                f"{weights.folder}: tensor {head} is missing, though {CONFIG} does not tie it to the embedding: if the "
                 "model is tied, set tie_word_embeddings to true there"
             )
         if name not in weights.tensors:
@@ -111,12 +113,12 @@ def _check_names_and_shapes(weights: SafetensorsFolder, settings: ModelSettings)
     for name, stored in weights.tensors.items():
         if ignored(name):
             continue
-        if name not in expected and not (tied and name == HEAD):
+        if name not in expected and not (tied and name == head):
             raise UserError(f"{weights.folder}: unexpected tensor {name}: the architecture has none of that name")
-        shape = mapping.huggingface_shape(expected[EMBEDDING if tied and name == HEAD else name])
+        shape = mapping.huggingface_shape(expected[embedding_name(settings) if tied and name == head else name])
         if stored.shape != shape:
             raise UserError(f"{stored.file}: {name} has shape {list(stored.shape)}, {CONFIG} says {list(shape)}")
-    return tied and HEAD in weights.tensors
+    return tied and head in weights.tensors
 
 
 def _require_equal(weights: SafetensorsFolder, name: str, other: str) -> None:
@@ -193,7 +195,7 @@ def _write_weights(folder: Path, plan: list[MegatronTensor], rows: _Rows, progre
     with bar, TorchDistWriter(folder, _CONTENT) as writer:
         for tensor in plan:
             writer.begin(tensor.key, rows.dtype(tensor), tensor.shape)
-        for tensor, start, part in ahead(_parts(plan, rows)):
+        for tensor, start, part in prefetch(_parts(plan, rows)):
             writer.write(tensor.key, start, part)
             bar.update(part.nbytes)
         for module in mapping.stateful_keys(rows.model):

@@ -14,8 +14,9 @@ from pathlib import Path
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json, refuse_lfs_pointer
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.qwen2 import FAST_DLLM_V2
 
-MASK_TOKEN = "|<MASK>|"  # Fast-dLLM's
+MASK_TOKEN = FAST_DLLM_V2.mask_token  # of a tokenizer that is not told otherwise
 _KIND = "HuggingFaceTokenizer"
 _SPECIAL = "additional_special_tokens"
 _FILES = (
@@ -32,9 +33,15 @@ _FILES = (
 
 
 def import_tokenizer(
-    folder: Path, target: Path, mask_token: str | None, add_mask_token: bool, eos_token: str | None = None
+    folder: Path,
+    target: Path,
+    mask_token: str | None,
+    add_mask_token: bool,
+    eos_token: str | None = None,
+    own_mask: str = MASK_TOKEN,
 ) -> Tokenizer:
-    """Saves the tokenizer of a Hugging Face folder to ``target``, as training reads it. Raises UserError."""
+    """Saves the tokenizer of a Hugging Face folder to ``target``, as training reads it. ``own_mask`` is the mask token
+    of the model's family, which ``add_mask_token`` adds. Raises UserError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json is there")
     for name in _FILES:
@@ -44,20 +51,20 @@ def import_tokenizer(
         tokenizer = build_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model", mask_token, eos_token)
         tokenizer.save(target)
         return tokenizer
-    if not add_mask_token or MASK_TOKEN in vocabulary(folder):
+    if not add_mask_token or own_mask in vocabulary(folder):
         try:
             tokenizer = build_tokenizer(_KIND, folder, mask_token, eos_token)
         except UserError as error:
-            if MASK_TOKEN in vocabulary(folder):
+            if own_mask in vocabulary(folder):
                 raise
             raise UserError(f"{error}; --add-mask-token reserves one") from None
         tokenizer.save(target)
         return tokenizer
     with tempfile.TemporaryDirectory() as scratch:
-        expected = _add_mask_token(folder, Path(scratch))
-        tokenizer = build_tokenizer(_KIND, scratch, MASK_TOKEN, eos_token)
+        expected = _add_mask_token(folder, Path(scratch), own_mask)
+        tokenizer = build_tokenizer(_KIND, scratch, own_mask, eos_token)
         if (tokenizer.mask_id, tokenizer.vocab_size) != (expected, expected + 1):
-            raise UserError(f"{folder}: {MASK_TOKEN} cannot be added to this kind of tokenizer")
+            raise UserError(f"{folder}: {own_mask} cannot be added to this kind of tokenizer")
         tokenizer.save(target)
     return tokenizer
 
@@ -79,8 +86,8 @@ def vocabulary(folder: Path) -> dict[str, int]:
     return tokens
 
 
-def _add_mask_token(folder: Path, target: Path) -> int:
-    """Copies the tokenizer's files to ``target`` and adds the mask token behind the last one. Returns its id."""
+def _add_mask_token(folder: Path, target: Path, token: str) -> int:
+    """Copies the tokenizer's files to ``target`` and adds ``token`` behind the last one. Returns its id."""
     tokens = vocabulary(folder)
     if not tokens:
         raise UserError(f"{folder}: --add-mask-token needs the tokenizer as tokenizer.json or vocab.json")
@@ -89,7 +96,7 @@ def _add_mask_token(folder: Path, target: Path) -> int:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    description = {"content": MASK_TOKEN, **flags, "special": True}
+    description = {"content": token, **flags, "special": True}
 
     def edit(name: str, change) -> None:
         if (target / name).is_file():
@@ -109,10 +116,10 @@ def _add_mask_token(folder: Path, target: Path) -> int:
     def in_special_tokens(content: dict) -> None:
         # transformers 5 says "extra", and means something else by it where it is a dictionary.
         key = "extra_special_tokens" if isinstance(content.get("extra_special_tokens"), list) else _SPECIAL
-        content[key] = [*(content.get(key) or []), MASK_TOKEN]
+        content[key] = [*(content.get(key) or []), token]
 
     edit("tokenizer.json", in_tokenizer)
     edit("tokenizer_config.json", in_config)
-    edit("added_tokens.json", lambda content: content.update({MASK_TOKEN: number}))
+    edit("added_tokens.json", lambda content: content.update({token: number}))
     edit("special_tokens_map.json", in_special_tokens)
     return number

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import mask_tokens
 
-_FAST_DLLM_MASK = "|<MASK>|"
 # Beside the vocabulary files, whose names the tokenizer's class knows.
 _HF_FILES = {"chat_template.jinja", "tokenizer.model"} | {
     f"{name}.json" for name in ("added_tokens", "special_tokens_map", "tokenizer", "tokenizer_config")
@@ -39,7 +39,8 @@ class HuggingFace:
         # len() is too small for a vocabulary with holes, and ids beyond it would fall outside the embedding.
         self.vocab_size = max(vocabulary.values()) + 1
         self.special_ids = frozenset(self.library.all_special_ids)
-        self.mask_token = _FAST_DLLM_MASK if _FAST_DLLM_MASK in vocabulary else self.library.mask_token
+        undeclared = (token for token in mask_tokens() if token in vocabulary)
+        self.mask_token = next(undeclared, self.library.mask_token)
         self.eos_token = self.library.eos_token
         names = _HF_FILES | set(self.library.vocab_files_names.values())
         names |= set() if _names_its_class(folder) else {"config.json"}

@@ -6,10 +6,13 @@ torch and PyYAML. Where they cannot, the machine is examined all the same and th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_dtrpo.families.parameters import model_parameters
 
 GIB = 2**30
 
@@ -152,12 +155,13 @@ def _mistake(config, processes: int) -> str | None:
 
 
 def _checkpoint_bytes(model) -> int | None:
-    """Weights, fp32 main weights and Adam's two moments: 16 bytes a parameter, rounded up from the layers' sizes."""
-    sizes = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)
-    if not all(sizes):
+    """Weights, fp32 main weights and Adam's two moments: 16 bytes a parameter."""
+    if not all((model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)):
         return None
-    layers, hidden, ffn, heads = sizes
-    groups = model.num_query_groups or heads
-    attention = hidden * hidden * (2 + 2 * groups / heads)
-    embeddings = (model.vocab_size or 0) * hidden * (2 if model.untie_embeddings_and_output_weights else 1)
-    return int(16 * (layers * (attention + 3 * hidden * ffn) + embeddings))
+    heads = model.num_attention_heads  # after a mistake, defaults may not have been filled in
+    whole = dataclasses.replace(
+        model,
+        num_query_groups=model.num_query_groups or heads,
+        kv_channels=model.kv_channels or model.hidden_size // heads,
+    )
+    return 16 * model_parameters(whole)

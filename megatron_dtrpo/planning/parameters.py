@@ -1,35 +1,45 @@
-"""How many parameters a rank holds.
+"""How many parameters a rank holds: sums over the family's parameter table (`families.parameters`).
 
-Legend: h hidden size, f MLP width, q query heads x head width, k key/value heads x head width, V padded vocabulary,
-L layers, TP tensor-parallel and PP pipeline size. Counts are exact: a test compares them with the model itself.
+TP is the tensor-parallel size, PP the pipeline size. Counts are exact: a test compares them with the model itself.
 """
 
 from __future__ import annotations
 
 from megatron_dtrpo.config.settings import ModelSettings
+from megatron_dtrpo.families.parameters import (
+    EMBEDDING,
+    HEAD,
+    SHAPES,
+    count,
+    in_layer,
+    parameter_table,
+    sizes,
+)
 
 
 def widths(model: ModelSettings) -> tuple[int, int]:
-    """``(q, k)`` in the legend's words."""
-    return model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    """Query heads x head width, and key/value heads x head width."""
+    of = sizes(model, vocabulary=0)
+    return of["query"], of["key"]
 
 
 def matrix_parameters(model: ModelSettings, tp: int) -> int:
     """Of one layer on one rank: the weights of its four matrix products."""
-    h, f, (q, k) = model.hidden_size, model.ffn_hidden_size, widths(model)
-    return (h * (q + 2 * k) + q * h + h * 2 * f + f * h) // tp
+    return sum(count(name, model, tp) for name in _layer_names(model) if SHAPES[name].columns is not None)
 
 
 def layer_parameters(model: ModelSettings, tp: int) -> int:
     """Of one layer on one rank. Norms are on every rank."""
-    q, k = widths(model)
-    biases = (q + 2 * k) // tp if model.add_qkv_bias else 0
-    return matrix_parameters(model, tp) + biases + 2 * model.hidden_size
+    return sum(count(name, model, tp) for name in _layer_names(model))
+
+
+def _layer_names(model: ModelSettings) -> list[str]:
+    return [name for name in parameter_table(model) if in_layer(name)]
 
 
 def vocabulary_parameters(model: ModelSettings, tp: int) -> int:
     """Of the embedding, or of the output matrix, on one rank."""
-    return model.padded_vocab_size * model.hidden_size // tp
+    return count(EMBEDDING, model, tp)
 
 
 def stage_layers(model: ModelSettings, pp: int) -> int:
@@ -43,12 +53,7 @@ def stage_parameters(model: ModelSettings, tp: int, pp: int, stage: int) -> int:
     if first:
         total += vocabulary_parameters(model, tp)
     if last:
-        total += model.hidden_size
-        if model.untie_embeddings_and_output_weights or not first:
+        total += count("decoder.final_layernorm.weight", model, tp)
+        if HEAD in parameter_table(model) or not first:
             total += vocabulary_parameters(model, tp)
     return total
-
-
-def model_parameters(model: ModelSettings) -> int:
-    """Of the whole model."""
-    return stage_parameters(model, tp=1, pp=1, stage=0)

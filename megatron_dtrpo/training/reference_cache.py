@@ -39,13 +39,15 @@ def run_facts(config: Config, tokenizer: Tokenizer) -> dict:
     """What reference scores depend on, as far as settings tell: everything but the ``data`` and the ``weights``."""
     objective = config.objective
     options = ("estimator", "num_views", *ESTIMATORS[objective.estimator].options, "block_start")
+    model = dataclasses.asdict(config.model)
+    del model["family"]  # names in an export
     return {
         "tokenizer": tokenizer.fingerprint(),
         **{name: getattr(objective, name) for name in options},
         "seed": config.optimizer.seed,
         "bf16": config.parallel.bf16,
         "fp8": reference_format(config.parallel),
-        **dataclasses.asdict(config.model),
+        **model,
     }
 
 

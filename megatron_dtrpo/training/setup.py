@@ -65,9 +65,11 @@ def check_reference(config: Config, tokenizer: Tokenizer) -> None:
 
 def check_reference_architecture(config: Config) -> None:
     """Raises UserError naming the first setting in which the reference differs from the model. How either was
-    initialised does not matter."""
-    folder = config.run.reference
-    saved = dataclasses.replace(checkpoint.load_model_config(folder), init_method_std=config.model.init_method_std)
+    initialised and how either is exported does not matter."""
+    folder, ours = config.run.reference, config.model
+    saved = dataclasses.replace(
+        checkpoint.load_model_config(folder), init_method_std=ours.init_method_std, family=ours.family
+    )
     checkpoint.check_same_architecture(config.model, saved, folder)
 
 

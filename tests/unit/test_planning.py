@@ -16,6 +16,7 @@ from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.parameters import model_parameters
 from megatron_dtrpo.planning import memory, parameters
 from megatron_dtrpo.planning import step_time as time
 from megatron_dtrpo.planning.layouts import layouts
@@ -253,7 +254,7 @@ def seven_billion(name: str = "dtrpo_7b") -> Config:
 
 
 def test_seven_billion_parameters():
-    assert parameters.model_parameters(seven_billion().model) == 7_615_616_512
+    assert model_parameters(seven_billion().model) == 7_615_616_512
 
 
 @pytest.mark.parametrize("name", ["dtrpo_7b", "sft_7b"])

@@ -1,0 +1,83 @@
+"""What a model family is: a row of facts, and the rules by which its parameters are named.
+
+A rule stands in a family's parameter table beside the name of a Megatron parameter. It names the Hugging Face tensors
+that this parameter consists of: ``*`` is the number of the layer, ``{q,k,v}`` are several tensors in that order. How
+rows are cut and joined is written in `conversion.mapping`, a function for each kind of rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_dtrpo.config.settings import ModelSettings
+
+_ALTERNATIVES = re.compile(r"\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The names of the Hugging Face tensors that make up one Megatron parameter."""
+
+    pattern: str
+
+    def sources(self, layer: int | None) -> tuple[str, ...]:
+        """The names in ``layer``; None for a parameter outside of the layers."""
+        name = self.pattern.replace("*", str(layer))
+        found = _ALTERNATIVES.search(name)
+        if found is None:
+            return (name,)
+        return tuple(name[: found.start()] + word + name[found.end() :] for word in found[1].split(","))
+
+
+class Copy(Rule):
+    """One tensor, as it is."""
+
+
+class QKV(Rule):
+    """Query, key and value: joined key/value group by key/value group."""
+
+
+class GatedMLP(Rule):
+    """Gate and up: one above the other."""
+
+
+class Vocabulary(Rule):
+    """A row for each token: below it, padding."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the registry."""
+
+    name: str
+    """As `ModelSettings.family` records it."""
+    architecture: str
+    """The entry of ``architectures`` in config.json that tells the family."""
+    model_type: str
+    """``model_type`` in config.json."""
+    parameters: Mapping[str, Rule]
+    """Megatron's name of each parameter that a model of this family may have, in the model's order, and its rule."""
+    settings: Callable[[dict, str | Path], dict[str, Any]]
+    """Fields of `ModelSettings` from a config.json and its path, without the block size. Raises UserError for what the
+    model here would compute otherwise than the configuration says."""
+    new_config: Callable[[ModelSettings], dict]
+    """config.json of a model that was trained from random weights."""
+    mask_token: str
+    """The token that stands for a masked position; ``--add-mask-token`` adds it where a tokenizer has none."""
+    prediction_shift: int
+    """1 where a token is predicted by the row before it, 0 where by its own row."""
+    attention: str
+    """``block_causal``: a block sees itself and the blocks before it."""
+    block_size_key: str
+    """The key of config.json that holds the block size."""
+    block_size: int | None
+    """Where config.json lacks the key; None: such a model has no blocks yet, and import is told how many tokens."""
+    assumptions: Callable[[dict, str | Path], list[str]] = lambda config, where: []
+    """What ``settings`` filled in and a user may not have meant, a line each."""
+    mismatch: Callable[[ModelSettings], str | None] = lambda model: None
+    """Why a model of these settings is none of this family, for the error of an export; None where it is one."""

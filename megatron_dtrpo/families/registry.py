@@ -1,0 +1,41 @@
+"""Every model family. A new one is a new file and a row here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families import qwen2
+from megatron_dtrpo.families.family import Family
+
+if TYPE_CHECKING:
+    from megatron_dtrpo.config.settings import ModelSettings
+
+FAMILIES: dict[str, Family] = {row.name: row for row in (qwen2.FAST_DLLM_V2, qwen2.QWEN2)}
+
+# Of a model that is trained from random weights, and of checkpoints from before the family was recorded.
+DEFAULT_FAMILY = qwen2.FAST_DLLM_V2.name
+DEFAULT_BLOCK_SIZE = 32  # where neither config.json nor the user says one
+
+
+def family_of(model: ModelSettings) -> Family:
+    """The row of a model's family."""
+    return FAMILIES[model.family]
+
+
+def family_of_config(config: dict, where: str | Path) -> Family:
+    """The one family whose architecture a config.json names. Raises UserError listing the known ones."""
+    names = config.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
+    known = {row.architecture: row for row in FAMILIES.values()}
+    if len(names) == 1 and names[0] in known:
+        return known[names[0]]
+    raise UserError(
+        f"{where}: unknown architecture {', '.join(map(str, names)) or '(none)'}: known are {', '.join(known)}"
+    )
+
+
+def mask_tokens() -> tuple[str, ...]:
+    """The names of all families' mask tokens: a tokenizer that has one of them needs not declare it."""
+    return tuple(dict.fromkeys(row.mask_token for row in FAMILIES.values()))

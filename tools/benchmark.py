@@ -240,7 +240,7 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
         for operation, share in comparison["profile"]:
             print(f"  {share:6.1%} {operation}")
     if arguments.output:
-        from megatron_dtrpo.checkpoint.distributed import write_atomically
+        from megatron_dtrpo.files import write_atomically
 
         record = {
             "settings": {k: v for k, v in vars(arguments).items() if k != "peak_memory_of"},

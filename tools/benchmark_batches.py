@@ -63,7 +63,7 @@ def _benchmark(argv: list[str]) -> None:
     first, last, more = (size / 2**20 for size in (memory[0], memory[-1], growth))
     print(f"anonymous memory after a tenth of the stream {first:.0f} MiB, after all {last:.0f} MiB: {more:+.1f} MiB")
     if arguments.output:
-        from megatron_dtrpo.checkpoint.distributed import write_atomically
+        from megatron_dtrpo.files import write_atomically
 
         record = {
             "pairs": arguments.stream,

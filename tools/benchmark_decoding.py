@@ -103,7 +103,7 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]], toke
         rows[name] = {"tokens_per_second": tokens / median[name], "spread": spread, "ratio": base / median[name]}
         print(f"| {name} | {tokens / median[name]:.1f} | {spread:.0%} | {base / median[name]:.2f} |")
     if arguments.output:
-        from megatron_dtrpo.checkpoint.distributed import write_atomically
+        from megatron_dtrpo.files import write_atomically
 
         write_atomically(Path(arguments.output), json.dumps({**vars(arguments), "results": rows}, indent=2) + "\n")
 

@@ -236,7 +236,7 @@ def _report(arguments: argparse.Namespace, rows: list[dict]) -> None:
             f"{row['log_prob_error']:.1e} | {row['gradient_error']:.1e} |"
         )
     if arguments.output:
-        from megatron_dtrpo.checkpoint.distributed import write_atomically
+        from megatron_dtrpo.files import write_atomically
 
         record = {"machine": machine, "torch": torch.__version__, "settings": vars(arguments), "rows": rows}
         write_atomically(Path(arguments.output), json.dumps(record, indent=2) + "\n")

@@ -77,7 +77,7 @@ def _benchmark(argv: list[str]) -> None:
         print(f"| {row['pairs']} | {row['seconds_per_pair']:.4f} |")
     record = {"settings": vars(arguments), "by_length": by_length, "fit": fit, "by_packing": by_packing}
     if arguments.output:
-        from megatron_dtrpo.checkpoint.distributed import write_atomically
+        from megatron_dtrpo.files import write_atomically
 
         write_atomically(Path(arguments.output), json.dumps(record, indent=2) + "\n")
     if arguments.plot:

@@ -106,9 +106,9 @@ def _build(argv: list[str]) -> None:
 
 
 def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> None:
-    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.data.json_line import json_line
     from megatron_dtrpo.evaluation.verifiers import Judge
+    from megatron_dtrpo.files import write_atomically
 
     judge = Judge(verifier)
     lines: list[str] = []

@@ -126,7 +126,7 @@ def _enable_tokenizers() -> None:
 
 def _import(arguments) -> None:
     _enable_tokenizers()
-    from megatron_dtrpo.checkpoint.distributed import TOKENIZER
+    from megatron_dtrpo.checkpoint.folder import TOKENIZER
     from megatron_dtrpo.conversion.dtypes import FLAGS
     from megatron_dtrpo.conversion.hf_config import CONFIG, assumptions, read_config
     from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint

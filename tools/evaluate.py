@@ -235,9 +235,9 @@ def _simple_evaluate(model, tasks: dict, overrides: dict, arguments: argparse.Na
 def _report(results: dict, completions: list, source, options, arguments: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
-    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.evaluation.generation import efficiency
     from megatron_dtrpo.evaluation.harness import MODEL_NAME
+    from megatron_dtrpo.files import write_atomically
 
     names = ("estimator", "num_views", "steps_per_block", "block_start")
     scoring = {name: getattr(source.config.objective, name) for name in names}

@@ -133,8 +133,8 @@ def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | Non
 
 
 def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
-    from megatron_dtrpo.checkpoint.distributed import write_atomically
     from megatron_dtrpo.data.json_line import json_line
+    from megatron_dtrpo.files import write_atomically
 
     lines = []
     for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True):

@@ -78,6 +78,7 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
     from megatron.core import parallel_state
 
     from megatron_dtrpo.checkpoint import distributed as checkpoint
+    from megatron_dtrpo.checkpoint import folder as checkpoint_folder
     from megatron_dtrpo.config.backends import choose_backend
     from megatron_dtrpo.model.provider import build_chunks
     from megatron_dtrpo.runtime import initialize
@@ -102,9 +103,9 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
         return score_pairs(model, builder, indices, device, backend)
 
     run = config.run.load
-    policy, base = scores(run, checkpoint.require_latest(run), policy_batches), None
+    policy, base = scores(run, checkpoint_folder.require_latest(run), policy_batches), None
     if reference is not None:
-        taken = checkpoint.require_latest(reference) if other_reference else resume.run_reference_iteration(run)
+        taken = checkpoint_folder.require_latest(reference) if other_reference else resume.run_reference_iteration(run)
         base = scores(reference, taken, reference_batches)
     rows = []
     for index in indices:
@@ -131,7 +132,7 @@ def _recorded(row: dict) -> dict:
 
 
 def _report(rows: list[dict], reference: str | None, output: str | None) -> None:
-    from megatron_dtrpo.checkpoint.distributed import write_atomically
+    from megatron_dtrpo.files import write_atomically
     from megatron_dtrpo.training.scoring import accuracy, mean
 
     print(f"pairs                {len(rows)}")

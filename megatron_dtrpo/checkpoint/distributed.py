@@ -1,18 +1,11 @@
 """Checkpoints in Megatron's ``torch_dist`` layout, self-contained and never half-written.
 
-    DIR/model_config.yaml                     the architecture (ModelSettings)
-    DIR/tokenizer/                            the tokenizer's own files
-    DIR/huggingface/                          of an imported model: what export restores (config.json ...)
-    DIR/latest_checkpointed_iteration.txt     written last
-    DIR/iter_0000010/                         weights, optimizer, scheduler, progress; reshards on load
-
-An iteration is written to ``iter_0000010.partial`` and renamed when every process has finished: a folder with the final
-name is complete, and only then does the tracker file name it.
+`folder` says what stands in the folder of a run. An iteration is written to ``iter_0000010.partial`` and renamed when
+every process has finished: a folder with the final name is complete, and only then does the tracker file name it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -20,27 +13,35 @@ import pickle
 import queue
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dtrpo.config.parser import read_yaml
-from megatron_dtrpo.config.settings import ModelSettings, RunSettings
+from megatron_dtrpo.checkpoint.folder import TRACKER, complete_iterations, damaged, iteration_folder
+from megatron_dtrpo.config.settings import RunSettings
 from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError, one_line
+from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically
 from megatron_dtrpo.model.chunks import chunks_of
-from megatron_dtrpo.runtime import initialize, objects
+from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
-
-TRACKER = "latest_checkpointed_iteration.txt"
-MODEL_CONFIG = "model_config.yaml"
-TOKENIZER = "tokenizer"
-HUGGINGFACE = "huggingface"
 
 # How tensors are laid out in a checkpoint; recorded in it, where Megatron-LM's loader looks for it too.
 _SHARDING = {
@@ -52,110 +53,6 @@ _SHARDING = {
 
 
 _DISTRIBUTED = "use_distributed_optimizer"
-
-
-def iteration_folder(directory: str | Path, iteration: int) -> Path:
-    return Path(directory) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: str | Path) -> int | None:
-    """The iteration that the tracker file of ``directory`` names, or None where there is no such file. Where its folder
-    was deleted, it is the latest that is left.
-
-    Raises:
-        UserError: if the tracker or that iteration is damaged.
-    """
-    tracker, known = Path(directory) / TRACKER, complete_iterations(directory)
-    if not tracker.exists():
-        if known:
-            raise UserError(
-                f"{directory}: no checkpoint to load: {TRACKER} is missing; write {known[-1]} into it, the "
-                "latest of the iterations beside it"
-            )
-        return None
-    try:
-        text = tracker.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        text = "something else"
-    if not text.isdecimal():
-        advice = f"; write {known[-1]} into it, the latest of the iterations beside it" if known else ""
-        raise UserError(f"{tracker}: expected an iteration number, found {text!r}{advice}")
-    iteration = int(text)
-    folder = iteration_folder(directory, iteration)
-    if not folder.exists():
-        earlier = [number for number in known if number < iteration]
-        if not earlier:
-            raise UserError(f"{tracker} names iteration {text}, but {folder} is missing")
-        _say_once(f"warning: {tracker} names iteration {text}, which was deleted: iteration {earlier[-1]} is used")
-        return earlier[-1]
-    for name in _ALWAYS_THERE:
-        if not (folder / name).is_file():
-            raise damaged(folder, f"{tracker.name} names it, but {name} is missing")
-    return iteration
-
-
-_ALWAYS_THERE = ("metadata.json", ".metadata")  # megatron-core writes them last
-
-
-def damaged(folder: Path, detail: str) -> UserError:
-    """The error for an iteration's ``folder`` that cannot be read, with the way on if there is one."""
-    here = int(folder.name.removeprefix("iter_"))
-    earlier = [iteration for iteration in complete_iterations(folder.parent) if iteration < here]
-    if earlier:
-        advice = f"delete {folder.name} to go on from {iteration_folder('', earlier[-1])}"
-    else:
-        advice = "no earlier iteration is beside it: bring a copy back, or write it again"
-    return UserError(f"{folder}: damaged: {detail}; {advice}")
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    if initialize.rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-
-
-def require_latest(directory: str | Path) -> int:
-    """The last complete iteration; raises UserError if there is none."""
-    iteration = latest_iteration(directory)
-    if not Path(directory).is_dir():
-        raise UserError(f"{directory}: no such folder, so no checkpoint to load")
-    if iteration is None:
-        raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing")
-    return iteration
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def save_model_config(directory: str | Path, model: ModelSettings) -> None:
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(directory) / MODEL_CONFIG, yaml.safe_dump(dataclasses.asdict(model), sort_keys=False))
-
-
-def load_model_config(directory: str | Path) -> ModelSettings:
-    path = Path(directory) / MODEL_CONFIG
-    if not path.exists():
-        raise UserError(f"{directory}: not a checkpoint folder of this project: {MODEL_CONFIG} is missing")
-    names = {f.name for f in dataclasses.fields(ModelSettings)}
-    values = read_yaml(path)
-    for key in values:
-        if key not in names:
-            raise UserError(f"{path}: {key} is not part of an architecture")
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        if values.get(key) is None:
-            raise UserError(f"{path}: damaged: {key} is missing; bring a copy back from where the checkpoint was made")
-    return ModelSettings(**values)
-
-
-def check_same_architecture(given: ModelSettings, saved: ModelSettings, directory: str | Path) -> None:
-    """Raises UserError naming the first setting in which ``given`` (where set) differs from the checkpoint's."""
-    for f in dataclasses.fields(ModelSettings):
-        mine, theirs = getattr(given, f.name), getattr(saved, f.name)
-        if mine is not None and mine != theirs:
-            raise UserError(f"{directory}: checkpoint of another architecture: {f.name} is {theirs} there, {mine} here")
 
 
 def _by_key(model) -> dict:
@@ -181,20 +78,15 @@ class Writer:
 
     def __init__(self, run: RunSettings, say: Callable[[str], None]):
         """``say``: told about each checkpoint that is complete or deleted, on rank zero."""
-        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
         self.directory, self.run, self.say = Path(run.save), run, say
         self.pending = AsyncCallsQueue()
 
     def save(self, iteration: int, model, optimizer, scheduler, progress: dict) -> None:
         """Saves one iteration; collective. ``model`` is the bare stage or a list of virtual ones, ``progress`` plain
         values. With ``async_save`` the weights may change when it returns; `finish` completes the checkpoint."""
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-
         self.finish()
         final = iteration_folder(self.directory, iteration)
-        partial = _partial(final)
+        partial = partial_name(final)
         if dist.get_rank() == 0:
             for leftover in (partial, final):  # of a run that was killed while saving, or resumed from before it
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -221,7 +113,7 @@ class Writer:
         """Gives the folder its name and then the tracker its number; only then may older ones go."""
         if dist.get_rank() == 0:
             final = iteration_folder(self.directory, iteration)
-            os.replace(_partial(final), final)
+            publish_folder(partial_name(final), final)
             write_atomically(self.directory / TRACKER, str(iteration))
             self.say(f"saved {final}")
             self._delete_older(iteration)
@@ -233,8 +125,7 @@ class Writer:
         older = [n for n in complete_iterations(self.directory) if n < iteration]
         for number in older[: max(0, len(older) + 1 - self.run.keep_last)]:
             folder = iteration_folder(self.directory, number)
-            os.replace(folder, _partial(folder))  # never half of it under its own name
-            shutil.rmtree(_partial(folder), ignore_errors=True)
+            remove_folder(folder)
             self.say(f"deleted {folder}: keep_last is {self.run.keep_last}")
 
 
@@ -260,45 +151,23 @@ class _Results:
             raise queue.Empty from None
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
-
-
-def complete_iterations(directory: str | Path) -> list[int]:
-    """Iterations in ``directory`` whose folders are complete, the oldest first."""
-    found = [folder for folder in Path(directory).glob("iter_*") if folder.name.removeprefix("iter_").isdecimal()]
-    complete = [folder for folder in found if all((folder / name).is_file() for name in _ALWAYS_THERE)]
-    return sorted(int(folder.name.removeprefix("iter_")) for folder in complete)
-
-
 def _replicas():
     """The processes that hold the same weights."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _parallel_save():
     """Divides among data-parallel processes the writing of what each of them has."""
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-
     return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas())
 
 
 def _parallel_load(folder: Path):
     """Each data-parallel process reads a part of what all of them need, and they exchange it."""
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-
     return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _replicas())
 
 
 def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None) -> dict:
     """Loads weights, and optimizer and scheduler where given, under any layout; collective. Returns ``progress``."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-
     folder = iteration_folder(directory, iteration)
     _check_description(folder)
     if optimizer is not None:
@@ -349,8 +218,6 @@ def _load_stage(chunk, state: dict) -> None:
 
 
 def _content_metadata(folder: Path) -> dict | None:
-    from megatron.core import dist_checkpointing
-
     return _explained(folder, lambda: dist_checkpointing.load_content_metadata(str(folder)), "common.pt")
 
 
@@ -364,8 +231,6 @@ def load_progress(directory: str | Path, iteration: int) -> dict:
 
 
 def _progress(folder: Path) -> dict:
-    from megatron.core import dist_checkpointing
-
     common = _explained(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)), "common.pt")
     progress = common.get("progress") if isinstance(common, dict) else None
     if not progress or _DISTRIBUTED not in progress:
@@ -411,9 +276,6 @@ def _no_code_of_pickles() -> Iterator[None]:
 
 def _explained(folder: Path, read: Callable, file: str = ""):
     """Turns what megatron-core and torch raise into one line: about keys and shapes, or about a damaged ``file``."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         with _no_code_of_pickles():
             return read()

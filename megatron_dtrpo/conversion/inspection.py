@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.dtypes import dtype_name
@@ -23,23 +23,23 @@ from megatron_dtrpo.families.registry import family_of_config
 def inspect(folder: str | Path) -> dict[str, str]:
     """What to say about ``folder``, in order. Raises UserError if it is no checkpoint that we know."""
     folder = Path(folder)
-    if (folder / checkpoint.MODEL_CONFIG).is_file() or (folder / checkpoint.TRACKER).is_file():
+    if (folder / checkpoint_folder.MODEL_CONFIG).is_file() or (folder / checkpoint_folder.TRACKER).is_file():
         return _megatron(folder)
     if (folder / CONFIG).is_file():
         return _huggingface(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     raise UserError(
-        f"{folder}: neither a Hugging Face nor a Megatron checkpoint: no {CONFIG}, no {checkpoint.MODEL_CONFIG}"
+        f"{folder}: neither a Hugging Face nor a Megatron checkpoint: no {CONFIG}, no {checkpoint_folder.MODEL_CONFIG}"
     )
 
 
 def _megatron(folder: Path) -> dict[str, str]:
-    model = checkpoint.load_model_config(folder)
-    iteration = checkpoint.require_latest(folder)
+    model = checkpoint_folder.load_model_config(folder)
+    iteration = checkpoint_folder.require_latest(folder)
     expected = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
     keys = {part.tensor.key: part.tensor for parts in expected.values() for part in parts}
-    with TorchDistReader(checkpoint.iteration_folder(folder, iteration)) as reader:
+    with TorchDistReader(checkpoint_folder.iteration_folder(folder, iteration)) as reader:
         dtypes = [reader.dtype(t.key, t.layer) for t in keys.values() if reader.find(t.key, t.layer) is not None]
     template = find_template(folder)
     name = "trained here" if template is None else architecture(read_config(template), template)
@@ -47,7 +47,7 @@ def _megatron(folder: Path) -> dict[str, str]:
         "kind": "Megatron torch_dist",
         "architecture": name,
         **_model_lines(model, mapping.count_parameters(expected), dtypes),
-        "mask token": _mask_token(lambda: load_tokenizer(folder / checkpoint.TOKENIZER)),
+        "mask token": _mask_token(lambda: load_tokenizer(folder / checkpoint_folder.TOKENIZER)),
         "iteration": str(iteration),
     }
 

@@ -10,16 +10,16 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_dtrpo.checkpoint.folder import METRICS_FILE, MODEL_CONFIG, TRACKER
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.files import partial_name, publish_folder
 
 _MARKER = ".conversion-in-progress"
 # Patterns of files that together say that a folder is a checkpoint, which --overwrite may replace.
-_CHECKPOINTS = (("config.json", "*.safetensors"), ("model_config.yaml", "latest_checkpointed_iteration.txt"))
-_TRAINING_RUN = "metrics.jsonl"
+_CHECKPOINTS = (("config.json", "*.safetensors"), (MODEL_CONFIG, TRACKER))
 
 
 @contextlib.contextmanager
@@ -27,14 +27,14 @@ def output_folder(path: str | Path, overwrite: bool, source: str | Path) -> Iter
     """Yields the folder to write into. Raises UserError if ``path`` may not be written or the disk is full."""
     path = Path(path)
     check_output(path, overwrite, Path(source))
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_name(path)
     missing = [parent for parent in partial.parents if not parent.exists()]
     _begin(partial)
     try:
         try:
             yield partial
             (partial / _MARKER).unlink()
-            _replace(partial, path)
+            publish_folder(partial, path)
         except OSError as error:
             raise explained(error, path) from error
     except BaseException:
@@ -57,7 +57,7 @@ def check_output(path: Path, overwrite: bool, source: Path) -> None:
         return
     if not overwrite:
         raise UserError(f"{path} exists: give --overwrite to replace it, or another folder")
-    if (path / _TRAINING_RUN).exists():
+    if (path / METRICS_FILE).exists():
         raise UserError(f"{path} holds a training run: --overwrite replaces converted checkpoints only")
     if not any(all(any(path.glob(pattern)) for pattern in patterns) for patterns in _CHECKPOINTS):
         raise UserError(f"{path} is not a checkpoint: --overwrite does not replace anything else")
@@ -87,18 +87,3 @@ def _begin(partial: Path) -> None:
         (partial / _MARKER).touch()
     except OSError as error:
         raise explained(error, partial) from error
-
-
-def _replace(partial: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(partial, path)
-        return
-    # A folder of its own name, made now: nothing that was there before is in the way or lost.
-    replaced = Path(tempfile.mkdtemp(prefix=f"{path.name}.replaced.", dir=path.parent))
-    os.rename(path, replaced)
-    try:
-        os.rename(partial, path)
-    except OSError:
-        os.rename(replaced, path)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.checkpoint.distributed import HUGGINGFACE, MODEL_CONFIG
+from megatron_dtrpo.checkpoint.folder import HUGGINGFACE, MODEL_CONFIG
 from megatron_dtrpo.conversion.dtypes import dtype_name, dtype_named
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
 from megatron_dtrpo.errors import UserError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config, read_json
@@ -73,8 +73,8 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
     template, config, model = _description(megatron_path, options)
     iteration = options.iteration
     if iteration is None:
-        iteration = checkpoint.require_latest(megatron_path)
-    folder = checkpoint.iteration_folder(megatron_path, iteration)
+        iteration = checkpoint_folder.require_latest(megatron_path)
+    folder = checkpoint_folder.iteration_folder(megatron_path, iteration)
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{megatron_path}: no complete checkpoint of iteration {iteration}")
     parts = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
@@ -124,11 +124,11 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
     template = find_template(megatron_path)
     if template is None and options.hf_reference is not None and (options.hf_reference / CONFIG).is_file():
         template = options.hf_reference
-    has_settings = (megatron_path / checkpoint.MODEL_CONFIG).exists()
+    has_settings = (megatron_path / checkpoint_folder.MODEL_CONFIG).exists()
     if not has_settings and template is not None and megatron_path.is_dir():
         config = read_config(template)  # as Megatron-LM saves: the reference says what the architecture is
         return template, config, model_settings(config, template / CONFIG)
-    model = checkpoint.load_model_config(megatron_path)
+    model = checkpoint_folder.load_model_config(megatron_path)
     if mismatch := family_of(model).mismatch(model):
         raise UserError(f"{megatron_path}: {mismatch}, so it cannot be exported")
     if template is None:
@@ -205,7 +205,7 @@ def _write_small_files(
         read_json(template / GENERATION_CONFIG)
         shutil.copyfile(template / GENERATION_CONFIG, partial / GENERATION_CONFIG)
     if options.tokenizer:
-        notes += export_tokenizer(megatron_path / checkpoint.TOKENIZER, partial)
+        notes += export_tokenizer(megatron_path / checkpoint_folder.TOKENIZER, partial)
     if options.hf_reference is not None:
         for file in sorted(options.hf_reference.glob("*.py")):
             shutil.copyfile(file, partial / file.name)

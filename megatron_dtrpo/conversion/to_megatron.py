@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, read_config
@@ -26,6 +26,7 @@ from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.files import write_atomically
 
 CHUNK_BYTES = 8 << 20  # what is in memory at a time: small enough that the allocator keeps it, so no page faults
 _CONTENT = {"non_homogeneous_layers": True}  # one key per layer, as training writes it
@@ -70,7 +71,7 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
             if options.tokenizer:
                 tokenizer = import_tokenizer(
                     hf_path,
-                    partial / checkpoint.TOKENIZER,
+                    partial / checkpoint_folder.TOKENIZER,
                     options.mask_token,
                     options.add_mask_token,
                     options.eos_token,
@@ -85,10 +86,10 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
             plan = mapping.megatron_tensors(model, settings.vocab_size)
             rows = _Rows(weights, options, model, mask_row)
             require_space(partial, sum(rows.nbytes(tensor) for tensor in plan))
-            _write_weights(checkpoint.iteration_folder(partial, 0), plan, rows, options.progress)
-            checkpoint.save_model_config(partial, model)
+            _write_weights(checkpoint_folder.iteration_folder(partial, 0), plan, rows, options.progress)
+            checkpoint_folder.save_model_config(partial, model)
             save_template(partial / FOLDER, config, hf_path, Source.of(dtypes, head_is_double))
-            checkpoint.write_atomically(partial / checkpoint.TRACKER, "0")
+            write_atomically(partial / checkpoint_folder.TRACKER, "0")
     return model
 
 

@@ -99,15 +99,17 @@ def _of(config, configured: bool) -> Needs:
 
 def _paths(config) -> tuple[tuple[str, str, bool], ...]:
     """Every file and folder that must be there before the run."""
+    from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
+
     data, run = config.data, config.run
     wanted = {
         "data_path": data.data_path,
         "eval_data_path": config.evaluation.eval_data_path,
         "tokenizer_model": data.tokenizer_model,
         "load": run.load,
-        "load (its model_config.yaml)": run.load and os.path.join(run.load, "model_config.yaml"),
+        f"load (its {MODEL_CONFIG})": run.load and os.path.join(run.load, MODEL_CONFIG),
         "reference": run.reference,
-        "reference (its model_config.yaml)": run.reference and os.path.join(run.reference, "model_config.yaml"),
+        f"reference (its {MODEL_CONFIG})": run.reference and os.path.join(run.reference, MODEL_CONFIG),
         "reference_cache": run.reference_cache,
     }
     return tuple((name, path, Path(path).exists()) for name, path in wanted.items() if path)
@@ -135,12 +137,13 @@ def _with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
 
 def _mistake(config, processes: int) -> str | None:
     """What the trainer's own rules say, in its own order; architecture and vocabulary may come from ``load``."""
+    from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
     from megatron_dtrpo.config.parser import read_yaml
     from megatron_dtrpo.config.rules import validate, validate_data, validate_training
     from megatron_dtrpo.errors import UserError
 
     try:
-        saved = Path(config.run.load or "") / "model_config.yaml"
+        saved = Path(config.run.load or "") / MODEL_CONFIG
         if config.run.load and saved.is_file():
             for key, value in read_yaml(saved).items():
                 setattr(config.model, key, value)

@@ -18,14 +18,21 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
+from megatron.core import parallel_state
 
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.inference.decoder import make_decoder
+from megatron_dtrpo.model.provider import build_model
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.precision import check_machine
+from megatron_dtrpo.training.scoring import joined
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,11 @@ class Session:
 
     def decoder(self, end_ids: Iterable[int] = ()):
         """A `BlockDecoder` that stops at the tokenizer's end token and at ``end_ids``."""
-        from megatron_dtrpo.inference.decoder import make_decoder
-
         backend = self.config.parallel.attention_backend
         return make_decoder(self.model, self.config.model, self.tokenizer, end_ids, backend)
 
     def gather(self, results: dict) -> dict:
         """Joins what the processes found, on every process; collective."""
-        from megatron_dtrpo.training.scoring import joined
-
         return joined(results)
 
 
@@ -72,11 +75,6 @@ class Source:
         """Starts the process group, builds the model and loads its weights."""
         config = self.config
         with initialize.process_groups(config.parallel, config.optimizer.seed):
-            from megatron.core import parallel_state
-
-            from megatron_dtrpo.checkpoint import distributed as checkpoint
-            from megatron_dtrpo.model.provider import build_model
-
             model = build_model(config.model, config.parallel).to(initialize.device()).eval()
             checkpoint.load(self.folder, self.iteration, model)
             yield Session(config, model, self.tokenizer, parallel_state.get_data_parallel_rank(), self.replicas)
@@ -95,18 +93,16 @@ def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
         UserError: if there is no such checkpoint, or it does not fit the number of processes.
     """
     initialize.enable_device()
-    from megatron_dtrpo.checkpoint import distributed as checkpoint
-
     folder = Path(folder)
-    is_huggingface = (folder / "config.json").is_file() and not (folder / checkpoint.TRACKER).exists()
+    is_huggingface = (folder / "config.json").is_file() and not (folder / checkpoint_folder.TRACKER).exists()
     with _converted(folder) if is_huggingface else _as_it_is(folder) as folder:
-        iteration = checkpoint.require_latest(folder)
-        config.model = checkpoint.load_model_config(folder)
+        iteration = checkpoint_folder.require_latest(folder)
+        config.model = checkpoint_folder.load_model_config(folder)
         config.parallel.sequence_parallel = False  # a sub-block may hold fewer tokens than there are ranks
         refuse_fp8(config.parallel, "decoding and evaluation")
         replicas = validate(config, initialize.world_size())
         check_machine(config.parallel)
-        tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
+        tokenizer = load_tokenizer(folder / checkpoint_folder.TOKENIZER)
         yield Source(folder, iteration, config, tokenizer, replicas)
 
 
@@ -118,8 +114,6 @@ def _as_it_is(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _converted(folder: Path) -> Iterator[Path]:
     """An import of a Hugging Face folder, made by the first process of this machine."""
-    from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
-
     if initialize.world_size() != initialize.local_world_size():
         raise UserError(f"{folder}: on several nodes import it first: tools/convert_checkpoint.py import")
     if initialize.world_size() == 1:

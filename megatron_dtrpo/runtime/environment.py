@@ -1,10 +1,28 @@
-"""Environment variables that torch reads when it is imported, set where the user did not. Imports no torch."""
+"""A process's environment variables: its place among the others, which its launcher says, and what torch reads when it
+is imported, set where the user did not. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def world_size() -> int:
+    """Processes in this run, known before anything is started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def defaults(given: Mapping[str, str], cores: int) -> dict[str, str]:

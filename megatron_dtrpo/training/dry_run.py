@@ -6,7 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from megatron_dtrpo.checkpoint.distributed import MODEL_CONFIG
+from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
 from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.rules import validate, validate_training
 from megatron_dtrpo.config.settings import Config

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_dtrpo.checkpoint.distributed import write_atomically
+from megatron_dtrpo.checkpoint.folder import EVALUATIONS_FILE, METRICS_FILE
 from megatron_dtrpo.config.settings import RunSettings
 from megatron_dtrpo.errors import UserError
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATIONS_FILE = "eval.jsonl"
+from megatron_dtrpo.files import write_atomically
 
 
 def check_logging(settings: RunSettings) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.files import partial_name, publish_folder, write_json
 from megatron_dtrpo.runtime.transfer import to_device
 
 FORMAT_VERSION = 1
@@ -117,7 +117,7 @@ class CacheWriter:
 
     def __init__(self, directory: str | Path, facts: dict, epochs: int, examples: int):
         self._final = Path(directory)
-        self._partial = self._final.with_name(self._final.name + ".partial")
+        self._partial = partial_name(self._final)
         shutil.rmtree(self._partial, ignore_errors=True)  # of an attempt that was killed
         self._partial.mkdir(parents=True)
         self._facts, self._shape = facts, (epochs, examples, 2)
@@ -131,8 +131,8 @@ class CacheWriter:
     def finish(self) -> None:
         self._scores.flush()
         meta = {"format_version": FORMAT_VERSION, "shape": list(self._shape), "facts": self._facts}
-        (self._partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        os.replace(self._partial, self._final)
+        write_json(self._partial / META, meta)
+        publish_folder(self._partial, self._final)
 
     def discard(self) -> None:
         """Removes what is unfinished."""

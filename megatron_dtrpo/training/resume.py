@@ -11,13 +11,12 @@ import dataclasses
 from pathlib import Path
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.parser import FIELDS, read_yaml
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import Config, RunSettings
 from megatron_dtrpo.errors import UserError
-
-RUN_CONFIG = "run_config.yaml"
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.
 _PINNED = (
@@ -52,12 +51,13 @@ def return_to_first_start(config: Config) -> None:
     """A resumed run keeps the starting point of its first start, which is its reference policy, its special tokens,
     and what is pinned."""
     run = config.run
-    if run.save is None or checkpoint.latest_iteration(run.save) is None:
+    if run.save is None or checkpoint_folder.latest_iteration(run.save) is None:
         return
-    record = Path(run.save) / RUN_CONFIG
+    record = Path(run.save) / checkpoint_folder.RUN_CONFIG
     if not record.exists():
         raise UserError(
-            f"{run.save}: holds a checkpoint but no {RUN_CONFIG}: give the run a folder of its own with --save"
+            f"{run.save}: holds a checkpoint but no {checkpoint_folder.RUN_CONFIG}: give the run a folder of its own "
+            "with --save"
         )
     first = read_record(record)
     if "load" not in first:
@@ -99,7 +99,7 @@ def source_iteration(run: RunSettings, key: str) -> int:
 def run_reference(folder: str | Path) -> tuple[str, str] | None:
     """The setting that names the reference of the preference run in ``folder``, and the checkpoint folder that it
     names; None where the reference is random weights."""
-    first = read_record(Path(folder) / RUN_CONFIG)
+    first = read_record(Path(folder) / checkpoint_folder.RUN_CONFIG)
     key = "reference" if first.get("reference") else "load"  # a run may be older than the setting
     return None if first[key] is None else (key, first[key])
 
@@ -110,12 +110,12 @@ def run_reference_iteration(folder: str | Path) -> int:
 
 
 def _source_iteration(run_folder: str | Path | None, key: str, folder: str | Path) -> int:
-    first, resumed = None, None if run_folder is None else checkpoint.latest_iteration(run_folder)
+    first, resumed = None, None if run_folder is None else checkpoint_folder.latest_iteration(run_folder)
     if resumed is not None:
         first = checkpoint.load_progress(run_folder, resumed).get(f"{key}_iteration")
     if first is None:
-        return checkpoint.require_latest(folder)
-    if first not in checkpoint.complete_iterations(Path(folder)):
+        return checkpoint_folder.require_latest(folder)
+    if first not in checkpoint_folder.complete_iterations(Path(folder)):
         role = {"load": "this run started from", "reference": "this run's reference is"}[key]
         raise UserError(f"{folder}: {role} its iteration {first}, which is not there any more")
     return first

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.backends import require_trainable
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.rules import validate, validate_data, validate_training
@@ -30,6 +30,7 @@ from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import StopRequest, UserError
+from megatron_dtrpo.files import write_atomically
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
 from megatron_dtrpo.training import resume
@@ -44,11 +45,11 @@ def resolve_start(config: Config, given: set[str]) -> None:
     if run.load is None:
         return
     resume.source_iteration(run, "load")
-    saved = checkpoint.load_model_config(run.load)
+    saved = checkpoint_folder.load_model_config(run.load)
     for f in dataclasses.fields(saved):
         if f.name not in given:
             setattr(config.model, f.name, getattr(saved, f.name))
-    checkpoint.check_same_architecture(config.model, saved, run.load)
+    checkpoint_folder.check_same_architecture(config.model, saved, run.load)
 
 
 def check_reference(config: Config, tokenizer: Tokenizer) -> None:
@@ -58,7 +59,7 @@ def check_reference(config: Config, tokenizer: Tokenizer) -> None:
         return
     resume.source_iteration(config.run, "reference")
     check_reference_architecture(config)
-    theirs = load_tokenizer(Path(folder) / checkpoint.TOKENIZER, eos_token=config.data.eos_token)
+    theirs = load_tokenizer(Path(folder) / checkpoint_folder.TOKENIZER, eos_token=config.data.eos_token)
     if theirs.fingerprint() != tokenizer.fingerprint():
         raise UserError(f"reference {folder}: has another tokenizer than this run: its scores would be of other tokens")
 
@@ -68,15 +69,15 @@ def check_reference_architecture(config: Config) -> None:
     initialised and how either is exported does not matter."""
     folder, ours = config.run.reference, config.model
     saved = dataclasses.replace(
-        checkpoint.load_model_config(folder), init_method_std=ours.init_method_std, family=ours.family
+        checkpoint_folder.load_model_config(folder), init_method_std=ours.init_method_std, family=ours.family
     )
-    checkpoint.check_same_architecture(config.model, saved, folder)
+    checkpoint_folder.check_same_architecture(config.model, saved, folder)
 
 
 def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
     """The reference and the settings of the objective and of packing that were not ``given`` become those of the
     preference run in ``folder``, so that it is scored as it was trained."""
-    record = Path(folder) / resume.RUN_CONFIG
+    record = Path(folder) / checkpoint_folder.RUN_CONFIG
     first = resume.read_record(record) if record.exists() else {}
     if first.get("objective") != "preference":
         return
@@ -100,7 +101,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
     if data.tokenizer_type is None:
         if load is None:
             raise UserError("tokenizer_type is missing: give --tokenizer-type, or --load a checkpoint that has one")
-        return load_tokenizer(Path(load) / checkpoint.TOKENIZER, data.mask_token, data.eos_token)
+        return load_tokenizer(Path(load) / checkpoint_folder.TOKENIZER, data.mask_token, data.eos_token)
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token, data.eos_token)
 
 
@@ -163,7 +164,7 @@ class Data:
 def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Validates and tokenizes the data once per node (rank 0 first), then maps it into every process."""
     data = config.data
-    cache = Path(data.data_cache_path or Path(config.run.save) / "data_cache")
+    cache = Path(data.data_cache_path or Path(config.run.save) / checkpoint_folder.DATA_CACHE)
     show_bar = config.run.progress and initialize.rank() == 0 and sys.stderr.isatty()
     for builder in (initialize.rank() == 0, initialize.local_rank() == 0, True):
         problem = None
@@ -253,14 +254,14 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
 def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
     """What makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
     folder = Path(config.run.save)
-    record = folder / resume.RUN_CONFIG
+    record = folder / checkpoint_folder.RUN_CONFIG
     changes = resume.changes_since(config, resume.read_record(record)) if record.exists() else []
-    checkpoint.save_model_config(folder, config.model)
-    if not (folder / checkpoint.TOKENIZER).exists():
-        tokenizer.save(folder / checkpoint.TOKENIZER)
+    checkpoint_folder.save_model_config(folder, config.model)
+    if not (folder / checkpoint_folder.TOKENIZER).exists():
+        tokenizer.save(folder / checkpoint_folder.TOKENIZER)
     if config.run.load is not None:
-        source, kept = Path(config.run.load) / checkpoint.HUGGINGFACE, folder / checkpoint.HUGGINGFACE
+        source, kept = Path(config.run.load) / checkpoint_folder.HUGGINGFACE, folder / checkpoint_folder.HUGGINGFACE
         if source.is_dir() and not kept.exists():
             shutil.copytree(source, kept)
-    checkpoint.write_atomically(record, yaml.safe_dump(config.to_flat(), sort_keys=False))
+    write_atomically(record, yaml.safe_dump(config.to_flat(), sort_keys=False))
     return changes

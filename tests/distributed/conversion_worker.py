@@ -37,12 +37,13 @@ def main(source: str, target: str) -> None:
     parallel = ParallelSettings(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", 1)))
     initialize.start(parallel, seed=1)
     from megatron_dtrpo.checkpoint import distributed as checkpoint
+    from megatron_dtrpo.checkpoint import folder as checkpoint_folder
     from megatron_dtrpo.model.provider import build_model
 
     folder = case["folder"]
-    settings = checkpoint.load_model_config(folder)
+    settings = checkpoint_folder.load_model_config(folder)
     model = build_model(settings, parallel)
-    checkpoint.load(folder, checkpoint.require_latest(folder), model)
+    checkpoint.load(folder, checkpoint_folder.require_latest(folder), model)
     model.eval()
     tokens = case["tokens"]
     out = {"logits": logits(model, tokens, case["block_size"])[:, : settings.vocab_size]}

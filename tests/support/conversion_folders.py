@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
@@ -167,9 +167,9 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 
 def read_megatron(folder: Path, iteration: int = 0) -> dict[str, torch.Tensor]:
     """Every tensor of a Megatron checkpoint, unsharded, the vocabulary padded."""
-    model = checkpoint.load_model_config(folder)
+    model = checkpoint_folder.load_model_config(folder)
     tensors = {}
-    with TorchDistReader(checkpoint.iteration_folder(folder, iteration)) as reader:
+    with TorchDistReader(checkpoint_folder.iteration_folder(folder, iteration)) as reader:
         for tensor in mapping.megatron_tensors(model, model.vocab_size):
             tensors[tensor.key] = torch.empty(tensor.shape, dtype=reader.dtype(tensor.key, tensor.layer))
             reader.read_rows(tensor.key, tensor.layer, 0, tensors[tensor.key])
@@ -178,7 +178,7 @@ def read_megatron(folder: Path, iteration: int = 0) -> dict[str, torch.Tensor]:
 
 def assert_same_model(megatron: Path, folder: Path, iteration: int = 0, padding_is_zero: bool = True) -> None:
     """A Megatron checkpoint holds what the oracle makes of the Hugging Face folder's weights, and no more."""
-    model, found = checkpoint.load_model_config(megatron), read_megatron(megatron, iteration)
+    model, found = checkpoint_folder.load_model_config(megatron), read_megatron(megatron, iteration)
     expected = oracles.megatron_from_qwen2(
         read_weights(folder),
         model.num_attention_heads,

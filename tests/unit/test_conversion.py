@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.conversion import to_huggingface as export_module
 from megatron_dtrpo.conversion import to_megatron as import_module
 from megatron_dtrpo.conversion.hf_config import model_settings
@@ -138,7 +138,7 @@ def test_add_mask_token(tmp_path, vocabulary, grown, tokenizer_json):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
     model = import_checkpoint(source, tmp_path / "megatron", ImportOptions(add_mask_token=True, block_size=4, **QUIET))
-    tokenizer = load_tokenizer(tmp_path / "megatron" / checkpoint.TOKENIZER)
+    tokenizer = load_tokenizer(tmp_path / "megatron" / checkpoint_folder.TOKENIZER)
     assert (tokenizer.mask_token, tokenizer.mask_id, model.vocab_size) == (folders.MASK, 259, grown)
     assert tokenizer.encode("a|<MASK>|b") == [97, 259, 98]
 
@@ -164,7 +164,7 @@ def test_reads_one_key_for_all_layers(tmp_path):
 
     source = folders.write_folder(tmp_path / "hf")
     import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
-    folder = checkpoint.iteration_folder(tmp_path / "megatron", 0)
+    folder = checkpoint_folder.iteration_folder(tmp_path / "megatron", 0)
     tensors = folders.read_megatron(tmp_path / "megatron")
     joint: dict[str, list] = {}
     for key, value in tensors.items():
@@ -195,8 +195,10 @@ def test_a_run_folder_exports_with_its_starting_points_files(tmp_path):
     import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
     run = tmp_path / "run"
     (tmp_path / "megatron" / "iter_0000000").rename(tmp_path / "moved")
-    checkpoint.save_model_config(run, checkpoint.load_model_config(tmp_path / "megatron"))
-    shutil.copytree(tmp_path / "megatron" / checkpoint.HUGGINGFACE, run / checkpoint.HUGGINGFACE)  # as training does
+    checkpoint_folder.save_model_config(run, checkpoint_folder.load_model_config(tmp_path / "megatron"))
+    shutil.copytree(
+        tmp_path / "megatron" / checkpoint_folder.HUGGINGFACE, run / checkpoint_folder.HUGGINGFACE
+    )  # as training does
     (tmp_path / "moved").rename(run / "iter_0000007")
     (run / "latest_checkpointed_iteration.txt").write_text("7")
     export_checkpoint(run, tmp_path / "back", ExportOptions(iteration=7, **QUIET))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion.inspection import inspect
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
@@ -95,17 +95,17 @@ def test_the_table_of_models_is_the_registry():
 def test_an_import_records_its_family_and_older_checkpoints_have_none(tmp_path, architecture, name):
     source = folders.write_folder(tmp_path / "hf", architecture)
     assert import_checkpoint(source, tmp_path / "megatron", ImportOptions(**QUIET)).family == name
-    path = tmp_path / "megatron" / checkpoint.MODEL_CONFIG
+    path = tmp_path / "megatron" / checkpoint_folder.MODEL_CONFIG
     values = yaml.safe_load(path.read_text())
     assert values.pop("family") == name
     path.write_text(yaml.safe_dump(values))
-    assert checkpoint.load_model_config(tmp_path / "megatron").family == "fast_dllm_v2"
+    assert checkpoint_folder.load_model_config(tmp_path / "megatron").family == "fast_dllm_v2"
     export_checkpoint(tmp_path / "megatron", tmp_path / "back", ExportOptions(**QUIET))
     folders.assert_same_weights(source, tmp_path / "back")
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
     path.write_text(yaml.safe_dump({**values, "family": "gpt9"}))
     with pytest.raises(UserError, match="family is 'gpt9': choose one of fast_dllm_v2, qwen2"):
-        checkpoint.load_model_config(tmp_path / "megatron")
+        checkpoint_folder.load_model_config(tmp_path / "megatron")
 
 
 @pytest.fixture
@@ -173,9 +173,9 @@ def test_the_recipe_for_a_family(tmp_path, pebble, tied):
     assert exported == {**json.loads((source / "config.json").read_text()), "block_length": 4}
 
     # As a run from random weights: no config.json came with it.
-    for file in (tmp_path / "megatron" / checkpoint.HUGGINGFACE).iterdir():
+    for file in (tmp_path / "megatron" / checkpoint_folder.HUGGINGFACE).iterdir():
         file.unlink()
-    (tmp_path / "megatron" / checkpoint.HUGGINGFACE).rmdir()
+    (tmp_path / "megatron" / checkpoint_folder.HUGGINGFACE).rmdir()
     export_checkpoint(tmp_path / "megatron", tmp_path / "new", ExportOptions(**QUIET))
     folders.assert_same_weights(source, tmp_path / "new")
     again = import_checkpoint(tmp_path / "new", tmp_path / "again", ImportOptions(**QUIET))
@@ -185,11 +185,11 @@ def test_the_recipe_for_a_family(tmp_path, pebble, tied):
 def test_a_family_refuses_settings_and_names_that_are_not_its_own(tmp_path, pebble):
     source = folders.write_folder(tmp_path / "hf")
     import_checkpoint(source, tmp_path / "megatron", ImportOptions(**QUIET))
-    path = tmp_path / "megatron" / checkpoint.MODEL_CONFIG
-    model = checkpoint.load_model_config(tmp_path / "megatron")
-    checkpoint.save_model_config(path.parent, dataclasses.replace(model, family="pebble"))
+    path = tmp_path / "megatron" / checkpoint_folder.MODEL_CONFIG
+    model = checkpoint_folder.load_model_config(tmp_path / "megatron")
+    checkpoint_folder.save_model_config(path.parent, dataclasses.replace(model, family="pebble"))
     with pytest.raises(UserError, match="add_qkv_bias is true: Pebble has no biases, so it cannot be exported"):
         export_checkpoint(path.parent, tmp_path / "back", ExportOptions(**QUIET))
-    checkpoint.save_model_config(path.parent, dataclasses.replace(model, family="pebble", add_qkv_bias=False))
+    checkpoint_folder.save_model_config(path.parent, dataclasses.replace(model, family="pebble", add_qkv_bias=False))
     with pytest.raises(UserError, match="family is fast_dllm_v2 there, pebble in"):
         export_checkpoint(path.parent, tmp_path / "back", ExportOptions(**QUIET))

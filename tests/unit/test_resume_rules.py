@@ -7,10 +7,11 @@ import re
 import pytest
 import yaml
 
+from megatron_dtrpo.checkpoint.folder import RUN_CONFIG
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training.resume import RUN_CONFIG, changes_since, check_data, data_facts, return_to_first_start
+from megatron_dtrpo.training.resume import changes_since, check_data, data_facts, return_to_first_start
 
 FIRST = {"load": "base", "data_path": "pairs.jsonl", "train_iters": 10, "estimator": "dtrpo", "lr": 1e-4}
 

@@ -1,5 +1,7 @@
 """Lets megatron-core run on CPU and gloo. Does nothing where CUDA is available.
 
+This is what is needed; `speed` is what is wanted besides.
+
 megatron-core 0.16 names CUDA in places that have nothing to do with computing on it: device literals, streams, the
 random-number tracker, and type names in the optimizer. Each is pointed at its CPU equivalent here, once, so that no
 other module needs to know on what it runs.
@@ -8,10 +10,15 @@ other module needs to know on what it runs.
 from __future__ import annotations
 
 import functools
-import os
 
+import megatron.core.optimizer as optimizer
+import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import torch
+from megatron.core.tensor_parallel import random
 from torch.utils import _device
+
+from megatron_dtrpo.cpu import speed
+from megatron_dtrpo.cpu.adam import CpuAdam
 
 # Functions that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
 _FACTORIES = (
@@ -35,7 +42,8 @@ def is_cpu() -> bool:
 
 
 def enable() -> None:
-    """Points megatron-core at the CPU; call before anything of megatron-core is built. Idempotent."""
+    """Points megatron-core at the CPU; before anything of megatron-core is built, and whatever is imported by then.
+    Idempotent."""
     global _enabled
     if _enabled or not is_cpu():
         return
@@ -45,7 +53,8 @@ def enable() -> None:
     _redirect_random_state()
     _rename_types()
     _replace_adam()
-    _replace_kernels()
+    if speed.is_on():
+        speed.replace_kernels()
 
 
 def _on_cpu(function):
@@ -105,8 +114,6 @@ def _replace_streams() -> None:
 
 
 def _redirect_random_state() -> None:
-    from megatron.core.tensor_parallel import random
-
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -129,34 +136,7 @@ def _rename_types() -> None:
 def _replace_adam() -> None:
     """Without Transformer Engine and Apex megatron-core falls back to torch's AdamW, whose per-parameter ``step``
     its distributed optimizer cannot reload; ours keeps ``step`` in the parameter group, as the fused Adams do."""
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-
-    from megatron_dtrpo.cpu.adam import CpuAdam
-
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = distrib_optimizer.Adam = CpuAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-
-
-def _replace_kernels() -> None:
-    """megatron-core compiles its SwiGLU, makes cosines, sines and copies anew in every layer, and multiplies by MKL."""
-    from megatron.core.tensor_parallel import layers
-    from megatron.core.transformer import attention, mlp
-
-    from megatron_dtrpo.cpu import kernels as cpu_kernels
-    from megatron_dtrpo.cpu import linear as cpu_linear
-
-    layers.linear_with_grad_accumulation_and_async_allreduce = layers.linear_with_frozen_weight = cpu_linear.linear
-    layers.copy_to_tensor_model_parallel_region = cpu_linear.copy_to_region
-    mlp.bias_swiglu_impl = cpu_kernels.bias_swiglu_impl
-    attention.apply_rotary_pos_emb = cpu_kernels.apply_rotary_pos_emb
-
-
-def use_huge_pages() -> None:
-    """Has torch ask the kernel for pages of 2 MiB for large tensors (its own switch; where the kernel has none nothing
-    changes). What a step frees goes back to the system and is mapped again in the next, page by page: with pages of
-    4 KiB a million times in a step of six pairs of a 135M model. torch looks once, at its first tensor; call before."""
-    if is_cpu():
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

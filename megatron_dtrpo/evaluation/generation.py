@@ -8,6 +8,7 @@ from itertools import count
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
@@ -60,8 +61,6 @@ def decode_prompts(
 def _between_blocks() -> Callable[[int, list[int]], bool]:
     """A ``stop`` of `BlockDecoder.decode` that ends no response. It raises StopRequest on every process of this model
     if one of them was asked to stop: they decode in step, and none may go on alone."""
-    from megatron.core import parallel_state
-
     group = parallel_state.get_model_parallel_group()
     calls = count()
 

@@ -14,13 +14,16 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate, share_prompt
 from megatron_dtrpo.evaluation.session import Session
+from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.seeds import stable_seed
+from megatron_dtrpo.training.step import DeviceBatch, score
 
 CHUNK = 256  # documents whose packed sequences are alive at once
 
@@ -85,10 +88,6 @@ def _score_share(
     budget: int,
 ) -> dict[int, float]:
     """This replica's share, on its last pipeline stage."""
-    from megatron_dtrpo.config.backends import choose_backend
-    from megatron_dtrpo.model.attention import attention_width
-    from megatron_dtrpo.training.step import DeviceBatch, score
-
     costs = [_cost(noising, continuations, numbers) for numbers in documents]
     mine = balance(costs, session.replicas)[session.replica]
     device, width = initialize.device(), attention_width(session.model.config)

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dtrpo.cpu import kernels as cpu_kernels
+from megatron_dtrpo.cpu import speed
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -25,6 +26,6 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to ``[..., h]``."""
-        if cpu_kernels.takes(x):
+        if speed.is_on() and cpu_kernels.takes(x):
             return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return super().forward(x)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
+from megatron_dtrpo.cpu import speed
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.layer_spec import block_diffusion_block_spec
@@ -71,7 +73,8 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         gradient_accumulation_fusion=fused_gradients(parallel) == "apex",
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=True,  # keeps half of what the MLP would keep for its backward pass
+        # Keeps half of what the MLP would keep for its backward pass. On a CPU megatron-core's own asks for a compiler.
+        bias_activation_fusion=torch.cuda.is_available() or speed.is_on(),
         apply_rope_fusion=fuses_rotary(parallel),
         persist_layer_norm=False,
         **transformer_precision(parallel),

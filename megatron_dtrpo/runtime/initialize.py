@@ -9,28 +9,18 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.cpu import shim as cpu
+from megatron_dtrpo.cpu import speed
 from megatron_dtrpo.errors import SharedError, StopRequest
 from megatron_dtrpo.runtime import objects
-
-
-def world_size() -> int:
-    """Processes in this run, known before anything is started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+from megatron_dtrpo.runtime.environment import local_rank as local_rank
+from megatron_dtrpo.runtime.environment import local_world_size as local_world_size
+from megatron_dtrpo.runtime.environment import rank as rank
+from megatron_dtrpo.runtime.environment import world_size as world_size
 
 
 def device() -> torch.device:
@@ -38,7 +28,9 @@ def device() -> torch.device:
 
 
 def enable_device() -> None:
-    """Makes megatron-core importable and usable on what this machine has; before anything imports it."""
+    """Makes megatron-core usable on this machine: the one door to it. Parallel state, without which nothing of
+    megatron-core is built, is made behind it (`start`, `simulated_rank`), so that modules may be imported in any order.
+    Idempotent."""
     # On GPUs before Blackwell messages of tensor parallelism overlap the matrix products that they were issued before
     # only if all go through one queue, which megatron-core and Transformer Engine count on. Read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -61,10 +53,8 @@ def process_groups(parallel: ParallelSettings, seed: int) -> Iterator[None]:
 
 def start(parallel: ParallelSettings, seed: int) -> None:
     """Joins the process group (of one, when not started by torchrun) and builds megatron-core's parallel state."""
-    cpu.enable()
-    cpu.use_huge_pages()
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
+    enable_device()
+    speed.use_huge_pages()
     backend = "gloo" if cpu.is_cpu() else "nccl"
     if not cpu.is_cpu():
         torch.cuda.set_device(local_rank())
@@ -82,8 +72,6 @@ def start(parallel: ParallelSettings, seed: int) -> None:
 
 def build_parallel_state(parallel: ParallelSettings) -> None:
     """megatron-core's process groups within the one that was joined."""
-    from megatron.core import parallel_state
-
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -95,8 +83,6 @@ def build_parallel_state(parallel: ParallelSettings) -> None:
 
 
 def stop() -> None:
-    from megatron.core import parallel_state
-
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

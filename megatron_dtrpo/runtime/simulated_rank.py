@@ -12,6 +12,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.runtime import initialize
@@ -27,9 +29,7 @@ def _fake_group(*args, **kwargs):
 def rank_of(parallel: ParallelSettings, rank: int, world_size: int) -> Iterator[None]:
     """Inside, this process is ``rank`` of ``world_size`` under this layout. No process group may exist; none does
     afterwards."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    initialize.enable_device()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         with mock.patch.object(dist, "new_group", _fake_group):  # megatron-core asks for gloo groups beside its own

@@ -19,7 +19,7 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import Sample, SampleOrder
-from megatron_dtrpo.data.token_store import TokenStore, turn_block_counts
+from megatron_dtrpo.data.stored_examples import TokenStore, turn_block_counts
 from megatron_dtrpo.diffusion.estimators import KEPT, POLICY, REFERENCE, Noise, NoiseRequest, Recording, noise_generator
 from megatron_dtrpo.diffusion.layout import (
     Blocks,

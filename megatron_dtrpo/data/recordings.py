@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_dtrpo.data.token_store import RESPONSES, Example, TokenStore
+from megatron_dtrpo.data.stored_examples import RESPONSES, Example, TokenStore
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.rounding import round_up
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dtrpo.data.token_store import TokenStore
+from megatron_dtrpo.data.stored_examples import TokenStore
 from megatron_dtrpo.errors import UserError
 
 

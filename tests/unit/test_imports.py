@@ -30,6 +30,7 @@ FLOORS = (
 # Rooms of one floor that know each other, in this direction only.
 BESIDE = {("data", "model"), ("planning", "model"), ("checkpoint", "conversion")}
 PURE = ("config", "families", "diffusion", "objectives")
+LIGHT = {*sys.stdlib_module_names, "yaml", PACKAGE}  # what config and families import
 
 # Imports inside functions: (file, module) and why it is not at the top.
 OPTIONAL, SLOW, DOCTOR, STARTUP = (

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -17,13 +21,14 @@ from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rows import function_named
 from megatron_dtrpo.config.settings import ObjectiveSettings
 from megatron_dtrpo.errors import UserError
+from tests.support.launch import REPOSITORY
 
 HEAVY = ("torch", "megatron", "numpy", "transformers")
 
 
-def in_new_process(script: str, *arguments: str) -> str:
+def in_new_process(script: str, *arguments: str, environment=None, folder=None) -> str:
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -89,70 +94,59 @@ def test_rows_of_backends_decide_the_default_and_what_trains():
         require_trainable("flex", "cpu")
 
 
-# What docs/extending.md tells a reader to write, as a copy of the package with two changed files would have it.
-EXTENDED = """
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    import dataclasses
-    from megatron_dtrpo.config import estimators, losses, rows
+RECIPES = {
+    "An estimator": ("diffusion/half.py", "config/estimators.py", "ESTIMATORS"),
+    "A preference loss": ("objectives/cube.py", "config/losses.py", "LOSSES"),
+}
+READER = """
+import sys
+from megatron_dtrpo.config import parser, rules
+from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
+from megatron_dtrpo.config.losses import LossOptions
 
-    @dataclasses.dataclass
-    class EstimatorOptions(estimators.EstimatorOptions):
-        share: float = rows.setting(0.5, "half: share of a block that is masked.", at_least=0, at_most=1)
+sizes = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --vocab-size 9".split()
 
-    @dataclasses.dataclass
-    class LossOptions(losses.LossOptions):
-        depth: float = rows.setting(2.0, "cube: its power.", at_least=1)
-
-    estimators.EstimatorOptions, losses.LossOptions = EstimatorOptions, LossOptions
-    estimators.ESTIMATORS["half"] = estimators.Estimator("toys:half", options=("share",))
-    losses.LOSSES["cube"] = losses.Loss("toys:cube", ("beta", "depth"))
-
-    from megatron_dtrpo.config import parser, rules
-
-    argv = ["--estimator", "half", "--share", "0.25", "--loss-type", "cube", "--depth", "3"]
-    argv += "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --vocab-size 9".split()
-    config, _ = parser.parse(argv, prog="test", description="")
+def read(*flags):
+    config, _ = parser.parse([*sizes, *flags], prog="test", description="")
     rules.validate(config, 1)
-    assert "torch" not in sys.modules
-    def refused(*more):
-        try:
-            config, _ = parser.parse([*argv, *more], prog="test", description="")
-            rules.validate(config, 1)
-        except Exception as error:
-            return str(error)
-    assert refused("--share", "2") == "share is 2.0: it must be at most 1"
-    assert refused("--loss-type", "hinge") == "depth belongs to loss_type cube: leave it out with hinge"
+    return config.objective
 
-    import torch
-    from megatron_dtrpo.diffusion.estimators import NoiseRequest
-    from megatron_dtrpo.training.objectives import preference_loss
-    options = estimators.EstimatorOptions.of(config.objective)
-    request = NoiseRequest(torch.ones(3, 8, dtype=torch.bool), [torch.Generator()], options)
-    assert estimators.ESTIMATORS["half"].draw(request).masked.sum() == 3 * 2
-    policy, length = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0])
-    loss, _ = preference_loss(
-        policy, policy * 0, length, losses=config.objective.losses(), options=losses.LossOptions.of(config.objective)
-    )
-    assert loss.item() == -(1.5**3)
-"""
-TOYS = '''
+def refused(*flags):
+    try:
+        read(*flags)
+    except parser.UserError as error:
+        return str(error)
+
+ours = read("--estimator", "half", "--share", "0.25", "--loss-type", "cube", "--depth", "2")
+assert refused("--estimator", "half", "--share", "2") == "share is 2.0: it must be at most 1"
+assert refused("--loss-type", "hinge", "--depth", "2") == "depth belongs to loss_type cube: leave it out with hinge"
+assert "torch" not in sys.modules
+
 import torch
-from megatron_dtrpo.diffusion.estimators import Noise
+from megatron_dtrpo.diffusion.estimators import NoiseRequest
+from megatron_dtrpo.objectives.preference import preference_loss
 
-def half(request):
-    """Masks the first tokens of every block."""
-    masked = torch.zeros_like(request.maskable)
-    masked[:, : int(request.options.share * masked.shape[1])] = True
-    masked = (masked & request.maskable).expand(len(request.generators), -1, -1)
-    return Noise(masked, masked.double())
-
-def cube(pairs, options):
-    return -((options.beta * pairs.margin) ** options.depth)
-'''
+request = NoiseRequest(torch.ones(3, 8, dtype=torch.bool), [torch.Generator()], EstimatorOptions.of(ours))
+assert ESTIMATORS["half"].draw(request).masked.sum() == 3 * 2
+policy = torch.tensor([4.0, 3.0])
+options = LossOptions.of(ours)
+loss, _ = preference_loss(policy, policy * 0, torch.ones(2), losses=ours.losses(), options=options)
+assert loss.item() == (1 - 0.5) ** 2
+"""
 
 
-def test_a_row_and_a_field_are_all_that_a_new_choice_takes(tmp_path):
-    """Flag, key, bounds, choices and the check that an option is read follow from them."""
-    (tmp_path / "toys.py").write_text(TOYS)
-    in_new_process(EXTENDED, str(tmp_path))
+def test_the_recipes_for_an_estimator_and_a_loss(tmp_path):
+    """What docs/extending.md has a reader write, in a copy of the package: a function, a field and a row are all."""
+    package = tmp_path / "megatron_dtrpo"
+    shutil.copytree(REPOSITORY / "megatron_dtrpo", package, ignore=shutil.ignore_patterns("__pycache__"))
+    page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    for title, (function_file, table_file, table) in RECIPES.items():
+        recipe = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        function, field, row = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
+        assert f"megatron_dtrpo/{function_file}" in recipe and Path(table_file).name in recipe
+        (package / function_file).write_text(function)
+        text = (package / table_file).read_text()
+        text = text.replace("\n    @classmethod\n", field + "\n    @classmethod\n", 1)
+        before, after = text.split(f"\n{table}: ")
+        (package / table_file).write_text(f"{before}\n{table}: " + after.replace("\n}\n", f"\n{row}}}\n", 1))
+    in_new_process(READER, environment={**os.environ, "PYTHONPATH": str(tmp_path)}, folder=tmp_path)

@@ -6,7 +6,6 @@ here. An option of its own is a field of `EstimatorOptions`, and is thereby a fl
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,11 +21,6 @@ class EstimatorOptions:
     min_timestep: float = setting(
         1e-3, "sft: least masking probability; the default is Fast-dLLM v2's.", at_least=0, at_most=1
     )
-
-    @classmethod
-    def of(cls, settings: EstimatorOptions) -> EstimatorOptions:
-        """Those of the settings of an objective."""
-        return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)

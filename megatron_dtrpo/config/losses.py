@@ -6,7 +6,6 @@ and a row here. An option of its own is a field of `LossOptions`, and is thereby
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +21,6 @@ class LossOptions:
         0.0, "sigmoid, robust, simpo: probability that a preference label is wrong.", at_least=0, at_most=0.5
     )
     simpo_gamma: float = setting(0.5, "simpo: the reward margin that is aimed at.", at_least=0)
-
-    @classmethod
-    def of(cls, settings: LossOptions) -> LossOptions:
-        """Those of the settings of an objective."""
-        return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
 
 
 # Read whatever the loss is: logged rewards are beta times a gain.

@@ -7,10 +7,14 @@ function is imported when it is called for the first time.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Collection
 from dataclasses import field
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
 
 
 def setting(default, help: str, choices: Collection[str] = (), *, at_least=None, at_most=None):
@@ -18,6 +22,12 @@ def setting(default, help: str, choices: Collection[str] = (), *, at_least=None,
     which are included."""
     metadata = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}
     return field(default=default, metadata=metadata)
+
+
+def options_of(kind: type[Options], settings: Options) -> Options:
+    """The options of one ``kind``, a dataclass, among ``settings`` that inherit its fields."""
+    declared: Any = kind
+    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(declared)})
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.config.estimators import ESTIMATORS, Estimator, EstimatorOptions, total_views
+from megatron_dtrpo.config.rows import options_of
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
@@ -86,7 +87,7 @@ class Noising:
         objective = config.objective
         return cls(
             estimator=objective.estimator,
-            options=EstimatorOptions.of(objective),
+            options=options_of(EstimatorOptions, objective),
             num_views=objective.num_views,
             block_start=objective.block_start,
             block_size=config.model.block_size,

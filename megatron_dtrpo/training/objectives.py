@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.config.losses import LossOptions
+from megatron_dtrpo.config.rows import options_of
 from megatron_dtrpo.config.settings import ObjectiveSettings
 from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.objectives.preference import preference_loss
@@ -45,7 +46,7 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
     names = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
     names += ["logps/chosen", "logps/rejected"]
     names += [f"loss/{name}" for name in losses] if len(losses) > 1 else []
-    options = LossOptions.of(settings)
+    options = options_of(LossOptions, settings)
 
     def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
         loss, metrics = preference_loss(

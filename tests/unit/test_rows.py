@@ -103,6 +103,7 @@ import sys
 from megatron_dtrpo.config import parser, rules
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.losses import LossOptions
+from megatron_dtrpo.config.rows import options_of
 
 sizes = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --vocab-size 9".split()
 
@@ -126,10 +127,10 @@ import torch
 from megatron_dtrpo.diffusion.estimators import NoiseRequest
 from megatron_dtrpo.objectives.preference import preference_loss
 
-request = NoiseRequest(torch.ones(3, 8, dtype=torch.bool), [torch.Generator()], EstimatorOptions.of(ours))
+request = NoiseRequest(torch.ones(3, 8, dtype=torch.bool), [torch.Generator()], options_of(EstimatorOptions, ours))
 assert ESTIMATORS["half"].draw(request).masked.sum() == 3 * 2
 policy = torch.tensor([4.0, 3.0])
-options = LossOptions.of(ours)
+options = options_of(LossOptions, ours)
 loss, _ = preference_loss(policy, policy * 0, torch.ones(2), losses=ours.losses(), options=options)
 assert loss.item() == (1 - 0.5) ** 2
 """
@@ -146,7 +147,8 @@ def test_the_recipes_for_an_estimator_and_a_loss(tmp_path):
         assert f"megatron_dtrpo/{function_file}" in recipe and Path(table_file).name in recipe
         (package / function_file).write_text(function)
         text = (package / table_file).read_text()
-        text = text.replace("\n    @classmethod\n", field + "\n    @classmethod\n", 1)
+        before, after = text.split("Options:\n", 1)  # the class of options, up to the blank lines behind it
+        text = f"{before}Options:\n" + after.replace("\n\n\n", f"\n{field}\n\n", 1)
         before, after = text.split(f"\n{table}: ")
         (package / table_file).write_text(f"{before}\n{table}: " + after.replace("\n}\n", f"\n{row}}}\n", 1))
     in_new_process(READER, environment={**os.environ, "PYTHONPATH": str(tmp_path)}, folder=tmp_path)

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from megatron_dtrpo.config.parser import read_yaml
+from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from tests.conftest import REPOSITORY
-from tests.support.launch import Job, flags, latest_iteration, read_metrics, uneven_pairs
+from tests.support.launch import ForkServer, Job, flags, latest_iteration, read_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
 
@@ -149,6 +152,59 @@ def test_a_dry_run_of_any_layout(capsys):
         assert (status, captured.err[: len(message)]) == (2, message) if message else "does not fit" in captured.out
     assert train.main(["--config", words[1], "--world-size", "8"]) == 2
     assert "go with --dry-run" in capsys.readouterr().err
+
+
+STAGES = REPOSITORY / "examples" / "dtrpo_7b_stage2.yaml"
+RECIPE = {
+    "estimator": "dtrpo",
+    "num_views": 2,
+    "beta": 0.5,
+    "loss_type": ["sigmoid", "sft"],
+    "loss_weights": [1.0, 0.5],
+    "lr": 5e-7,
+}
+
+
+def test_the_two_stages_are_the_recipe_for_some_modules(capsys):
+    from megatron_dtrpo import train
+
+    recipe, stages = read_yaml(REPOSITORY / "examples" / "dtrpo_7b.yaml"), read_yaml(STAGES)
+    assert {key: recipe[key] for key in RECIPE} == RECIPE
+    assert stages == recipe | {"trainable_modules": ["mlp", "linear_proj"]}
+    # What dtrpo_7b.sh makes of its own --config and of ours.
+    words = ["--config", str(REPOSITORY / "examples" / "dtrpo_7b.yaml"), "--config", str(STAGES)]
+    assert train.main([*words, "--dry-run", "--world-size", "8"]) == 0
+    assert "fits in 80 GiB" in capsys.readouterr().out
+
+
+def weights(save: Path, iteration: int) -> dict[str, torch.Tensor]:
+    reader = TorchDistReader(save / f"iter_{iteration:07d}")
+    return {
+        key: reader.rows(key, None, 0, about.size[0], about.properties.dtype).clone()
+        for key, about in reader.tensors.items()
+        if about.size and not key.startswith("optimizer.")
+    }
+
+
+def test_two_stages_train_these_modules_alone(tmp_path):
+    """Both stages, shrunk: the second goes on from the first one's weights, and measures against them."""
+    pairs = uneven_pairs(tmp_path / "pairs.jsonl", 16)
+    first, second = tmp_path / "stage1", tmp_path / "stage2"
+    alone = {"tensor_model_parallel_size": 1, "sequence_parallel": False, "train_iters": 2, "lr_warmup_iters": 0}
+    shrunk = {"config": STAGES} | TINY | alone | {"data_path": pairs}
+    server = ForkServer(tmp_path / "server.log")
+    try:
+        server.train(shrunk | {"save": first})
+        load = {key: value for key, value in shrunk.items() if key != "tokenizer_type"} | {"load": first}
+        rows = server.train(load | {"save": second})
+    finally:
+        server.close()
+    assert rows[0]["loss/sigmoid"] == pytest.approx(0.693147, abs=1e-5)
+    before, after = weights(first, 2), weights(second, 2)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    matrices = (".linear_fc1.weight", ".linear_fc2.weight", ".linear_proj.weight")
+    meant = {name for name in before if name.endswith(matrices)}
+    assert changed == meant and len(before) > len(meant) > 0
 
 
 def test_two_nodes_and_a_failure(tmp_path):

@@ -1,7 +1,9 @@
 """Which files a data path means: one file, a folder, a glob; and which of them belong to one split.
 
 A split is what `datasets` would call one: the name before ``-00000-of-00001`` of a shard, else a word such as train or
-test in the file's name. Files of several splits are never read together unless the user names them all.
+test in the file's name. Where a folder has several files of it whose names differ in more than a number, such as
+train_prefs and train_sft, each is a split of its own. Files of several splits are never read together unless the user
+names them all.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from itertools import chain
 from pathlib import Path
 
+from megatron_dtrpo.data.file_signs import is_description
 from megatron_dtrpo.errors import UserError
 
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -28,6 +31,9 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation", "heldout", "holdout"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+# Words that only number the files of one split; single letters do too.
+_NUMBERING = ("part", "shard", "chunk", "file", "of")
+_WORD = re.compile(r"v\d+|[A-Z]?[a-z]+|[A-Z]+")  # of TrainSet, train_set, TRAIN_v2
 _NAMED_FILES = 3  # of one split in a message
 
 
@@ -88,7 +94,9 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
             raise UserError(f"{folder}: is one saved data set without splits; leave --split out")
         return [folder]
     # A repository of the Hugging Face hub keeps its files in data/, or in a folder for each configuration.
-    files = _files_in(folder) or _files_in(folder / "data")
+    files = _data_in(folder) or _data_in(folder / "data")
+    if not files and not any(_has_data(p) for p in folder.iterdir() if p.is_dir()):
+        files = _files_in(folder)  # nothing else is there: what is wrong with these is said when they are read
     if files:
         return _of_one_kind(folder, _of_split(folder, files, split))
     return _of_subfolders(folder, split)
@@ -119,9 +127,7 @@ def _of_subfolders(folder: Path, split: str | None) -> list[Path]:
 
 def _has_data(folder: Path) -> bool:
     return (
-        is_saved_data_set(folder)
-        or bool(_files_in(folder))
-        or any(_has_data(p) for p in folder.iterdir() if p.is_dir())
+        is_saved_data_set(folder) or bool(_data_in(folder)) or any(_has_data(p) for p in folder.iterdir() if p.is_dir())
     )
 
 
@@ -136,30 +142,68 @@ def _files_in(folder: Path) -> list[Path]:
     )
 
 
+def _data_in(folder: Path) -> list[Path]:
+    """The files of ``folder`` that are not descriptions of a data set."""
+    return [file for file in _files_in(folder) if not is_description(file)]
+
+
+def left_out(path: str | Path) -> list[Path]:
+    """The descriptions that lie where the files of the folder ``path`` do and are none of them."""
+    path = Path(path)
+    if not path.is_dir() or is_saved_data_set(path) or (path / "dataset_dict.json").exists():
+        return []
+    folder = path if _data_in(path) else path / "data"
+    return [file for file in _files_in(folder) if is_description(file)] if _data_in(folder) else []
+
+
 def split_name(name: str) -> str | None:
     """The split that a file's name tells: ``train_prefs-00000-of-00001.parquet`` train_prefs, ``a.dev.csv`` validation,
     ``a.csv`` None."""
     shard = _SHARD.match(name)
     if shard:
         return shard[1]
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)  # TrainSet, train_set, TRAIN
-    words = [re.sub(r"(?<=.)(set|data)$", "", word.lower()) for word in words]
+    words = [re.sub(r"(?<=.)(set|data)$", "", word) for word in _words(name)]
     return next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), None)
 
 
+def _words(name: str) -> list[str]:
+    """The words of a file's name without its kind, in lower case."""
+    kind = "".join(kind_of(Path(name)))
+    stem = name[: -len(kind)] if kind else name
+    return [word.lower() for word in _WORD.findall(stem)]
+
+
+def _full_name(name: str) -> str:
+    """A file's name without what numbers it: ``train_prefs_2.jsonl`` train_prefs, ``train-part1.csv`` train."""
+    shard = _SHARD.match(name)
+    return shard[1] if shard else "_".join(word for word in _words(name) if len(word) > 1 and word not in _NUMBERING)
+
+
 def _of_split(path: Path, files: list[Path], split: str | None) -> list[Path]:
-    by_folder = len({file.parent for file in files}) > 1
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        name = split_name(file.name) or (split_name(file.parent.name) if by_folder else None)
-        groups.setdefault(name or "", []).append(file)
+    groups = _splits(files)
     names = [name for name in groups if name]
     if split is not None:
-        return list(chain.from_iterable(groups[name] for name in _wanted(path, split, names)))
+        wanted = _wanted(path, split, names, {name: _full_name(groups[name][0].name) for name in names})
+        return list(chain.from_iterable(groups[name] for name in wanted))
     if len(groups) == 1:
         return files
     shown = "; ".join(f"{name or 'no split'}: {listed(group)}" for name, group in groups.items())
     raise UserError(f"{path}: holds files of several splits ({shown}); {_advice(names)}, or give a glob of one split's")
+
+
+def _splits(files: list[Path]) -> dict[str, list[Path]]:
+    """``files`` by their split, which has its full name where another one begins with the same word; those whose names
+    tell none under ``""``."""
+    by_folder = len({file.parent for file in files}) > 1
+    names = [split_name(file.name) or (split_name(file.parent.name) if by_folder else None) or "" for file in files]
+    full_names = [
+        _full_name(file.name) if split_name(file.name) else name for file, name in zip(files, names, strict=True)
+    ]
+    several = {name for name in names if len({f for n, f in zip(names, full_names, strict=True) if n == name}) > 1}
+    groups: dict[str, list[Path]] = {}
+    for file, name, full_name in zip(files, names, full_names, strict=True):
+        groups.setdefault(full_name if name in several else name, []).append(file)
+    return groups
 
 
 def _advice(names: list[str]) -> str:
@@ -167,8 +211,8 @@ def _advice(names: list[str]) -> str:
     return f"choose with --split {first} (--eval-split for held-out data)"
 
 
-def _wanted(path: Path, split: str, names: list[str]) -> list[str]:
-    wanted = list(dict.fromkeys(_known_as(name, names) for name in split.split("+")))
+def _wanted(path: Path, split: str, names: list[str], full_names: dict[str, str] | None = None) -> list[str]:
+    wanted = list(dict.fromkeys(_known_as(name, names, full_names or {}) for name in split.split("+")))
     for name in wanted:
         if name not in names:
             there = f"it has {', '.join(names)}" if names else "its files' names tell no split"
@@ -176,10 +220,15 @@ def _wanted(path: Path, split: str, names: list[str]) -> list[str]:
     return wanted
 
 
-def _known_as(split: str, names: list[str]) -> str:
-    """``split`` by the name it has among ``names``: dev is validation."""
+def _known_as(split: str, names: list[str], full_names: dict[str, str]) -> str:
+    """``split`` by the name it has among ``names``: dev is validation, TrainPrefs is train_prefs."""
+    if split in names:
+        return split
     usual = _SPLIT_OF_WORD.get(split)
-    return usual if split not in names and usual in names else split
+    if usual in names:
+        return usual
+    same = [name for name in names if re.fullmatch(r"[\w.-]+", split) and _full_name(split) == full_names.get(name)]
+    return same[0] if same else split
 
 
 def listed(files: list[Path]) -> str:

@@ -21,7 +21,7 @@ def touch(folder, *names):
             parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
             parquet.write_table(pyarrow.table({"name": [path.name]}), path)
         else:
-            path.write_text(json.dumps({"name": path.name}) + "\n")
+            path.write_text(json.dumps({"name": path.name, "prompt": "2+2="}) + "\n")
     return folder
 
 
@@ -177,3 +177,84 @@ def test_a_file_beside_its_compressed_copy_is_not_read_twice(tmp_path):
     touch(tmp_path, "train.jsonl")
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress((tmp_path / "train.jsonl").read_bytes()))
     assert "train.jsonl and train.jsonl.gz are one file, compressed and not; give one of them" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train_prefs.jsonl", "train_sft.jsonl"),
+        ("prefs_train.jsonl", "sft_train.jsonl"),
+        ("TrainPrefs.jsonl", "TrainGen.jsonl"),
+        ("train.jsonl", "train_extra.jsonl"),
+        ("train_v1.jsonl", "train_v2.jsonl"),
+        ("train_prefs.jsonl.gz", "train_sft.jsonl.gz"),
+    ],
+)
+def test_two_subsets_of_one_split_are_refused(tmp_path, names):
+    touch(tmp_path, *names)
+    for path in (tmp_path, tmp_path / "*"):
+        message = message_of(path)
+        assert "holds files of several splits" in message and all(name in message for name in names)
+        assert "--split " in message and "glob" in message
+    if names[0].endswith("gz"):
+        return
+    first, second = (name.removesuffix(".jsonl") for name in names)
+    if first != "train":
+        assert "has no split 'train'; it has" in message_of(tmp_path, "train")
+    assert names_of(tmp_path, first) == [names[0]] and names_of(tmp_path, second) == [names[1]]
+    assert sorted(names_of(tmp_path, f"{first}+{second}")) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("part1.jsonl", "part2.jsonl"),
+        ("train_1.jsonl", "train_2.jsonl"),
+        ("train.jsonl", "train_2.jsonl"),
+        ("train_prefs_1.jsonl", "train_prefs_2.jsonl"),
+        ("train-part1.jsonl", "train-part2.jsonl"),
+        ("train_2024-01-01.jsonl", "train_2024-01-02.jsonl"),
+        ("train_a.jsonl", "train_b.jsonl"),
+    ],
+)
+def test_numbered_files_of_one_split_are_read_together(tmp_path, names):
+    touch(tmp_path, *names)
+    assert names_of(tmp_path) == names_of(tmp_path / "*") == list(names)
+
+
+def test_a_split_that_is_alone_has_both_names(tmp_path):
+    touch(tmp_path, "train_prefs.jsonl", "test_prefs.jsonl")
+    assert "several splits" in message_of(tmp_path)
+    assert names_of(tmp_path, "train_prefs") == names_of(tmp_path, "train") == ["train_prefs.jsonl"]
+    assert names_of(tmp_path, "test") == ["test_prefs.jsonl"]
+
+
+METADATA = {
+    "stats.json": json.dumps({"rows": 5, "by_source": {"a": 3}}, indent=2),
+    "dataset_infos.json": "{}",
+    "infos.json": json.dumps({"default": {"features": [{"name": "prompt"}], "splits": {"train": 4}}}),
+    "config.json": json.dumps({"model_type": "qwen2"}),
+    "README.json": json.dumps({"license": "mit", "tags": ["a", "b"]}),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_a_stray_description_hides_no_data(tmp_path, name, inside):
+    """At the root of a repository, beside the data or beside its folder."""
+    touch(tmp_path / inside, "a.jsonl", "b.jsonl")
+    (tmp_path / name).write_text(METADATA[name])
+    assert names_of(tmp_path) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / inside / name).write_text(METADATA[name])
+    assert names_of(tmp_path) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_description_hides_no_folders_and_rows_are_none(tmp_path):
+    touch(tmp_path / "topics", "helpful/a.jsonl")
+    (tmp_path / "topics" / "stats.json").write_text(METADATA["stats.json"])
+    assert "its folders helpful do" in message_of(tmp_path / "topics")
+    touch(tmp_path / "rows", "a.json", "b.jsonl")  # one row each
+    assert "several kinds" in message_of(tmp_path / "rows")
+    (tmp_path / "array").mkdir()
+    (tmp_path / "array" / "a.json").write_text(json.dumps([{"name": 1}, {"name": 2}], indent=2))
+    assert names_of(tmp_path / "array") == [1, 2]

@@ -1,5 +1,5 @@
-"""What the first bytes of a file tell: that it is not what its name says, or that it describes a data set and holds no
-row of it."""
+"""What a file's own bytes tell: that it is not what its name says, or that it describes a data set and holds no row of
+it."""
 
 from __future__ import annotations
 
@@ -11,53 +11,59 @@ from megatron_dtrpo.errors import UserError
 
 _HEAD = 512  # bytes that are looked at
 _LARGEST_DESCRIPTION = 1 << 20  # bytes; a larger file is data
-# Columns that a row has one of; an object with none of them, alone in its file, is no row.
-_COLUMNS = {"prompt", "messages", "conversations", "chosen", "rejected", "completion", "prompt_ids", "text"} | {
-    "question",
-    "instruction",
-    "query",
-    "problem",
-}
+# A row has one of these columns; an object with none of them, alone in its file, is no row.
+COLUMNS = frozenset(
+    "prompt chosen rejected completion messages conversations prompt_ids text "
+    "question instruction query problem".split()
+)
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype html", b"<html")
-_PACKED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_COMPRESSED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
-_ARCHIVES = {b"PK\x03\x04": "a zip archive"}
-_WIDE = (b"\xff\xfe", b"\xfe\xff")  # the mark of UTF-16, and the beginning of UTF-32's
+_ZIP = b"PK\x03\x04"
+_MARKS_OF_FOUR = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
+_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", *_MARKS_OF_FOUR)
 
 
 def refuse_other_files(path: Path, is_text: bool, compression: str) -> None:
-    """Raises UserError where the file's first bytes are those of another kind of file than its name says: a Git LFS
-    pointer, a web page, something packed, a table, or text that is not UTF-8."""
+    """Raises UserError where the first bytes of ``path`` are those of another file than its name says: of a Git LFS
+    pointer, of a web page; of a table, of something compressed or of wide characters where text should be."""
     head = head_of(path)
     if head.startswith(_POINTER):
-        raise UserError(f"{path}: is a Git LFS pointer, the data is elsewhere; run git lfs pull in its folder")
+        raise UserError(f"{path}: is a Git LFS pointer and the data is elsewhere; run git lfs pull in its folder")
     if head.lstrip().lower().startswith(_PAGES):
-        raise UserError(f"{path}: is an HTML page, as a failed download leaves; fetch the file again")
-    if is_text:
-        found = _PACKED if compression else {**_PACKED, **_TABLES, **_ARCHIVES}
-        _refuse_packed(path, head, found, compression)
-    if is_text and not compression:
+        raise UserError(f"{path}: is an HTML page, as a failed download leaves it; fetch the file again")
+    if not is_text:
+        return
+    if head.startswith(_ZIP):
+        raise UserError(f"{path}: is a zip archive; unpack it")
+    _refuse_other_name(path, head, compression)
+    if not compression:
         refuse_wide_text(path, head)
 
 
-def _refuse_packed(path: Path, head: bytes, found: dict[bytes, str], compression: str) -> None:
-    for sign, kind in found.items():
-        if head.startswith(sign) and kind != compression:
-            advice = f"give it the name that says so, as {path.stem}{kind}" if kind[0] == "." else "unpack it"
-            advice = f"name it {path.name}{kind}" if kind in _PACKED.values() and not compression else advice
-            raise UserError(f"{path}: holds {kind} data under another name; {advice}")
+def _refuse_other_name(path: Path, head: bytes, compression: str) -> None:
+    plain = path.stem if compression else path.name
+    found = next((kind for sign, kind in _COMPRESSED.items() if head.startswith(sign)), "")
+    table = next((kind for sign, kind in _TABLES.items() if head.startswith(sign)), "")
+    if table:
+        raise UserError(f"{path}: holds {table} data under another name; name it {Path(plain).stem}{table}")
+    if found and found != compression:
+        raise UserError(f"{path}: holds {found} data under another name; name it {plain}{found}")
+    if compression and not found and head.lstrip()[:1] in (b"{", b"["):
+        raise UserError(f"{path}: is not packed; take {compression} off its name")
 
 
 def refuse_wide_text(path: Path, head: bytes) -> None:
-    """Raises UserError where ``head``, the first bytes of the text of ``path``, has characters of two bytes."""
-    if head.startswith(_WIDE) or b"\x00" in head[:2]:
-        raise UserError(f"{path}: is UTF-16 text, as some Windows programs write; save it as UTF-8")
+    """Raises UserError where ``head``, with which the text of ``path`` begins, has characters of two bytes or four."""
+    if head.startswith(_BYTE_ORDER_MARKS) or b"\x00" in head[:2]:
+        bits = 32 if head[:4] in _MARKS_OF_FOUR or head[:4].count(0) > 2 else 16
+        raise UserError(f"{path}: is UTF-{bits} text, as some Windows programs write it; save it as UTF-8")
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read, which whoever opens it says."""
+    """The first bytes of a file; none where it cannot be read, which is said where it is opened."""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)
@@ -66,22 +72,19 @@ def head_of(path: Path) -> bytes:
 
 
 def is_description(path: Path) -> bool:
-    """Whether a .json file holds one object that is neither a row nor a list of rows under a key: statistics, licences,
-    the features of a data set."""
+    """Whether a .json file holds one object that is neither a row nor has rows under a key: statistics, a licence, the
+    features of a data set."""
     try:
         if path.suffix.lower() != ".json" or path.stat().st_size > _LARGEST_DESCRIPTION:
             return False
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and not (_is_row(value) or any(map(_is_row, first_rows(value).values())))
+    if not isinstance(value, dict):
+        return False
+    lists = [item for item in value.values() if isinstance(item, list) and item]
+    return not any(map(_is_row, [value, *(item[0] for item in lists)]))
 
 
-def first_rows(value: dict[str, Any]) -> dict[str, Any]:
-    """The first object of each list of objects in ``value``, by key."""
-    lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
-    return {key: item[0] for key, item in lists.items() if all(isinstance(each, dict) for each in item)}
-
-
-def _is_row(value: dict[str, Any]) -> bool:
-    return not _COLUMNS.isdisjoint(value)
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and not COLUMNS.isdisjoint(value)

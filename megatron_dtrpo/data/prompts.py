@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,8 @@ def read_prompts(
     prompts = []
     for index in range(len(rows)):
         with bad.catching(rows, index):
-            prompts.append(
-                make_prompt(rows[index], rows.location(index), tokenizer, max_positions, apply_chat_template)
-            )
+            prompt = make_prompt(rows[index], rows.location(index), tokenizer, max_positions, apply_chat_template)
+            prompts.append(replace(prompt, notes=(*rows.notes, *prompt.notes)))
     if bad.rows and (skipped is None or not prompts):
         raise bad_rows_error(bad, len(rows))
     return prompts

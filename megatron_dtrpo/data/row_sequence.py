@@ -11,7 +11,10 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """A read-only sequence of rows. Subclasses say how many there are, how one is read and where it stands."""
+    """A read-only sequence of rows. Subclasses say how many there are, how one is read and where it stands; ``notes``
+    are about how the file was read (see `examples.note_line`)."""
+
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -38,6 +41,7 @@ class Concatenated(Rows):
         self._parts = parts
         self._starts = [0, *accumulate(map(len, parts))]
         self._last = 0
+        self.notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_dtrpo.data import source, table_files, text_files
+from megatron_dtrpo.data import file_signs, source, table_files, text_files
 from megatron_dtrpo.data.row_sequence import Concatenated, Row, Rows
 from megatron_dtrpo.errors import UserError
 
@@ -30,10 +30,14 @@ def open_rows(path: str | Path, split: str | None = None) -> Rows:
 
 def _open_one(path: Path) -> Rows:
     if path.is_dir():
+        for file in sorted(path.glob("*.arrow")):
+            file_signs.refuse_other_files(file, is_text=False, compression="")
         return table_files.SavedDataSet(path)
     kind, compression = source.kind_of(path)
     if kind in source.TEXT_KINDS:
+        file_signs.refuse_other_files(path, is_text=True, compression=compression)
         return text_files.READERS[kind](path)
     if kind in source.TABLE_KINDS and not compression:
+        file_signs.refuse_other_files(path, is_text=False, compression="")
         return table_files.READERS[kind](path)
     raise UserError(f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; give {source.KINDS}")

@@ -18,8 +18,8 @@ from megatron_dtrpo.data.file_signs import is_description
 from megatron_dtrpo.errors import UserError
 
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-TABLE_KINDS = (".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".bz2", ".xz")
+TABLE_KINDS = (".parquet", ".pq", ".parq", ".arrow", ".feather")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 KINDS = "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz)"
 
 # Files that describe a data set and hold none of its rows.

@@ -169,4 +169,10 @@ def _library(path: Path, name: str):
         raise UserError(f"{path}: cannot be read here; pip install {name.split('.')[0]}") from None
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {".parquet": Parquet, ".arrow": Arrow}
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".parquet": Parquet,
+    ".pq": Parquet,
+    ".parq": Parquet,
+    ".arrow": Arrow,
+    ".feather": Arrow,
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import importlib
 import json
 import lzma
 import mmap
@@ -22,12 +23,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_dtrpo.data.file_signs import COLUMNS, refuse_wide_text
+from megatron_dtrpo.data.json_shape import TOKEN, top_object
 from megatron_dtrpo.data.row_sequence import Row, Rows, checked
 from megatron_dtrpo.data.source import kind_of
 from megatron_dtrpo.errors import UserError, one_line
 
 _UTF8_BOM = b"\xef\xbb\xbf"
-_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _open_zstd(path: Path) -> Any:
+    try:
+        pyarrow = importlib.import_module("pyarrow")  # Python 3.14 is the first to read it itself
+    except ImportError:
+        raise UserError(f"{path}: cannot be unpacked here; pip install pyarrow") from None
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
 
 
 class TextRows(Rows):
@@ -90,11 +108,15 @@ class JsonLines(TextRows):
 class JsonArray(TextRows):
     """The elements of one JSON array, indented or not."""
 
-    # A whole string, so that brackets and commas in one do not count, or a character that gives an array its shape.
-    _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, key: str | None = None, begin: int = 0) -> None:
+        """``key``: the array is a value of the file's one object, under that key, and opens at byte ``begin``."""
         super().__init__(path, file)
+        self._key, self._begin = key, begin
+        if key is not None:
+            shown = key.replace("{", "{{").replace("}", "}}")
+            self.notes = (
+                f"note: {{count}} rows are the list under the key {shown!r}; other keys of the file are not read",
+            )
         self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._ends = array("q")
         begin = None
@@ -109,7 +131,7 @@ class JsonArray(TextRows):
     def _element_ends(self) -> Iterator[int]:
         """Where the array opens, and where each of its elements ends."""
         depth = 0
-        for token in self._TOKEN.finditer(self._text):
+        for token in TOKEN.finditer(self._text, self._begin):
             shape = token[0]
             depth += (shape in b"[{") - (shape in b"]}")
             if (depth == 1 and shape in b"[,") or depth == 0:
@@ -118,11 +140,11 @@ class JsonArray(TextRows):
                 break
         if depth != 0:
             raise UserError(f"{self._path}: the JSON array is not closed at the end of the file; is the file complete?")
-        if self._text[token.end() :].strip():
+        if self._key is None and self._text[token.end() :].strip():
             raise UserError(f"{self._path}: goes on behind its JSON array; write one array, or one object per line")
 
     def location(self, index: int) -> str:
-        return f"{self._path} row {index}"
+        return f"{self._path} row {index}" + (f" of {self._key!r}" if self._key is not None else "")
 
     def __getitem__(self, index: int) -> Row:
         begin = self._offsets[checked(index, len(self))]
@@ -141,6 +163,7 @@ class Csv(TextRows):
         self._delimiter = "\t" if kind_of(path)[0] == ".tsv" else ","
         # Before the reader sees it: a mark in front of a quote would make the quote a part of the name.
         file.seek(len(_UTF8_BOM) if file.read(len(_UTF8_BOM)) == _UTF8_BOM else 0)
+        self._refuse_other_delimiter(file)
         lines = _Lines(file, "surrogateescape")
         reader = self._reader(lines)
         self._names: list[str] | None = None
@@ -161,6 +184,17 @@ class Csv(TextRows):
             elif cells:
                 self._offsets.append(start)
                 self._lines.append(number)
+
+    def _refuse_other_delimiter(self, file: BinaryIO) -> None:
+        """Raises UserError where the first line has one name, with another character between what should be several."""
+        begin = file.tell()
+        line = _QUOTED.sub(b"", file.readline())
+        file.seek(begin)
+        found = next((mark for mark in _DELIMITERS if mark.encode() in line), None)
+        if self._delimiter.encode() not in line and found is not None:
+            plain = self._path.name.removesuffix(kind_of(self._path)[1])
+            advice = _DELIMITERS[found].format(name=Path(plain).stem)
+            raise UserError(f"{self._path}:1: its cells are separated by {found!r}, not {self._delimiter!r}; {advice}")
 
     def _reader(self, lines: _Lines):
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
@@ -201,6 +235,15 @@ class Csv(TextRows):
             ) from None
 
 
+# What may stand between cells, and what to do where the file's name promises another of them.
+_DELIMITERS = {
+    "\t": "name it {name}.tsv",
+    ";": "save it with commas",
+    "|": "save it with commas",
+    ",": "name it {name}.csv",
+}
+_QUOTED = re.compile(rb'"[^"]*"')
+
 # A list of messages, as JSON or as Python prints it.
 _MESSAGES = re.compile(r"\s*\[\s*['\"]?\s*\{\s*['\"]+(role|content)['\"]+\s*:")
 
@@ -226,11 +269,31 @@ class _Lines:
 
 
 def _open_json(path: Path) -> Rows:
-    """An array where the file begins with a bracket, else one object per line."""
+    """An array where the file begins with a bracket; the one list of objects in an object; else one object per line."""
     file = _open_binary(path)
     start = file.read(4096).removeprefix(_UTF8_BOM).lstrip()
     file.seek(0)
-    return (JsonArray if start.startswith(b"[") else JsonLines)(path, file)
+    if start.startswith(b"["):
+        return JsonArray(path, file)
+    return (_list_in_object(path, file) if start.startswith(b"{") else None) or JsonLines(path, file)
+
+
+def _list_in_object(path: Path, file: BinaryIO) -> Rows | None:
+    """The rows of a file that is one object around them; None where the object is a row, or is not alone."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = top_object(text)
+    if found is None or not found.is_alone:
+        return None
+    if COLUMNS.isdisjoint(found.keys):
+        if len(found.lists) == 1:
+            return JsonArray(path, file, *next(iter(found.lists.items())))
+        if found.lists:
+            raise UserError(
+                f"{path}: holds several lists of objects ({', '.join(found.lists)}); write each into a file of its own"
+            )
+    if found.is_indented:
+        raise UserError(f"{path}: is one object over several lines; write it in one line, or in an array")
+    return None
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -246,15 +309,19 @@ def _open_binary(path: Path) -> BinaryIO:
     """The file's bytes in any order; a compressed file is unpacked into a temporary one, which vanishes with its
     handle."""
     compression = kind_of(path)[1]
-    try:
-        if not compression:
+    if not compression:
+        try:
             return path.open("rb")
-        unpacked = tempfile.TemporaryFile()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened ({error.strerror or one_line(error)})") from None
+    unpacked = tempfile.TemporaryFile()
+    try:
         with _OPENERS[compression](path) as packed:
             shutil.copyfileobj(packed, unpacked)
-        unpacked.seek(0)
-        return unpacked
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: cannot be unpacked ({one_line(error)}); is the file complete?") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror or one_line(error)})") from None
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path}: cannot be unpacked ({reason}); is the file complete?") from None
+    unpacked.seek(0)
+    refuse_wide_text(path, unpacked.read(4))
+    unpacked.seek(0)
+    return unpacked

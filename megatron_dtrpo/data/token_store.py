@@ -165,7 +165,7 @@ def _write(
         "steps": recorded,
         "first_incomplete": first_incomplete,
         "content": content.hexdigest(),
-        "notes": _lines(notes, rows) + _several(row_numbers),
+        "notes": _file_notes(rows) + _lines(notes, rows) + _several(row_numbers),
     }
     (directory / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -173,6 +173,11 @@ def _write(
 def _lines(notes: dict[str, list[int]], rows: Rows) -> list[str]:
     """What to say of the rows that each note is about."""
     return [note_line(note, len(set(about)), rows.location(about[0])) for note, about in notes.items()]
+
+
+def _file_notes(rows: Rows) -> list[str]:
+    """What to say of how the file was read."""
+    return [note_line(note, len(rows), rows.location(0)) for note in rows.notes]
 
 
 def _several(row_numbers: Sequence[int]) -> list[str]:

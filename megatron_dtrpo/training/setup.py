@@ -25,7 +25,7 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_recordings, require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
-from megatron_dtrpo.data.source import data_files, listed
+from megatron_dtrpo.data.source import data_files, left_out, listed
 from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -132,6 +132,8 @@ class Data:
         files = data_files(*self.store.source)
         if len(files) > 1:
             found.append(f"note: {self.store.source[0]} is {len(files)} files: {listed(files)}")
+        if aside := left_out(self.store.source[0]):
+            found.append(f"note: {self.store.source[0]}: {listed(aside)} are no data, they hold no row")
         if self.store.bad_rows.rows:
             found.append(f"warning: {skipped_line(self.store.bad_rows, self.store.source_rows)}")
         if self.skipped:

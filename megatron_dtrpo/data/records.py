@@ -19,7 +19,8 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from megatron_dtrpo.data.chat import TEMPLATE_SETTINGS, Messages, TemplateInputs
-from megatron_dtrpo.data.messages import kind_of, read_messages, require_encodable, require_text, unpack_messages
+from megatron_dtrpo.data.messages import kind_of, read_messages, require_encodable, require_text
+from megatron_dtrpo.data.share_gpt import read_columns
 from megatron_dtrpo.data.shared_text import shared_prompt
 from megatron_dtrpo.errors import UserError
 
@@ -124,7 +125,7 @@ def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     """The prompt that training on this row has, without responses: of ``prompt_ids``, a preference row, a conversation
     in ``messages`` up to its last answer, or ``prompt``. ``messages`` that end with a question are a prompt as they
     stand."""
-    row, packed = unpack_messages(row)
+    row, packed = read_columns(row)
     return _with_notes(row, packed, _prompt_record(row))
 
 
@@ -160,7 +161,7 @@ READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
 def read_row(kind: str, row: dict[str, Any], assistant_turns: str = "last") -> list[Record | TokenRecord]:
     """The examples that a row of data of this ``kind`` is: one, or with ``assistant_turns="all"`` one for every
     assistant message of a conversation. Raises UserError for a row that cannot be used."""
-    row, packed = unpack_messages(row)
+    row, packed = read_columns(row)
     turns = kind == "sft" and assistant_turns == "all"
     first, *others = sft_turn_records(row) if turns else [READERS[kind](row)]
     return [_with_notes(row, packed, first), *others]
@@ -238,13 +239,21 @@ def _conversation(row: dict[str, Any]) -> tuple[Messages, list[int]]:
     messages = read_messages(row["messages"], "messages")
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise UserError("messages: no message has the role 'assistant'; the last one that has is the completion")
+        raise UserError(
+            "messages: no message has the role 'assistant'; the last one that has is the completion" + _put(row)
+        )
     answers = [place for place in answers if messages[place].get("weight", 1)]
     if not answers:
         raise UserError("messages: every message of the assistant has the weight 0; take the row out")
     if answers[-1] == 0:
         raise UserError("messages: nothing comes before the assistant's message; begin with the user's")
     return messages, answers
+
+
+def _put(row: dict[str, Any]) -> str:
+    """What to do with the answer of a conversation that has none."""
+    name = next((name for name in ("answer", *_OTHER_NAMES["completion"]) if isinstance(row.get(name), str)), None)
+    return f"; put the text of {name!r} into such a message" if name else ""
 
 
 def _answer_record(row: dict[str, Any], messages: Messages, place: int, notes: tuple[str, ...] = ()) -> Record:
@@ -367,6 +376,10 @@ def _integers(value: Any, name: str) -> list[int]:
 
 def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:
     missing = [name for name in names if row.get(name) is None]
+    if missing == ["completion"] and isinstance(row["prompt"], list) and row.get("messages") is not None:
+        raise UserError(
+            "missing field 'completion' beside a prompt of messages; if the messages hold the answer: take prompt out"
+        )
     if missing:
         renaming = _renaming(row, missing)
         is_kto = "chosen" in missing and row.get("label") is not None

@@ -27,7 +27,7 @@ from megatron_dtrpo.errors import UserError
 if TYPE_CHECKING:
     from megatron_dtrpo.data.examples import Turn
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9  # of the files, and of the rules by which rows become tokens
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 TOKENS, STEPS, ENDS, META = "tokens.int32", "steps.int32", "ends.int64", "meta.json"

@@ -1,5 +1,5 @@
-"""Files that are not what their names say, JSON objects around rows, packed files: each is read, or one line says what it
-is and what to do."""
+"""Files that are not what their names say, JSON objects around rows, packed files: each is read, or one line says
+what it is and what to do."""
 
 from __future__ import annotations
 

@@ -10,6 +10,9 @@
 # However it is started, the trainer sets PYTORCH_CUDA_ALLOC_CONF, TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_CACHE_DIR
 # (a cache of compiled kernels that all processes and restarts share) where they are not set here or before.
 set -euo pipefail
+# Until torchrun starts; it has its own way to stop.
+trap 'echo "stopped by SIGTERM before the first step; start the same command again"; exit 0' TERM
+trap '' USR1
 example=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH_SOURCE[1]}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -30,7 +33,7 @@ if [ "$nodes" != 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
     echo "error: NNODES is $nodes: set RDZV_ENDPOINT=HOST:PORT to one of the nodes, the same on all" >&2
     exit 2
 fi
-# SIGUSR1 means: save and stop. It reaches every process of a Slurm job; the trainer handles it, torchrun is to survive it.
-trap '' USR1
+# SIGUSR1 means: save and stop. It reaches every process of a Slurm job; the trainer handles it, torchrun is to survive it,
+# which is why it is ignored above.
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \
     --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-megatron-dtrpo}" "$example" "$@"

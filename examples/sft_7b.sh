@@ -12,7 +12,12 @@
 : <<'pass'
 '''
 
+import signal
 import sys
+
+if __name__ == "__main__":  # from here on what asks the run to stop waits until it can
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
 from pathlib import Path
 
 if __name__ == "__main__":  # the processes that write a checkpoint import this file

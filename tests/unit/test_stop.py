@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -65,3 +66,53 @@ def test_programs(code):
 def test_the_trainer_listens_before_torch_is_imported():
     code = "import sys; import megatron_dtrpo.train; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=_environment(), cwd=REPOSITORY).returncode == 0
+
+
+# What `train` imports first sends a signal and asks whether it waits.
+ASKS_FOR_THE_MASK = """
+import os, signal, sys
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+sys.exit(0 if signal.sigpending() == {signal.SIGTERM, signal.SIGUSR1} else 1)
+"""
+
+
+def test_signals_wait_before_the_trainer_imports_anything(tmp_path):
+    (tmp_path / "argparse.py").write_text(ASKS_FOR_THE_MASK)
+    environment = _environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
+    for options in ([], ["-u"]):  # as by hand, as torchrun starts it
+        command = [sys.executable, *options, "-m", "megatron_dtrpo.train", "--help"]
+        assert subprocess.run(command, env=environment, cwd=REPOSITORY).returncode == 0
+
+
+OTHERS = {
+    "import": ["-c", "import megatron_dtrpo, signal, sys; sys.exit(bool(signal.pthread_sigmask(0, ())))"],
+    "word": [
+        "-c",
+        "import megatron_dtrpo, signal, sys; sys.exit(bool(signal.pthread_sigmask(0, ())))",
+        "megatron_dtrpo.train",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_programs_are_left_alone(name):
+    assert subprocess.run([sys.executable, *OTHERS[name]], env=_environment(), cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize("example", ["dtrpo_7b.sh", "sft_7b.sh"])
+def test_examples_end_well_before_python_starts(tmp_path, example):
+    """Stopped while bash asks for GPUs; the Python that it would start fails."""
+    asked = tmp_path / "asked"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ntouch {asked}\nsleep 0.3\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**_environment(), "PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": "/bin/false"}
+    command = ["bash", f"examples/{example}"]
+    with subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as shell:
+        while not asked.exists() and shell.poll() is None:
+            time.sleep(0.005)
+        shell.send_signal(signal.SIGUSR1)
+        shell.send_signal(signal.SIGTERM)
+        said = shell.communicate(timeout=60)[0]
+    assert shell.returncode == 0 and said.startswith("stopped by SIGTERM before the first step")

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -33,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dtrpo.checkpoint.folder import TRACKER, complete_iterations, damaged, iteration_folder
 from megatron_dtrpo.config.settings import RunSettings
@@ -285,9 +287,45 @@ def _explained(folder: Path, read: Callable, file: str = ""):
         if isinstance(cause, (UserError, StopRequest)):
             raise cause from None
         reason = "it is missing" if file and not (folder / file).exists() else _in_one_line(cause)
+        broken = "" if file else _broken_file(folder)
+        if broken:
+            raise damaged(folder, broken) from error
         if not file and isinstance(cause, (CheckpointingException, CheckpointException, KeyError, ValueError)):
             raise UserError(f"{folder}: does not load into this model: {reason}") from error
         raise damaged(folder, f"{file}{': ' if file else ''}{reason}") from error
+
+
+_ZIP_BEGINS, _ZIP_ENDS = b"PK\x03\x04", b"PK\x05\x06"
+_ZIP_END = 22  # bytes of a zip archive's last record
+
+
+def _broken_file(folder: Path) -> str:
+    """Which file with tensors is missing, too short or no torch.save's, and how; empty where all look whole. Reads a
+    few bytes a tensor."""
+    described = read_metadata(folder)
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    for index, info in described.storage_data.items():
+        if isinstance(described.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            pieces.setdefault(info.relative_path, []).append((info.offset, info.length))
+    for name, spans in sorted(pieces.items()):
+        try:
+            with (folder / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                end = max(offset + length for offset, length in spans)
+                if size < end:
+                    return f"{name}: has {size} bytes of {end}"
+                if not all(_is_archive(file, *span) for span in spans):
+                    return f"{name}: it is not what torch.save writes"
+        except FileNotFoundError:
+            return f"{name}: it is missing"
+        except OSError as error:
+            return f"{name}: {one_line(error)}"
+    return ""
+
+
+def _is_archive(file: BinaryIO, offset: int, length: int) -> bool:
+    begins, ends = (os.pread(file.fileno(), 4, place) for place in (offset, offset + length - _ZIP_END))
+    return begins == _ZIP_BEGINS and ends == _ZIP_ENDS
 
 
 def _in_one_line(error: BaseException) -> str:

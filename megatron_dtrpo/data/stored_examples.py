@@ -11,6 +11,7 @@ the next run builds another folder.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 9  # of the files, and of the rules by which rows become tokens
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
+_BLOCK = 1 << 22  # bytes whose checksum is taken in one call
 TOKENS, STEPS, ENDS, META = "tokens.int32", "steps.int32", "ends.int64", "meta.json"
 DISCARDED = "discarded.int32"
 DISCARDED_COLUMNS = 6  # number of the example and of the response; place, token, step, until
@@ -87,11 +89,20 @@ class TokenStore:
         self.bad_rows = Tally(meta["bad_rows"])
         self.source_rows: int = meta["rows"]
         self.notes: tuple[str, ...] = tuple(meta["notes"])
+        self._crc32: dict[str, int] = meta["crc32"]
         self._size: int = meta["examples"]
         self._parts = 1 + len(RESPONSES[self.kind])
         sizes = {len(self._tokens), self._ends[-1], len(self._tokens if self._steps is None else self._steps)}
         if len(self._ends) != self._size * self._parts or len(self._row_numbers) != self._size or len(sizes) > 1:
             raise UserError(f"{self.directory}: the token store is damaged; delete the folder and run again")
+
+    def require_whole(self) -> None:
+        """Raises UserError where a file is not as it was written. Reads every byte: a second or less per gigabyte that
+        is in memory, else as long as the disk takes."""
+        for name, crc32 in self._crc32.items():
+            path = self.directory / name
+            if not path.is_file() or file_crc32(path) != crc32:
+                raise UserError(f"{path}: damaged; delete the folder and run again to build it anew")
 
     def __len__(self) -> int:
         return self._size
@@ -169,6 +180,15 @@ class TokenStore:
     def _rows(self) -> Rows:
         # Training asks for no row, and errors alone for locations: the data file is not read again before one does.
         return open_rows(*self.source)
+
+
+def file_crc32(path: Path) -> int:
+    """The checksum of a file's bytes."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -30,6 +30,7 @@ from megatron_dtrpo.data.stored_examples import (
     TOKENS,
     TURNS,
     TokenStore,
+    file_crc32,
 )
 from megatron_dtrpo.data.tally import Tally, bad_rows_error
 from megatron_dtrpo.data.tokenizer import Tokenizer
@@ -49,12 +50,14 @@ def build_token_store(
     split: str | None = None,
     bad_rows: str = "error",
     assistant_turns: str = "last",
+    verify: bool = True,
 ) -> TokenStore:
     """Open the store of data file ``path``, building it first where ``cache_dir`` does not hold it yet.
 
     ``kind`` is ``preference`` or ``sft``, ``split`` one of those that ``path`` holds; ``assistant_turns`` as of
     `records.read_row`. Several processes may build at once: each writes a folder of its own and the first to finish
     wins. Rows that cannot be used are left out where ``bad_rows`` is ``skip`` (`TokenStore.bad_rows` names them).
+    ``verify``: read a store that is there whole, to see that it is as it was written.
 
     Raises:
         UserError: naming file and line of rows that cannot be used, each kind of problem once: with ``bad_rows``
@@ -65,7 +68,10 @@ def build_token_store(
     files = stored_files(path, split)
     target = Path(cache_dir) / _fingerprint(files, kind, tokenizer, apply_chat_template, assistant_turns)
     if target.exists():
-        return _accepted(TokenStore(target), bad_rows)
+        store = TokenStore(target)
+        if verify:
+            store.require_whole()
+        return _accepted(store, bad_rows)
     rows = open_rows(path, split)
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -165,6 +171,7 @@ def _write(
         "steps": recorded,
         "first_incomplete": first_incomplete,
         "content": content.hexdigest(),
+        "crc32": {file.name: file_crc32(file) for file in sorted(directory.iterdir())},
         "notes": _file_notes(rows) + _lines(notes, rows) + _several(row_numbers),
     }
     (directory / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -168,6 +168,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     data = config.data
     cache = Path(data.data_cache_path or Path(config.run.save) / checkpoint_folder.DATA_CACHE)
     show_bar = config.run.progress and initialize.rank() == 0 and sys.stderr.isatty()
+    is_verified = False  # by the first process of a node, for all that map the same files
     for builder in (initialize.rank() == 0, initialize.local_rank() == 0, True):
         problem = None
         if builder:
@@ -183,7 +184,9 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
                     split=data.split,
                     bad_rows=data.bad_rows,
                     assistant_turns=data.assistant_turns,
+                    verify=not is_verified and initialize.local_rank() == 0,
                 )
+                is_verified = True
             except (UserError, StopRequest) as error:
                 problem = error
                 for folder in missing:  # a run that never began leaves no empty folders behind

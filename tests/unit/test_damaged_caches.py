@@ -55,3 +55,36 @@ def test_token_store(tmp_path, name, damage):
     with pytest.raises(UserError, match="delete the folder and run again") as error:
         TokenStore(store.directory)
     assert str(store.directory) in str(error.value)
+
+
+def _overwrite(file: Path) -> None:
+    """As many bytes as before, others."""
+    file.write_bytes(random.Random(0).randbytes(file.stat().st_size))
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_overwrite, _flip])
+@pytest.mark.parametrize(
+    "name", ["tokens.int32", "steps.int32", "ends.int64", "rows.int64", "discarded.int32", "turns.int64"]
+)
+def test_a_token_store_of_other_bytes(tmp_path, name, damage):
+    """Every file of a store, with its length and without its content, is found when the store is found."""
+    recorded = {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "chosen_steps": [0, 1]}
+    thrown = {"rejected_steps": [0], "chosen_discarded": [{"place": 2, "token": 9, "step": 0, "until": 1}]}
+    tools = {"rejected_discarded": []}
+    data = write_lines(tmp_path / "pairs.jsonl", [{**recorded, **thrown, **tools}] * 5)
+    tokenizer = build_tokenizer("ByteLevelTokenizer")
+    store = build_token_store(data, "preference", tokenizer, tmp_path / "cache")
+    assert len(build_token_store(data, "preference", tokenizer, tmp_path / "cache")) == 5
+    if not (store.directory / name).stat().st_size:
+        (store.directory / name).write_bytes(bytes(24))
+    else:
+        damage(store.directory / name)
+    with pytest.raises(UserError, match="delete the folder and run again") as error:
+        build_token_store(data, "preference", tokenizer, tmp_path / "cache")
+    assert str(error.value).startswith(f"{store.directory}") and "\n" not in str(error.value)

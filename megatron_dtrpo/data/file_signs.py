@@ -1,4 +1,4 @@
-"""What a file's own bytes tell: that it is not what its name says, or that it describes a data set and holds no row of
+"""What a file's name and its own bytes tell: that it is not what its name says, or that it describes a data set and holds no row of
 it."""
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ COLUMNS = frozenset(
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype html", b"<html")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _COMPRESSED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 _ZIP = b"PK\x03\x04"
 _MARKS_OF_FOUR = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", *_MARKS_OF_FOUR)
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """(what the file holds, how it is compressed), as suffixes in lower case: ``(".jsonl", ".gz")``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        return (suffixes[0] if len(suffixes) > 1 else ""), suffixes[-1]
+    return (suffixes[-1] if suffixes else ""), ""
 
 
 def refuse_other_files(path: Path, is_text: bool, compression: str) -> None:

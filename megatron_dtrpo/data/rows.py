@@ -33,7 +33,7 @@ def _open_one(path: Path) -> Rows:
         for file in sorted(path.glob("*.arrow")):
             file_signs.refuse_other_files(file, is_text=False, compression="")
         return table_files.SavedDataSet(path)
-    kind, compression = source.kind_of(path)
+    kind, compression = file_signs.kind_of(path)
     if kind in source.TEXT_KINDS:
         file_signs.refuse_other_files(path, is_text=True, compression=compression)
         return text_files.READERS[kind](path)

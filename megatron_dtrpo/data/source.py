@@ -14,13 +14,12 @@ import re
 from itertools import chain
 from pathlib import Path
 
-from megatron_dtrpo.data.file_signs import is_description
+from megatron_dtrpo.data.file_signs import COMPRESSIONS, is_description, kind_of
 from megatron_dtrpo.errors import UserError
 
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TABLE_KINDS = (".parquet", ".pq", ".parq", ".arrow", ".feather")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-KINDS = "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz)"
+KINDS = "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz, .bz2, .xz, .zst)"
 
 # Files that describe a data set and hold none of its rows.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
@@ -71,14 +70,6 @@ def _hub(path: Path) -> str:
     if len(path.parts) != 2 or path.is_absolute() or path.suffix:
         return ""
     return f". Nothing is downloaded here: hf download --repo-type dataset {path} --local-dir DIR"
-
-
-def kind_of(path: Path) -> tuple[str, str]:
-    """(what the file holds, how it is compressed), as suffixes in lower case: ``(".jsonl", ".gz")``."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        return (suffixes[0] if len(suffixes) > 1 else ""), suffixes[-1]
-    return (suffixes[-1] if suffixes else ""), ""
 
 
 def is_saved_data_set(folder: Path) -> bool:

@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_dtrpo.data.file_signs import COLUMNS, refuse_wide_text
+from megatron_dtrpo.data.file_signs import COLUMNS, kind_of, refuse_wide_text
 from megatron_dtrpo.data.json_shape import TOKEN, top_object
 from megatron_dtrpo.data.row_sequence import Row, Rows, checked
-from megatron_dtrpo.data.source import kind_of
 from megatron_dtrpo.errors import UserError, one_line
 
 _UTF8_BOM = b"\xef\xbb\xbf"

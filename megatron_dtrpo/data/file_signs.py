@@ -1,5 +1,5 @@
-"""What a file's name and its own bytes tell: that it is not what its name says, or that it describes a data set and holds no row of
-it."""
+"""What a file's name and its own bytes tell: that it is not what its name says, or that it describes a data set and
+holds no row of it."""
 
 from __future__ import annotations
 

@@ -304,3 +304,26 @@ def test_the_tool_refuses_what_it_cannot_do(folder, cache, alone, capfd, tmp_pat
         lines = capfd.readouterr().err.splitlines()
         assert len(lines) == 1 and reason in lines[0], lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows_are_skipped_on_every_rank_and_counted_once(folder, train):
+    """Two processes, with a cache and without one, train what they train on the file without the bad rows."""
+    good = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    bad = {
+        0: {"prompt": "a", "chosen": "b"},
+        7: {**good[0], "rejected": good[0]["chosen"]},
+        22: {**good[1], "chosen": ""},
+    }
+    rows = iter(good)
+    mixed = [bad[place] if place in bad else next(rows) for place in range(len(good) + len(bad))]
+    data = write_lines(folder / "mixed.jsonl", mixed)
+    skip = {"data_path": data, "bad_rows": "skip"}
+    scores = precompute(folder, "scores_skip", 2, **skip)
+    without = train("without", 2)
+    assert train("live_skip", 2, **skip) == without
+    assert train("cached_skip", 2, **skip, reference_cache=scores) == without
+    for log in ("scores_skip.log", "live_skip.log", "cached_skip.log"):
+        lines = [line for line in (folder / log).read_text().splitlines() if "that cannot be used" in line]
+        assert len(lines) == 1 and "skipped 3 of 23 rows" in lines[0], (log, lines)
+        for place in bad:
+            assert lines[0].count(f"mixed.jsonl:{place + 1}:") == 1

@@ -237,3 +237,83 @@ def test_layout_by_the_real_command(tmp_path, tokenizer_folder, name, capfd, mon
         assert status == 2 and len(errors) == 1 and expected in errors[0] and not run["save"].exists()
     else:
         assert status == 0 and len(read_metrics(run["save"])) == 1, output.err
+
+
+FORMS: dict[str, Callable[[datasets.Dataset, Path], tuple[Path, str | None]]] = {
+    "parquet": lambda data, folder: (_written(data.to_parquet, folder / "train.parquet"), None),
+    "jsonl": lambda data, folder: (_written(data.to_json, folder / "train.jsonl"), None),
+    "csv": lambda data, folder: (_written(data.to_csv, folder / "train.csv"), None),
+    "saved": lambda data, folder: (_written(data.save_to_disk, folder / "saved"), None),
+    "saved splits": lambda data, folder: (
+        _written(datasets.DatasetDict(train=data, test=data).save_to_disk, folder / "saved"),
+        "train",
+    ),
+}
+
+
+def _written(write: Callable, path: Path) -> Path:
+    write(str(path))
+    return path
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]
+PYTHON_LISTS = (
+    "is a list that is not JSON, as pandas and `datasets` write it into CSV; save the data as .jsonl or .parquet"
+)
+# layout -> (objective, a row, (prompt, *responses) or the line, what CSV does where it is something else)
+EVERY_FORM = {
+    "ultrafeedback": (
+        "preference",
+        {"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]},
+        ("user\n2+2?\nassistant\n", "4", "5"),
+        PYTHON_LISTS,
+    ),
+    "hh-rlhf": (
+        "preference",
+        {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+        ("\n\nHuman: 2+2?\n\nAssistant:", " 4", " 5"),
+        None,
+    ),
+    "orca": (
+        "preference",
+        {"system": "Be brief.", "question": "2+2?", "chosen": "It is 4.", "rejected": "It is 5."},
+        "rename 'question' to 'prompt'",
+        None,
+    ),
+    "kto": (
+        "sft",
+        {"prompt": [user("2+2?")], "completion": [assistant("4")], "label": True},
+        ("user\n2+2?\nassistant\n", "4"),
+        PYTHON_LISTS,
+    ),
+    "tools": (
+        "sft",
+        {"messages": [user("Cold?"), assistant("", tool_calls=CALL)], "tools": '[{"name": "weather"}]'},
+        ("Cold?", '"name": "weather"', "Oslo"),
+        PYTHON_LISTS,
+    ),
+    "gsm8k": ("sft", {"question": "2+2?", "answer": "#### 4"}, "rename 'question' to 'prompt', 'answer' to", None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", EVERY_FORM)
+def test_layouts_in_every_form_that_datasets_writes(tmp_path, tokenizer_folder, name, form):
+    kind, row, expected, in_csv = EVERY_FORM[name]
+    expected = in_csv if form == "csv" and in_csv else expected
+    path, split = FORMS[form](datasets.Dataset.from_list([row] * 3), tmp_path)
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    if split:
+        with pytest.raises(UserError, match=r"several splits \(train, test\)"):
+            build_token_store(path, kind, tokenizer, tmp_path / "tokens")
+    if isinstance(expected, str):
+        with pytest.raises(UserError) as caught:
+            build_token_store(path, kind, tokenizer, tmp_path / "tokens", split=split)
+        assert "\n" not in str(caught.value) and expected in str(caught.value), str(caught.value)
+        return
+    store = build_token_store(path, kind, tokenizer, tmp_path / "tokens", split=split)
+    prompt, *responses = (tokenizer.decode(ids) for ids in (store[2].prompt, *store[2].responses))
+    if name == "tools":
+        assert expected[0] in prompt and expected[1] in prompt and expected[2] in responses[0]
+    else:
+        assert (prompt, *responses) == expected and len(store) == 3

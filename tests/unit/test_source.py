@@ -8,7 +8,7 @@ import json
 import pytest
 
 from megatron_dtrpo.data.rows import open_rows
-from megatron_dtrpo.data.source import data_files, split_name
+from megatron_dtrpo.data.source import data_files, left_out, split_name
 from megatron_dtrpo.errors import UserError
 
 
@@ -247,6 +247,9 @@ def test_a_stray_description_hides_no_data(tmp_path, name, inside):
     assert names_of(tmp_path) == ["a.jsonl", "b.jsonl"]
     (tmp_path / inside / name).write_text(METADATA[name])
     assert names_of(tmp_path) == ["a.jsonl", "b.jsonl"]
+    is_usual = name in ("dataset_infos.json", "config.json")  # which everybody has; the others are named in a note
+    assert left_out(tmp_path) == ([] if is_usual else [tmp_path / inside / name])
+    assert left_out(tmp_path / inside / "a.jsonl") == []
 
 
 def test_a_description_hides_no_folders_and_rows_are_none(tmp_path):

@@ -84,8 +84,12 @@ def rows(estimators: Words, anchors: Words) -> dict[str, Words]:
             flags = ["--estimator", estimator, *ESTIMATORS[estimator]]
             if float(anchor):
                 flags += ["--loss-type", "sigmoid", "sft", "--loss-weights", "1", anchor]
-            table[estimator if not float(anchor) else f"{estimator} + {anchor}"] = flags
+            table[name_of(estimator, anchor)] = flags
     return table
+
+
+def name_of(estimator: str, anchor: str) -> str:
+    return f"{estimator} + {anchor}" if float(anchor) else estimator
 
 
 # Running
@@ -316,6 +320,19 @@ def table(sft: dict, results: dict[str, dict], spread: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def contrasts(options: argparse.Namespace, results: dict[str, dict]) -> str:
+    """Differences of exact match, problem by problem and seed by seed: of each anchor to no anchor (or the first), and
+    of each estimator to the first one."""
+    names, anchors = options.estimators, options.anchors
+    pairs = [(name_of(name, anchor), name_of(name, anchors[0])) for name in names for anchor in anchors[1:]]
+    pairs += [(name_of(name, anchor), name_of(names[0], anchor)) for name in names[1:] for anchor in anchors]
+    lines = ["| row | less | exact match |", "|---|---|---|"]
+    for left, right in pairs:
+        mean, half = interval(difference(results[left]["right"], results[right]["right"]))
+        lines.append(f"| {left} | {right} | {mean:+.3f} ± {half:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def curve(runs: list[list[dict]], side: str, beta: float) -> list[float]:
     """Change of the log-likelihood since SFT by step, mean over runs and a window of five steps."""
     by_step = [statistics.mean(row[f"rewards/{side}"] for row in step) / beta for step in zip(*runs, strict=True)]
@@ -330,7 +347,7 @@ def plot_displacement(options: argparse.Namespace, results: dict[str, dict], bet
     for column, name in enumerate(names):
         for line, anchor in enumerate(anchors):
             axis = grid[line][column]
-            found = results[name if not float(anchor) else f"{name} + {anchor}"]
+            found = results[name_of(name, anchor)]
             for side, style, colour in (("chosen", "-", "#2f6db5"), ("rejected", "--", "#c2455a")):
                 axis.plot(curve(found["metrics"], side, beta), style, color=colour, linewidth=1.4, label=side)
             axis.axhline(0, color="#9ca3af", linewidth=0.7)
@@ -365,6 +382,7 @@ def report(options: argparse.Namespace, sft: dict, beta: float) -> str:
     results = {row: collect(options, row) for row in rows(options.estimators, options.anchors)}
     of_estimator, first = deviations(options, results), _first_rows(options)
     text = table(sft, results, {first[name]: value for name, value in of_estimator.items()})
+    text += "\n" + contrasts(options, results)
     numbers = {row: {k: v for k, v in found.items() if k != "metrics"} for row, found in results.items()}
     written = {"sft": sft, "rows": numbers, "deviation": of_estimator}
     (options.output / "comparison.json").write_text(json.dumps(written) + "\n")

@@ -59,7 +59,7 @@ def test_the_whole_script(tmp_path):
         write_lines(tmp_path / f"{pairs}.jsonl", recorded_pairs(tokenizer, asked))
 
     output = compare(tmp_path)
-    rows = (tmp_path / "rows" / "comparison.md").read_text().splitlines()
+    rows = (tmp_path / "rows" / "comparison.md").read_text().split("\n\n")[0].splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
         "row", "---|---|---|---|---|---|---|---|---|---", "SFT", "chosen alone", "dtrpo + 0.5",
     ]  # fmt: skip

@@ -63,6 +63,21 @@ def test_difference_is_by_problem_and_seed():
     assert compare.difference([[1.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 0.0]]) == [[1.0, 0.0], [0.0, 1.0]]
 
 
+def test_contrasts_are_to_no_anchor_and_to_the_first_estimator():
+    options = compare.parse(
+        ["--checkpoint=.", "--pairs=.", "--heldout-pairs=.", "--problems=.", "--output=.", "--config=."]
+        + ["--estimators", "dtrpo", "elbo", "--anchors", "0", "0.5"]
+    )[0]
+    right = {"dtrpo": [[0.0, 0.0]], "dtrpo + 0.5": [[1.0, 1.0]], "elbo": [[1.0, 0.0]], "elbo + 0.5": [[1.0, 1.0]]}
+    lines = compare.contrasts(options, {row: {"right": values} for row, values in right.items()}).splitlines()[2:]
+    assert lines == [
+        "| dtrpo + 0.5 | dtrpo | +1.000 ± 0.000 |",
+        "| elbo + 0.5 | elbo | +0.500 ± 0.980 |",
+        "| elbo | dtrpo | +0.500 ± 0.980 |",
+        "| elbo + 0.5 | dtrpo + 0.5 | +0.000 ± 0.000 |",
+    ]
+
+
 def test_accuracy_counts_a_tie_half():
     assert compare.accuracy({"chosen": [1.0, 0.5, -1.0, 2.0], "rejected": [0.0, 0.5, 0.0, 3.0]}) == 0.375
 

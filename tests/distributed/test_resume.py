@@ -40,13 +40,13 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys
 from megatron_dtrpo import train
 
-def replace(source, target, original=os.replace):
+def rename(source, target, original=os.rename):
     if str(target).endswith("iter_0000010"):
         os.kill(os.getpid(), signal.SIGKILL)
     original(source, target)
 
 if __name__ == "__main__":
-    os.replace = replace
+    os.rename = rename
     sys.exit(train.main())
 """
 

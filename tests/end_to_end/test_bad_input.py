@@ -102,15 +102,15 @@ def test_bad_rows_are_skipped_and_named_in_every_start(settings, error_of, tmp_p
 def test_a_folder_of_several_files_or_splits(settings, error_of, tmp_path, capfd):
     data = tmp_path / "data"
     data.mkdir()
-    for name in ("train_sft", "train_gen"):
+    for name in ("train_1", "train_2"):
         write_lines(data / f"{name}.jsonl", [GOOD, GOOD])
     assert train.main(flags({**settings, "data_path": data, "train_iters": 1})) == 0
     output = capfd.readouterr().out
     assert "starting: 4 examples" in output
-    assert f"note: {data} is 2 files: train_gen.jsonl, train_sft.jsonl" in output
+    assert f"note: {data} is 2 files: train_1.jsonl, train_2.jsonl" in output
     write_lines(data / "test.jsonl", [{**GOOD, "prompt": "held out"}] * 2)
     settings |= {"data_path": data, "train_iters": 1, "save": tmp_path / "again"}
-    assert "holds files of several splits (test: test.jsonl; train: train_gen.jsonl, " in error_of(settings)
+    assert "holds files of several splits (test: test.jsonl; train: train_1.jsonl, " in error_of(settings)
     assert not settings["save"].exists()
     heldout = {"split": "train", "eval_data_path": data, "eval_interval": 1, "eval_split": "test"}
     assert train.main(flags({**settings, **heldout})) == 0

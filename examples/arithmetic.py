@@ -60,15 +60,19 @@ def main(arguments: list[str] | None = None) -> int:
     counts = (options.train, options.problems, options.heldout)
     if min(counts) < 0 or sum(counts) > PROBLEMS:
         return fail(f"--train, --problems and --heldout must not be negative, and at most {PROBLEMS} together")
+    return write_files(options.output, generate(*counts, options.seed))
 
+
+def write_files(output: Path, files: dict[str, list[dict]]) -> int:
+    """Writes file name -> records as JSON lines into a folder, and says how many; returns the exit status."""
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        for filename, records in generate(*counts, options.seed).items():
+        output.mkdir(parents=True, exist_ok=True)
+        for filename, records in files.items():
             text = "".join(json.dumps(record) + "\n" for record in records)
-            (options.output / filename).write_text(text, encoding="utf-8")
-            print(f"{options.output / filename}: {len(records)}")
+            (output / filename).write_text(text, encoding="utf-8")
+            print(f"{output / filename}: {len(records)}")
     except OSError as error:
-        return fail(f"--output {options.output}: {error.strerror}")
+        return fail(f"--output {output}: {error.strerror}")
     return 0
 
 

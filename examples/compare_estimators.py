@@ -166,16 +166,40 @@ def folder(options: argparse.Namespace, row: str, seed: int) -> Path:
 
 
 def train(options: argparse.Namespace, save: Path, seed: int, words: Words) -> dict:
-    words = ["--config", options.config, "--load", options.checkpoint, "--data-path", options.pairs,
-             "--save", save / "run", "--seed", seed, *words]  # fmt: skip
+    words = [
+        "--config",
+        options.config,
+        "--load",
+        options.checkpoint,
+        "--data-path",
+        options.pairs,
+        "--save",
+        save / "run",
+        "--seed",
+        seed,
+        *words,
+    ]
     return {"CPU s": command("train", words, save / "train.log")}
 
 
 def answers(options: argparse.Namespace, checkpoint: Path, save: Path) -> dict:
     """Which problems are answered right, and tokens per forward pass."""
     output = save / "answers.jsonl"
-    words = ["--checkpoint", checkpoint, "--prompts", options.problems, "--output", output, "--verifier", "numeric",
-             "--max-new-tokens", 64, "--batch-size", 128, "--no-progress"]  # fmt: skip
+    words = [
+        "--checkpoint",
+        checkpoint,
+        "--prompts",
+        options.problems,
+        "--output",
+        output,
+        "--verifier",
+        "numeric",
+        "--max-new-tokens",
+        64,
+        "--batch-size",
+        128,
+        "--no-progress",
+    ]
     command("generate", words, save / "answers.log")
     found = read_lines(output)
     tokens, passes = sum(len(r["completion_ids"]) for r in found), sum(r["completion_passes"] for r in found)
@@ -185,8 +209,23 @@ def answers(options: argparse.Namespace, checkpoint: Path, save: Path) -> dict:
 def changes(options: argparse.Namespace, checkpoint: Path, save: Path, name: str, words: Words) -> dict:
     """Since SFT, of the log-likelihood of both responses of every held-out pair."""
     output = save / f"{name}.jsonl"
-    words = ["--checkpoint", checkpoint, "--reference", options.checkpoint, "--data", options.heldout_pairs,
-             "--output", output, "--beta", 1, "--loss-type", "sigmoid", "--loss-weights", 1, *words]  # fmt: skip
+    words = [
+        "--checkpoint",
+        checkpoint,
+        "--reference",
+        options.checkpoint,
+        "--data",
+        options.heldout_pairs,
+        "--output",
+        output,
+        "--beta",
+        1,
+        "--loss-type",
+        "sigmoid",
+        "--loss-weights",
+        1,
+        *words,
+    ]
     command("score_preferences", words, save / f"{name}.log")
     found = read_lines(output)
     return {side: [row[f"rewards/{side}"] for row in found] for side in ("chosen", "rejected")}
@@ -297,8 +336,18 @@ def _first_rows(options: argparse.Namespace) -> dict[str, str]:
     return {name: next(row for row in table if row.split(" + ")[0] == name) for name in options.estimators}
 
 
-COLUMNS = ("row", "exact match", "over chosen", "tokens per pass", "accuracy", "chosen", "rejected", "CPU s",
-           "tokens a pair", "deviation")  # fmt: skip
+COLUMNS = (
+    "row",
+    "exact match",
+    "over chosen",
+    "tokens per pass",
+    "accuracy",
+    "chosen",
+    "rejected",
+    "CPU s",
+    "tokens a pair",
+    "deviation",
+)
 
 
 def table(sft: dict, results: dict[str, dict], spread: dict[str, float]) -> str:
@@ -342,8 +391,15 @@ def curve(runs: list[list[dict]], side: str, beta: float) -> list[float]:
 def plot_displacement(options: argparse.Namespace, results: dict[str, dict], beta: float, path: Path) -> None:
     """A panel for each estimator and anchor: both log-likelihoods over training, by the row's own estimator."""
     names, anchors = options.estimators, options.anchors
-    figure, grid = plt.subplots(len(anchors), len(names), figsize=(2.3 * len(names), 1.9 * len(anchors) + 0.4),
-                                sharex=True, sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    figure, grid = plt.subplots(
+        len(anchors),
+        len(names),
+        figsize=(2.3 * len(names), 1.9 * len(anchors) + 0.4),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for column, name in enumerate(names):
         for line, anchor in enumerate(anchors):
             axis = grid[line][column]

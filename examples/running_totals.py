@@ -10,10 +10,11 @@ answers unlearn it. Held-out solutions are all right. No problem is in two files
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
+
+from arithmetic import fail, write_files
 
 FIRST, TERM = range(10, 40), range(1, 10)  # every total has two digits
 STEPS = 5
@@ -73,28 +74,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, required=True, metavar="N", help="solved problems in sft.jsonl")
     parser.add_argument("--problems", type=int, required=True, metavar="N", help="unsolved ones in problems.jsonl")
     parser.add_argument("--heldout", type=int, required=True, metavar="N", help="solved problems in heldout.jsonl")
-    parser.add_argument("--heldout-pairs", type=int, default=0, metavar="N", help="unsolved problems in "
-                        "problems_heldout.jsonl (default: 0)")  # fmt: skip
+    parser.add_argument(
+        "--heldout-pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="unsolved problems in problems_heldout.jsonl (default: 0)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
     options = parser.parse_args(arguments)
     counts = (options.train, options.problems, options.heldout, options.heldout_pairs)
     if min(counts) < 0 or sum(counts) > PROBLEMS:
         return fail(f"the four numbers of problems must not be negative, and at most {PROBLEMS} together")
-
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        for filename, records in generate(*counts, options.seed).items():
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            (options.output / filename).write_text(text, encoding="utf-8")
-            print(f"{options.output / filename}: {len(records)}")
-    except OSError as error:
-        return fail(f"--output {options.output}: {error.strerror}")
-    return 0
-
-
-def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    return write_files(options.output, generate(*counts, options.seed))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,12 @@ def test_the_whole_script(tmp_path):
     output = compare(tmp_path)
     rows = (tmp_path / "rows" / "comparison.md").read_text().split("\n\n")[0].splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
-        "row", "---|---|---|---|---|---|---|---|---|---", "SFT", "chosen alone", "dtrpo + 0.5",
-    ]  # fmt: skip
+        "row",
+        "---|---|---|---|---|---|---|---|---|---",
+        "SFT",
+        "chosen alone",
+        "dtrpo + 0.5",
+    ]
     assert all(row.count("|") == 11 for row in rows)
     assert output.count("exact match 0.") == 2
     for figure in ("comparison.png", "displacement.png"):

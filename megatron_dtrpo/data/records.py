@@ -41,7 +41,10 @@ IMPLICIT_WORDS = (
     "words that chosen and rejected share, which may be the beginning of the answer; give a prompt"
 )
 IMPLICIT_MESSAGES = "note: {count} rows without a prompt of messages: it is the messages that chosen and rejected share"
-AFTER_LAST_ANSWER = "warning: {count} rows go on after the assistant's last answer: nothing is learned from that"
+AFTER_LAST_ANSWER = (
+    "warning: {count} rows go on after the assistant's last answer: what follows it is neither learned nor asked; to "
+    "have all messages of a row answered, call the column 'prompt'"
+)
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
 JSON_TEXT = "warning: {{count}} rows have JSON in {name!r} that holds no messages: it is taken as it stands, as text"
 # Columns that belong to a prompt in other people's data (Orca, Alpaca) and that no layout reads.
@@ -105,7 +108,7 @@ def sft_record(row: dict[str, Any]) -> Record | TokenRecord:
         return _token_record(row, ("completion",))
     if _is_conversation(row):
         messages, answers = _conversation(row)
-        return _answer_record(row, messages, answers[-1], (AFTER_LAST_ANSWER,) * (answers[-1] < len(messages) - 1))
+        return _answer_record(row, messages, answers[-1], _after_last_answer(messages, answers))
     return _completion_record(row)
 
 
@@ -116,15 +119,15 @@ def sft_turn_records(row: dict[str, Any]) -> list[Record | TokenRecord]:
         return [sft_record(row)]
     _refuse_bad_label(row.get("label"))
     messages, answers = _conversation(row)
-    notes = (NO_PROMPT,) * (answers[0] == 0) + (AFTER_LAST_ANSWER,) * (answers[-1] < len(messages) - 1)
+    notes = (NO_PROMPT,) * (answers[0] == 0) + _after_last_answer(messages, answers)
     records = [_answer_record(row, messages, place) for place in answers if place > 0]
     return [*records[:-1], _answer_record(row, messages, answers[-1], notes)]
 
 
 def prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     """The prompt that training on this row has, without responses: of ``prompt_ids``, a preference row, a conversation
-    in ``messages`` up to its last answer, or ``prompt``. ``messages`` that end with a question are a prompt as they
-    stand."""
+    in ``messages`` up to its last answer, or ``prompt``. ``messages`` without an answer are a prompt as they stand.
+    Raises UserError where SFT and preferences would each train another prompt."""
     row, packed = read_columns(row)
     return _with_notes(row, packed, _prompt_record(row))
 
@@ -133,23 +136,67 @@ def _prompt_record(row: dict[str, Any]) -> Record | TokenRecord:
     if row.get("prompt_ids") is not None:
         _refuse_inputs(row, "prompt_ids")
         return TokenRecord(_integers(row["prompt_ids"], "prompt_ids"), ())
-    if _has_implicit_prompt(row):
-        record = preference_record(
-            {name: value for name, value in row.items() if not name.endswith(("_ids", "_steps", "_discarded"))}
-        )
-        assert isinstance(record, Record)  # without ids
-        return Record(record.prompt, (), record.inputs, record.notes)
-    if _is_conversation(row):
-        messages = read_messages(row["messages"], "messages")
-        if messages[-1]["role"] == "assistant":
-            messages, answers = _conversation(row)
-            messages = messages[: answers[-1]]
+    readings = {name: _attempt(read, row) for name, applies, read in _PROMPT_COLUMNS if applies(row)}
+    records = [each for each in readings.values() if isinstance(each, Record)]
+    if not records:
+        raise next((each for each in readings.values() if isinstance(each, UserError)), _no_prompt(row))
+    if any(_read_words(record) != _read_words(records[0]) for record in records):
+        raise UserError(f"{' and '.join(readings)} have different prompts; leave out the columns of one of them")
+    return records[0]
+
+
+def _attempt(read: Callable[[dict[str, Any]], Record], row: dict[str, Any]) -> Record | UserError:
+    try:
+        return read(row)
+    except UserError as error:
+        return error
+
+
+def _no_prompt(row: dict[str, Any]) -> UserError:
+    renaming = _renaming(row, ["prompt"])
+    return UserError(f"a row needs prompt, messages or prompt_ids; this one has {_present(row)}{renaming}")
+
+
+def _read_words(record: Record) -> str | Messages:
+    """The prompt without the weights of messages, which no template writes."""
+    if isinstance(record.prompt, str):
+        return record.prompt
+    return [{key: value for key, value in message.items() if key != "weight"} for message in record.prompt]
+
+
+def _pair_prompt(row: dict[str, Any]) -> Record:
+    """What `preference_record` takes for the prompt."""
+    if not _has_implicit_prompt(row):
+        return _explicit_prompt(row)
+    ids = ("_ids", "_steps", "_discarded")
+    record = preference_record({name: value for name, value in row.items() if not name.endswith(ids)})
+    assert isinstance(record, Record)  # without ids
+    return replace(record, responses=())
+
+
+def _conversation_prompt(row: dict[str, Any]) -> Record:
+    """What `sft_record` takes for the prompt of ``messages``; all of them where the assistant says nothing."""
+    messages = read_messages(row["messages"], "messages")
+    if all(message["role"] != "assistant" for message in messages):
         return Record(_question(messages, "messages"), (), _template_inputs(row))
-    if row.get("prompt") is None:
-        raise UserError(
-            f"a row needs prompt, messages or prompt_ids; this one has {_present(row)}{_renaming(row, ['prompt'])}"
-        )
+    messages, answers = _conversation(row)
+    notes = _after_last_answer(messages, answers)
+    return Record(_question(messages[: answers[-1]], "messages"), (), _template_inputs(row), notes)
+
+
+def _explicit_prompt(row: dict[str, Any]) -> Record:
     return Record(_prompt(row["prompt"]), (), _template_inputs(row))
+
+
+def _is_pair(row: dict[str, Any]) -> bool:
+    asks = row.get("prompt") is not None or _has_implicit_prompt(row)
+    return asks and all(row.get(name) is not None for name in ("chosen", "rejected"))
+
+
+def _asks(row: dict[str, Any]) -> bool:
+    """Whether ``prompt`` is what SFT trains, or what a row without answers asks."""
+    labels = _is_conversation(row) or (_is_pair(row) and row.get("completion") is None)
+    return row.get("prompt") is not None and not labels
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Record | TokenRecord]] = {
@@ -233,6 +280,14 @@ def _is_conversation(row: dict[str, Any]) -> bool:
     return row.get("messages") is not None and row.get("completion") is None and not isinstance(row.get("prompt"), list)
 
 
+# Columns that say what the prompt is, whether a row has them, and how the objective that trains such a row reads them.
+_PROMPT_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Record]], ...] = (
+    ("chosen and rejected", _is_pair, _pair_prompt),
+    ("messages", _is_conversation, _conversation_prompt),
+    ("prompt and completion", _asks, _explicit_prompt),
+)
+
+
 def _conversation(row: dict[str, Any]) -> tuple[Messages, list[int]]:
     """The row's messages, and the places of the assistant's among them; without those of ``weight`` 0 (OpenAI's), which
     are not to be learned."""
@@ -247,7 +302,16 @@ def _conversation(row: dict[str, Any]) -> tuple[Messages, list[int]]:
         raise UserError("messages: every message of the assistant has the weight 0; take the row out")
     if answers[-1] == 0:
         raise UserError("messages: nothing comes before the assistant's message; begin with the user's")
+    if answers[-1] < len(messages) - 1 and row.get("answer") is not None:
+        raise UserError(
+            "messages: go on after the assistant's last answer, and 'answer' may be that of what follows; end them "
+            "with it, or give all of them as 'prompt'"
+        )
     return messages, answers
+
+
+def _after_last_answer(messages: Messages, answers: list[int]) -> tuple[str, ...]:
+    return (AFTER_LAST_ANSWER,) * (answers[-1] < len(messages) - 1)
 
 
 def _put(row: dict[str, Any]) -> str:

@@ -270,10 +270,9 @@ def test_a_prompt_message_without_a_role_is_an_error_when_decoding(fast_dllm):
         assert "[0]: 'role' must be text, not missing" in error_of(lambda: make_prompt(row, "r", fast_dllm, 99))  # noqa: B023
 
 
-def test_messages_that_end_with_a_question_are_a_prompt(fast_dllm):
-    turns = [user("Hi"), assistant("Hello"), *QUESTION]
-    ids = make_prompt({"messages": turns}, "row", fast_dllm, 99).ids
-    assert ids == fast_dllm.encode_prompt(turns)
+def test_messages_without_an_answer_are_a_prompt(fast_dllm):
+    turns = [SYSTEM, *QUESTION]
+    assert make_prompt({"messages": turns}, "row", fast_dllm, 99).ids == fast_dllm.encode_prompt(turns)
 
 
 @pytest.mark.parametrize("label", [False, 0, "False", 0.0, -1, "no", "bad"])

@@ -6,6 +6,7 @@ knows a tokenizer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,8 @@ Template = Callable[..., str]
 TEMPLATE_SETTINGS = {"messages", "add_generation_prompt", "continue_final_message", "tools"}  # no row may set them
 # What a message may say beside its content, and some templates write.
 MESSAGE_KEYS = {"reasoning_content", "reasoning", "thinking", "tool_plan", "function_call", "name", "refusal"}
+# What is read here, or belongs to a message that templates write without it.
+_USUAL_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight"}
 _USUAL_ROLES = ("system", "user", "assistant", "tool")  # what templates write, if with changes
 
 
@@ -35,11 +38,66 @@ class TemplateInputs:
         return " and ".join(["tools"] * bool(self.tools) + ["chat_template_kwargs"] * bool(self.variables))
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Tokens that may end an answer: the end token, or one of the special tokens that a template writes instead."""
+
+    token: str
+    specials: frozenset[str] = frozenset()
+
+    def of_answer(self, tail: str) -> str:
+        """The part of ``tail``, a template's text behind an answer's words, that the answer ends with: up to the end
+        token, else up to the first special token; nothing where there is none. The rest is not the assistant's."""
+        if self.token in tail:
+            return tail[: tail.index(self.token) + len(self.token)]
+        found = min(((tail.index(s), -len(s)) for s in self.specials if s in tail), default=None)
+        return tail[: found[0] - found[1]] if found else ""
+
+
+@dataclass(frozen=True)
+class TemplateForm:
+    """How a chat template writes a question and its answer.
+
+    ``start`` stands in front of all words, ``lead`` between a prompt and the answer's words, ``tail`` behind those;
+    ``asks``: it writes more when it is asked for the head of the assistant's message; ``writes_keys``: messages are
+    written with whatever keys they have; ``unwritten``: those of the roles user and assistant whose words are not.
+    """
+
+    start: str
+    lead: str
+    tail: str
+    asks: bool
+    writes_keys: bool
+    unwritten: tuple[str, ...]
+
+
 class Piece(NamedTuple):
     """A part of a response's text: written by the assistant, and learned, or read by it, as the reply of a tool."""
 
     text: str
     is_learned: bool
+
+
+_WORDS = "\ue000", "\ue001", "\ue002"  # that no template holds
+
+
+def form_of(template: Template) -> TemplateForm:
+    """Raises UserError where the template refuses a question and its answer."""
+    first, question, answer = _WORDS
+    exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    opening = template(exchange[:1], add_generation_prompt=True)
+    whole = template(exchange)
+    behind, _, tail = whole.removeprefix(opening).rpartition(answer)
+    guided = _attempt(template, [{"role": "system", "content": first}, *exchange])
+    start = guided.partition(first)[0] if isinstance(guided, str) and first in guided else whole.partition(question)[0]
+    return TemplateForm(
+        start=start,
+        lead=behind if whole.startswith(opening) else "",
+        tail=tail,
+        asks=opening != _attempt(template, exchange[:1]),
+        writes_keys=whole != _attempt(template, [{**message, first: first} for message in exchange]),
+        unwritten=("user",) * (question not in opening) + ("assistant",) * (answer not in whole),
+    )
 
 
 def render_prompt(
@@ -68,26 +126,29 @@ def render_prompt(
 
 def render_response(
     template: Template,
-    eos_token: str,
+    ends: Ends,
     response: str | Messages,
     prompt: str | Messages | None,
     apply_chat_template: bool,
     inputs: TemplateInputs | None = None,
+    usual_tail: str = "",
 ) -> list[Piece]:
-    """A response's text: with messages, what the template adds to the rendered prompt. It begins and ends with what the
-    assistant writes; between two of the assistant's messages lies what it reads.
+    """A response's text: with messages, what the template adds to the rendered prompt, up to the answer's end. It
+    begins and ends with what the assistant writes; between two of the assistant's messages lies what it reads.
 
     Templates may write an answer differently after a different prompt; for ``prompt=None`` a short user message
-    stands in. Raises UserError where the rendered prompt is not what the answered conversation begins with.
+    stands in. ``usual_tail``: of `TemplateForm`, where it is known. Raises UserError where the rendered prompt is not
+    what the answered conversation begins with.
     """
     if isinstance(response, str) and not apply_chat_template:
-        return [Piece(_cut_after_end(response, eos_token), True)]
-    template = _bound(template, inputs or TemplateInputs())
+        return [Piece(_cut_after_end(response, ends.token), True)]
+    inputs = inputs or TemplateInputs()
+    template = _bound(template, inputs)
     before = _as_messages("Hi" if prompt is None else prompt, "user")
     answers = _as_messages(response, "assistant")
     opening = _opening(template, before)
     if _is_open_thought(before) and len(answers) == 1 and not answers[0].get("tool_calls"):
-        return [Piece(_cut_after_end(answers[0]["content"] + _ending(template, before), eos_token), True)]
+        return [Piece(answers[0]["content"] + ends.of_answer(_tail(template, before)), True)]
     conversation = _joined(before, answers)
     whole = _write(template, conversation)
     # Where each of the assistant's messages begins in `whole`; the first continues a prompt that ends with one.
@@ -98,9 +159,14 @@ def render_response(
     if not all(whole.startswith(opening) for opening in openings):
         raise UserError("the chat template writes this prompt differently once it is answered; give text instead")
     begins = [len(opening) for opening in openings]
+    tail = "" if inputs.names() else usual_tail
+    if not tail or not whole.endswith(tail, begins[-1]):
+        tail = _tail(template, before)
+    last = _cut_after_answer(whole[begins[-1] :], tail, ends)
     if len(begins) == 1:
-        return [Piece(_cut_after_end(whole[begins[0] :], eos_token, opening), True)]
-    return _pieces(whole, _with_own_ends_only(template, conversation, whole, eos_token), begins, eos_token)
+        return [Piece(last, True)]
+    hidden = _with_own_ends_only(template, conversation, whole, ends.token)
+    return [*_earlier_pieces(whole, hidden, begins, ends.token), Piece(last, True)]
 
 
 def _with_own_ends_only(template: Template, messages: Messages, whole: str, eos_token: str) -> str:
@@ -122,9 +188,9 @@ def _replaced(value: Any, old: str, new: str) -> Any:
     return [_replaced(item, old, new) for item in value] if isinstance(value, list) else value
 
 
-def _pieces(whole: str, hidden: str, begins: list[int], eos_token: str) -> list[Piece]:
-    """``whole`` from the first of ``begins``, where the assistant begins to speak: each time up to its end token,
-    which is the next one in ``hidden``."""
+def _earlier_pieces(whole: str, hidden: str, begins: list[int], eos_token: str) -> list[Piece]:
+    """``whole`` between the first and the last of ``begins``, where the assistant begins to speak: each time up to its
+    end token, which is the next one in ``hidden``."""
     pieces = []
     for begin, following in zip(begins, begins[1:], strict=False):
         end = hidden.find(eos_token, begin, following) + len(eos_token)
@@ -134,7 +200,7 @@ def _pieces(whole: str, hidden: str, begins: list[int], eos_token: str) -> list[
                 "writes with --eos-token"
             )
         pieces += [Piece(whole[begin:end], True), Piece(whole[end:following], False)]
-    return [*pieces, Piece(_cut_after_end(whole[begins[-1] :], eos_token, whole[: begins[0]]), True)]
+    return pieces
 
 
 def _bound(template: Template, inputs: TemplateInputs) -> Template:
@@ -160,23 +226,49 @@ def _is_open_thought(messages: Messages) -> bool:
     return bool(begun) and content.rfind("<think>") > content.rfind("</think>")
 
 
-def _ending(template: Template, before: Messages) -> str:
-    """What the template writes behind the words of an assistant's message that ends a conversation."""
-    word = "\ue000"
-    return _write(template, [*before[:-1], {"role": "assistant", "content": word}]).rpartition(word)[2]
+def _tail(template: Template, before: Messages) -> str:
+    """What the template writes behind the words of an assistant's message that answers or continues ``before``."""
+    word = _WORDS[0]
+    asked = before[:-1] if before[-1]["role"] == "assistant" else before
+    return _write(template, [*asked, {"role": "assistant", "content": word}]).rpartition(word)[2]
 
 
-def unwritten_keys(template: Template, messages: Messages, inputs: TemplateInputs) -> list[str]:
-    """Those of `MESSAGE_KEYS` that a message has and that the template does not write, even where it is the last."""
+def _cut_after_answer(text: str, tail: str, ends: Ends) -> str:
+    """Drop what templates write behind an answer's end, such as the head of the next message, from a ``text`` that ends
+    with ``tail``. The decoder stops at the end."""
+    if not text.endswith(tail):
+        return _cut_after_end(text, ends.token)
+    return text[: len(text) - len(tail)] + ends.of_answer(tail)
+
+
+def unwritten_keys(template: Template, messages: Messages, inputs: TemplateInputs, unread: set[str]) -> list[str]:
+    """Keys that a message has and that the template does not write, even where it is the last: without `_USUAL_KEYS`,
+    with those that are ``unread`` for certain."""
     template = _bound(template, inputs)
-    found: list[str] = []
+    found = [key for key in unread if any(key in message for message in messages)]
     for number, message in enumerate(messages):
-        for key in MESSAGE_KEYS & message.keys() - set(found):
+        for key in message.keys() - _USUAL_KEYS - set(found):
             without = {name: value for name, value in message.items() if name != key}
             texts = [_attempt(partial(_write, template), [*messages[:number], each]) for each in (message, without)]
             if isinstance(texts[0], str) and texts[0] == texts[1]:
                 found.append(key)
     return sorted(found)
+
+
+def unusual_keys(messages: Messages) -> set[str]:
+    return {key for message in messages for key in message} - _USUAL_KEYS
+
+
+def unwritten_roles(messages: Messages, text: str) -> list[str]:
+    """Roles of those ``messages`` whose words are not in ``text``, the template's. Thoughts may be left out, and
+    characters escaped."""
+    return sorted({message["role"] for message in messages if not _is_written(message, text)})
+
+
+def _is_written(message: dict[str, Any], text: str) -> bool:
+    content = message.get("content") or ""
+    said = content.rpartition("</think>")[2].strip() if message["role"] == "assistant" else content.strip()
+    return said in text or all(word in text for word in re.findall(r"\w+", said))
 
 
 def _write(template: Template, messages: Messages, **how: bool) -> str:
@@ -226,11 +318,9 @@ def _joined(before: Messages, answers: Messages) -> Messages:
     return [*before[:-1], {**last, **first, "content": content}, *answers[1:]]
 
 
-def _cut_after_end(text: str, eos_token: str, opening: str = "") -> str:
-    """Drop what templates write after the end token: the decoder stops at the token. That is white space, and with some
-    (LLaDA's) what stands at the end of every conversation, the ``opening`` too: the head of the next message."""
-    head = opening.rpartition(eos_token)[2]
-    stripped = (text.removesuffix(head) if head.strip() and text.endswith(eos_token + head) else text).rstrip()
+def _cut_after_end(text: str, eos_token: str) -> str:
+    """Drop white space behind an end token: the decoder stops at the token."""
+    stripped = text.rstrip()
     return stripped if stripped.endswith(eos_token) else text
 
 

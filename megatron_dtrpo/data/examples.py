@@ -7,10 +7,10 @@ right, yet may surprise the owner of the data, becomes a note.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dtrpo.data.chat import MESSAGE_KEYS, Piece
+from megatron_dtrpo.data.chat import MESSAGE_KEYS, Piece, unwritten_roles
 from megatron_dtrpo.data.records import Record, TokenRecord
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
@@ -32,6 +32,20 @@ END_IN_REPLY = (
     "warning: {count} rows have an end token inside a message that an answer reads, such as a tool's reply: it is read "
     "as the end of that message"
 )
+UNREAD_KEYS = (
+    "warning: {count} rows have messages with keys that the chat template does not write: they are neither read nor "
+    "learned: {details}"
+)
+UNWRITTEN = (
+    "warning: {count} rows have messages whose words the chat template leaves out, so that they are neither read nor "
+    "learned; use another template or take them out: of the role {details}"
+)
+HEADLESS = (
+    "warning: {count} rows go through a chat template that does not begin the assistant's message when asked to: "
+    "answers begin with {details}, which is learned; if the template's file is not complete, fetch it again"
+)
+_DETAIL = "\0"  # between a note and a detail of it; one line names all details
+_NAMED_DETAILS = 8
 
 Turn = tuple[int, int]  # first and last plus one of a response's tokens that the assistant writes
 
@@ -75,9 +89,22 @@ def unwritten(key: str) -> str:
     )
 
 
-def note_line(note: str, count: int, first: str) -> str:
+def note_line(note: str, count: int, first: str, details: Sequence[str] = ()) -> str:
     """What to say of ``count`` rows, the first of which stands at ``first``."""
-    return f"{note.format(count=count)} (first: {first})"
+    more = [f"{len(details) - _NAMED_DETAILS} more"] * (len(details) > _NAMED_DETAILS)
+    named = ", ".join([repr(detail) for detail in details[:_NAMED_DETAILS]] + more)
+    return f"{note.format(count=count, details=named)} (first: {first})"
+
+
+def note_lines(notes: dict[str, list[int]], location: Callable[[int], str]) -> list[str]:
+    """What to say of the rows, by number, that each note is about; in one line of notes that differ in a detail."""
+    found: dict[str, tuple[list[str], set[int]]] = {}
+    for note, about in notes.items():
+        text, _, detail = note.partition(_DETAIL)
+        details, rows = found.setdefault(text, ([], set()))
+        details += [detail] * bool(detail)
+        rows.update(about)
+    return [note_line(text, len(rows), location(min(rows)), details) for text, (details, rows) in found.items()]
 
 
 def encode_records(
@@ -117,23 +144,35 @@ def _render(record: Record | TokenRecord, tokenizer: Tokenizer, apply_chat_templ
     ]
     is_plain = isinstance(record.prompt, str) and not apply_chat_template
     starts_blank = any(pieces[0].text[:1].isspace() for pieces in responses)
-    notes = _notes_on_messages(record, tokenizer)
+    notes = _notes_on_messages(record, prompt, responses, tokenizer)
     return _Texts(prompt, responses, prompt[-1:].isspace() and (is_plain or starts_blank), notes)
 
 
-def _notes_on_messages(record: Record, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What its messages hold that the chat template does not write, or that ends one early."""
+def _notes_on_messages(
+    record: Record, prompt: str, responses: list[list[Piece]], tokenizer: Tokenizer
+) -> tuple[str, ...]:
+    """What its messages hold that the chat template does not write, or that ends one early; and what it writes that
+    they do not hold."""
     before = record.prompt if isinstance(record.prompt, list) else []
     answers = [response for response in record.responses if isinstance(response, list)]
-    keys = {
-        key
-        for messages in ([*before, *answer] for answer in answers or [[]])
-        if any(MESSAGE_KEYS & message.keys() for message in messages)
-        for key in tokenizer.unwritten_keys(messages, record.inputs)
-    }
+    if not before and not answers:
+        return ()
+    texts = [prompt + "".join(piece.text for piece in pieces) for pieces in responses]
+    keys, roles = set(), set()
+    for number, messages in enumerate([*before, *answer] for answer in answers or [[]]):
+        keys.update(tokenizer.unwritten_keys(messages, record.inputs))
+        roles.update(unwritten_roles(messages, texts[number] if answers else prompt))
     read = [message for answer in answers for message in answer if message["role"] != "assistant"]
     ends = any(tokenizer.eos_token in (message.get("content") or "") for message in read)
-    return (*map(unwritten, sorted(keys)), *[END_IN_REPLY] * ends)
+    form = tokenizer.template_form()
+    headless = [f"{HEADLESS}{_DETAIL}{form.lead}"] if form and not form.asks and form.lead.strip() else []
+    return (
+        *map(unwritten, sorted(keys & MESSAGE_KEYS)),
+        *(f"{UNREAD_KEYS}{_DETAIL}{key}" for key in sorted(keys - MESSAGE_KEYS)),
+        *(f"{UNWRITTEN}{_DETAIL}{role}" for role in sorted(roles)),
+        *headless,
+        *[END_IN_REPLY] * ends,
+    )
 
 
 def _given(record: TokenRecord, tokenizer: Tokenizer) -> Encoded:

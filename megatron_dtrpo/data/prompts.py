@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dtrpo.data.chat import Messages
-from megatron_dtrpo.data.examples import encode_records, note_line
+from megatron_dtrpo.data.examples import encode_records, note_lines
 from megatron_dtrpo.data.records import Record, prompt_record
 from megatron_dtrpo.data.rows import open_rows
 from megatron_dtrpo.data.tally import Tally, bad_rows_error, skipped_line
@@ -77,9 +77,9 @@ def make_prompt(
 
 def prompt_notes(prompts: Sequence[Prompt], skipped: Tally | None = None) -> list[str]:
     """Lines that the owner of the data should read about ``prompts`` and about rows that `read_prompts` ``skipped``."""
-    places: dict[str, list[str]] = {}
-    for prompt in prompts:
+    about: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
         for note in prompt.notes:
-            places.setdefault(note, []).append(prompt.location)
+            about.setdefault(note, []).append(number)
     left_out = [f"warning: {skipped_line(skipped, len(prompts) + skipped.rows)}"] if skipped else []
-    return left_out + [note_line(note, len(where), where[0]) for note, where in places.items()]
+    return left_out + note_lines(about, lambda number: prompts[number].location)

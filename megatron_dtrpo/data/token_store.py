@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dtrpo.data.examples import Encoded, Turn, encode_records, note_line
+from megatron_dtrpo.data.examples import Encoded, Turn, encode_records, note_line, note_lines
 from megatron_dtrpo.data.records import READERS, Record, TokenRecord, read_row
 from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.source import stored_files
@@ -172,14 +172,9 @@ def _write(
         "first_incomplete": first_incomplete,
         "content": content.hexdigest(),
         "crc32": {file.name: file_crc32(file) for file in sorted(directory.iterdir())},
-        "notes": _file_notes(rows) + _lines(notes, rows) + _several(row_numbers),
+        "notes": _file_notes(rows) + note_lines(notes, rows.location) + _several(row_numbers),
     }
     (directory / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-def _lines(notes: dict[str, list[int]], rows: Rows) -> list[str]:
-    """What to say of the rows that each note is about."""
-    return [note_line(note, len(set(about)), rows.location(about[0])) for note, about in notes.items()]
 
 
 def _file_notes(rows: Rows) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dtrpo.data import chat
-from megatron_dtrpo.data.chat import Messages, Piece, TemplateInputs
+from megatron_dtrpo.data.chat import Ends, Messages, Piece, TemplateForm, TemplateInputs
 from megatron_dtrpo.data.tokenizer_libraries import LIBRARIES, Library
 from megatron_dtrpo.errors import UserError, one_line
 
@@ -129,39 +129,76 @@ class Tokenizer:
         inputs: TemplateInputs | None = None,
     ) -> list[Piece]:
         """What ``encode_response`` encodes, before the end token is made certain. Raises UserError too."""
-        return chat.render_response(self._apply_template, self.eos_token, response, prompt, apply_chat_template, inputs)
+        form = self.template_form() if self._chat_template else None
+        return chat.render_response(
+            self._apply_template, self._ends(), response, prompt, apply_chat_template, inputs, form.tail if form else ""
+        )
 
     def unwritten_keys(self, messages: Messages, inputs: TemplateInputs) -> list[str]:
-        """Keys of ``messages`` that hold text which the chat template does not write (see `chat.unwritten_keys`)."""
-        return chat.unwritten_keys(self._apply_template, messages, inputs)
+        """Keys of ``messages`` that the chat template does not write (see `chat.unwritten_keys`)."""
+        keys, form = chat.unusual_keys(messages), self.template_form()
+        if not keys:
+            return []
+        words = _words(str(self._chat_template)) | chat.MESSAGE_KEYS  # transformers gives a thought under every name
+        unread = keys - words if form and not form.writes_keys else set()
+        return chat.unwritten_keys(self._apply_template, messages, inputs, unread)
+
+    def template_form(self) -> TemplateForm | None:
+        """How the chat template writes an exchange; None where it refuses one. Raises UserError where it is damaged."""
+        form = _form(self, str(self._chat_template))
+        if isinstance(form, UserError):
+            raise form
+        return form
+
+    def _ends(self) -> Ends:
+        """What may end an answer: no token that a message begins with."""
+        form = self.template_form() if self._chat_template else None
+        return Ends(
+            self.eos_token, frozenset(s for s in self._specials if s not in form.start) if form else frozenset()
+        )
+
+    @functools.cached_property
+    def _specials(self) -> frozenset[str]:
+        return frozenset(str(token) for token in self._library.added_tokens_decoder.values() if token.special)
 
     def note_on_end(self) -> str | None:
-        """A line for the user where the chat template ends an answer with a special token that is not the end token."""
-        if not self._chat_template:
-            return None
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        """A line for the user where the chat template does not end an answer with the end token."""
         try:
-            behind = self.encode(self._apply_template(messages, add_generation_prompt=False).rpartition("answer")[2])
+            form = self.template_form() if self._chat_template else None
         except UserError:  # rows that it refuses are errors of their own
             return None
-        special = {number: str(token) for number, token in self._library.added_tokens_decoder.items() if token.special}
-        name = next((special[number] for number in behind if number in special), self.eos_token)
-        if name == self.eos_token:
+        if form is None or self.eos_token in form.tail:
             return None
-        return (
-            f"the chat template ends an answer with {name}, the end token is {self.eos_token}: answers as messages "
-            f"end with both; --eos-token '{name}' ends them with {name} alone"
-        )
+        kept = self._ends().of_answer(form.tail)
+        rest = form.tail[len(kept) :].strip()
+        left_out = f"; {rest!r} behind it is not learned" if rest else ""
+        name = max((s for s in self._specials if kept.endswith(s)), key=len, default=None)
+        if name is not None:
+            return (
+                f"the chat template ends an answer with {name}, the end token is {self.eos_token}: answers as messages "
+                f"end with both; --eos-token '{name}' ends them with {name} alone{left_out}"
+            )
+        if not rest:
+            return None
+        return f"the chat template writes no end of an answer: answers as messages end with {self.eos_token}{left_out}"
 
     def _apply_template(self, messages: Messages, **how: Any) -> str:
         """``how``: the settings of `chat.Template`, and the template's own variables."""
         if not self._chat_template:
             raise UserError(f"this {self.tokenizer_type} has no chat template; give prompts and responses as text")
         self._check_variables(how.keys() - chat.TEMPLATE_SETTINGS)
+        self.template_form()
+        return self._render(messages, **how)
+
+    def _render(self, messages: Messages, **how: Any) -> str:
         import jinja2
 
         try:
             return self._library.apply_chat_template(messages, tokenize=False, **how)
+        except jinja2.TemplateSyntaxError as error:
+            raise _DamagedTemplate(
+                f"the chat template is damaged, line {error.lineno}: {one_line(error.message)}; fetch its file again"
+            ) from None
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"the chat template refuses these messages: {one_line(error)}") from None
 
@@ -208,6 +245,30 @@ class Tokenizer:
         (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
+class _DamagedTemplate(UserError):
+    """A chat template that writes no messages whatever."""
+
+
+@functools.lru_cache
+def _form(tokenizer: Tokenizer, chat_template: str) -> TemplateForm | UserError | None:
+    """What `Tokenizer.template_form` gives or raises, of the ``chat_template`` that the tokenizer has now."""
+    try:
+        form = chat.form_of(tokenizer._render)
+    except _DamagedTemplate as error:
+        return error
+    except UserError:
+        return None
+    if form.unwritten:
+        roles = " and the ".join(form.unwritten)
+        return UserError(f"the chat template does not write the words of the {roles}; fetch its file again")
+    return form
+
+
+@functools.lru_cache
+def _words(template: str) -> set[str]:
+    return set(re.findall(r"\w+", template))
+
+
 @functools.lru_cache
 def _variables(template: str) -> set[str]:
     """The names that a chat template reads and does not set itself; of one that only transformers can parse, all its
@@ -218,7 +279,7 @@ def _variables(template: str) -> set[str]:
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError:
-        return set(re.findall(r"\w+", template))
+        return _words(template)
     return meta.find_undeclared_variables(parsed)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.families.registry import mask_tokens
 
 # Beside the vocabulary files, whose names the tokenizer's class knows.
@@ -33,7 +33,11 @@ class HuggingFace:
 
     def __init__(self, folder: Path) -> None:
         auto = _imported("transformers").AutoTokenizer
-        self.library = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        try:
+            self.library = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except ValueError:  # also of a file that is no JSON, which it does not name
+            _require_json(folder)
+            raise
         vocabulary = self.library.get_vocab()
         self._ids = vocabulary
         # len() is too small for a vocabulary with holes, and ids beyond it would fall outside the embedding.
@@ -118,6 +122,15 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise UserError(f"tokenizer_type: this tokenizer is read with {name}; pip install {name}") from None
+
+
+def _require_json(folder: Path) -> None:
+    """Raises UserError where a .json file of ``folder`` is none."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file}: not valid JSON ({one_line(error)}); fetch the file again") from None
 
 
 def _names_its_class(folder: Path) -> bool:

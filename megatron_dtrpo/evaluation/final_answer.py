@@ -25,7 +25,8 @@ class Number(NamedTuple):
         return plain.value in (percent.value, percent.value / 100)
 
 
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+# Groups of three digits; or, as in India, of two in front of the last three: 12,34,567.
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|(?!0)\d{1,2}(?:,\d\d)+,\d{3}|\d+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}})?"
 _ONE = re.compile(
     rf"(?P<sign>[+-]?)(?:(?:(?P<mixed>{_WHOLE})\s+)?(?P<top>{_WHOLE})/(?P<bottom>{_WHOLE})|(?P<decimal>{_DECIMAL}))(?P<percent>%?)"
@@ -33,7 +34,7 @@ _ONE = re.compile(
 _LONGEST = 200  # characters of a number; Python reads no integer of more than 4300 digits
 # In a text: the longest run that looks like a number, readable or not, so that 10:30 is not read as 30.
 _RUN = re.compile(
-    rf"(?:(?<![\w.)\]}}])[+-])?(?<![\w.])(?:{_WHOLE}\s+\d+/\d+|\.?\d(?:[\d.,:/^]*\d)?(?:[eE][+-]?\d+)?)(?![\d/^:]\d)%?"
+    rf"(?:(?<![\w.)\]}}])[+-])?(?:(?<![\w.])|(?<=[^\W\d_]\.)(?=\d))(?:{_WHOLE}\s+\d+/\d+|\.?\d(?:[\d.,:/^]*\d)?(?:[eE][+-]?\d+)?)(?![\d/^:]\d)%?"
 )
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
 _MULTIPLE = (
@@ -61,13 +62,17 @@ _BEFORE = (
 )
 _CHANGED_BEHIND = re.compile("|".join(_BEHIND))
 _CHANGED_BEFORE = re.compile(rf"(?:{'|'.join(_BEFORE)})\s*$|\d['\u2019]$|[\u2010-\u2014]$", re.IGNORECASE)
-_REST_OF_ONE = re.compile(r"\d\s$")  # in front of "000", a part of a number that is grouped in another way
+# Beside such a group are others of a number that is grouped in another way: 12 34 567, 1,234 567, 1 00 000.
+_GROUP_BEFORE, _GROUP_BEHIND = re.compile(r"(?<!\d)\d{1,3} $"), re.compile(r" (?:\d\d )?\d{3}(?!\d)")
+_FIRST_GROUP, _LAST_GROUP = re.compile(r"\d{3}(?!\d)"), re.compile(r"(?<!\d)\d{1,3}$")
 
 _LATEX_FRACTION = re.compile(r"(?:(\d)\s*)?\\[cdt]?frac\s*(?:\{\s*(-?[\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}|(\d)\s*(\d))")
 _LATEX_UNIT = re.compile(rf"\\(?:text|mathrm|mbox)\s*\{{(?!\s*{_MULTIPLE})[^{{}}]*\}}\s*$|\^\s*\{{?\\circ\}}?\s*$")
 # Groups of thousands behind one to three digits; with a fraction behind them they may be a mixed number as well.
 _SPACES = " \u00a0\u2007-\u2009\u202f"
-_GROUPED = re.compile(rf"(?<![\w.,])[1-9]\d{{0,2}}(?:[{_SPACES}]\d{{3}})+(?!\d)(?P<over>\s?[/\u2044]\s?\d)?")
+_GROUPED = re.compile(
+    rf"(?<![\w.,])(?<!\d[{_SPACES}])[1-9]\d{{0,2}}(?:[{_SPACES}]\d{{3}})+(?![\d]|,\d)(?P<over>\s?[/\u2044]\s?\d)?"
+)
 _PLAIN = {
     "\u2212": "-",
     "\ufe63": "-",
@@ -83,6 +88,13 @@ _PLAIN = {
     "\u066a": "%",
 }
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
+_CURRENCY_WORD = re.compile(
+    r"(?:\b(?:Rs|INR|USD|EUR|GBP|JPY|CNY|RMB|CHF|CAD|AUD)\.?|\b(?:US|CA|AU|NZ|HK|NT|[ACRS])(?=\$))"
+    rf" ?(?=[{_CURRENCY}]?\d)",
+    re.IGNORECASE,
+)
+_WIDE = re.compile("[\uff01-\uff5e]")  # digits and signs as wide as Chinese characters
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 
 
 def _plain(text: str) -> str:
@@ -90,6 +102,7 @@ def _plain(text: str) -> str:
     text = re.sub(
         "[\u00bc-\u00be\u2150-\u215e\u2189]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text
     )
+    text = _WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _INVISIBLE.sub("", text))
     for written, plain in _PLAIN.items():
         text = text.replace(written, plain)
     text = _GROUPED.sub(lambda match: re.sub(f"[{_SPACES}]", "/" if match["over"] else ",", match[0]), text)
@@ -97,6 +110,7 @@ def _plain(text: str) -> str:
     text = _LATEX_FRACTION.sub(_slashed, text)
     text = re.sub(r"(?<=\d) and (?=\d+/\d)", " ", re.sub(r"(?<=\d) ?/ ?(?=\d)", "/", text))
     text = re.sub(r"\*\*|__|`|\\\(|\\\)|\\\[|\\\]", "", text)
+    text = re.sub(r"(?<=\d)/-(?!\w)", "", _CURRENCY_WORD.sub("", text))  # as rupees are written
     return re.sub(rf"\s*[{_CURRENCY}](?=\s|[.,;:!?)]|$)|[{_CURRENCY}]", "", text)
 
 
@@ -138,7 +152,9 @@ def _run_value(run: re.Match) -> Number | None:
     before = run.string[: run.start()][-_LONGEST:]
     if _CHANGED_BEHIND.match(run.string, run.end()) or _CHANGED_BEFORE.search(before):
         return None
-    if re.match(r"0\d", run[0]) and _REST_OF_ONE.search(before):
+    if _FIRST_GROUP.match(run[0]) and _GROUP_BEFORE.search(before):
+        return None
+    if _LAST_GROUP.search(run[0]) and _GROUP_BEHIND.match(run.string, run.end()):
         return None
     return _value(run[0])
 

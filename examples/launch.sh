@@ -10,7 +10,7 @@
 # However it is started, the trainer sets PYTORCH_CUDA_ALLOC_CONF, TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_CACHE_DIR
 # (a cache of compiled kernels that all processes and restarts share) where they are not set here or before.
 set -euo pipefail
-# Until torchrun starts; it has its own way to stop.
+# Until Python starts; launch.py goes on from there.
 trap 'echo "stopped by SIGTERM before the first step; start the same command again"; exit 0' TERM
 trap '' USR1
 example=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/$(basename "${BASH_SOURCE[1]}")
@@ -35,5 +35,8 @@ if [ "$nodes" != 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
 fi
 # SIGUSR1 means: save and stop. It reaches every process of a Slurm job; the trainer handles it, torchrun is to survive it,
 # which is why it is ignored above.
-exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \
+# A SIGTERM between bash and Python waits, where `env` can have it wait (coreutils 8.31); elsewhere it ends Python's first 0.1 s.
+hold="env --block-signal=TERM"
+$hold true 2>/dev/null || hold=
+exec $hold "$python" "$root/examples/launch.py" --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \
     --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-megatron-dtrpo}" "$example" "$@"

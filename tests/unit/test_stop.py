@@ -116,3 +116,54 @@ def test_examples_end_well_before_python_starts(tmp_path, example):
         shell.send_signal(signal.SIGTERM)
         said = shell.communicate(timeout=60)[0]
     assert shell.returncode == 0 and said.startswith("stopped by SIGTERM before the first step")
+
+
+# In place of torch.distributed.run. A worker is an agent's child.
+STOPPED_WHILE_IT_IS_IMPORTED = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)\nwhile True: pass"
+STOPPED_BESIDE_WORKERS = """
+import os, signal, subprocess, sys, time
+
+def listen(signum, frame):
+    print("the agent heard it")
+    sys.exit(7)
+
+def main():
+    signal.signal(signal.SIGTERM, listen)
+    worker = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('the worker waits', flush=True)"
+    subprocess.run([sys.executable, "-c", worker], check=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def launched(folder, agent: str, python: str = sys.executable) -> tuple[int, str]:
+    """The status and the words of an example's launcher with another torchrun."""
+    package = folder / "torch" / "distributed"
+    package.mkdir(parents=True)
+    for name, text in (("../__init__.py", ""), ("__init__.py", ""), ("run.py", agent)):
+        (package / name).write_text(text)
+    environment = {**_environment(), "PYTHON": python}
+    environment["PYTHONPATH"] = f"{folder}:{environment['PYTHONPATH']}"
+    command = ["bash", "examples/dtrpo_7b.sh"]
+    ended = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return ended.returncode, ended.stdout
+
+
+def test_examples_end_well_before_torchrun_has_workers(tmp_path):
+    status, words = launched(tmp_path, STOPPED_WHILE_IT_IS_IMPORTED)
+    assert status == 0 and words.startswith("stopped by SIGTERM before the first step")
+
+
+def test_torchrun_stops_in_its_own_way_and_a_worker_that_only_just_runs_waits(tmp_path):
+    status, words = launched(tmp_path, STOPPED_BESIDE_WORKERS)
+    assert status == 7 and words == "the worker waits\nthe agent heard it\n"
+
+
+def test_examples_end_well_between_bash_and_python(tmp_path):
+    if subprocess.run(["env", "--block-signal=TERM", "true"], capture_output=True).returncode:
+        pytest.skip("this env cannot block signals")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nkill -TERM $$\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    status, words = launched(tmp_path / "stubs", "", str(python))
+    assert status == 0 and words.startswith("stopped by SIGTERM before the first step")

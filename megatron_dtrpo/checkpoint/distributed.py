@@ -7,6 +7,7 @@ every process has finished: a folder with the final name is complete, and only t
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import pickle
@@ -14,10 +15,10 @@ import queue
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -34,11 +35,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dtrpo.checkpoint.folder import TRACKER, complete_iterations, damaged, iteration_folder
 from megatron_dtrpo.config.settings import RunSettings
-from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
+from megatron_dtrpo.conversion.torch_dist_reader import Window, read_metadata
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError, one_line
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically
 from megatron_dtrpo.model.chunks import chunks_of
@@ -295,37 +295,47 @@ def _explained(folder: Path, read: Callable, file: str = ""):
         raise damaged(folder, f"{file}{': ' if file else ''}{reason}") from error
 
 
-_ZIP_BEGINS, _ZIP_ENDS = b"PK\x03\x04", b"PK\x05\x06"
-_ZIP_END = 22  # bytes of a zip archive's last record
+_SMALL = 4096  # bytes; larger parts of an archive are a tensor's values, which torch.load does not compare either
 
 
 def _broken_file(folder: Path) -> str:
-    """Which file with tensors is missing, too short or no torch.save's, and how; empty where all look whole. Reads a
-    few bytes a tensor."""
+    """Which file with tensors or objects is missing, too short or damaged, and at which of them; empty where all look
+    whole. Reads a few hundred bytes of each."""
     described = read_metadata(folder)
-    pieces: dict[str, list[tuple[int, int]]] = {}
+    pieces: dict[str, dict[tuple[int, int], str]] = {}
     for index, info in described.storage_data.items():
-        if isinstance(described.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-            pieces.setdefault(info.relative_path, []).append((info.offset, info.length))
-    for name, spans in sorted(pieces.items()):
+        pieces.setdefault(info.relative_path, {})[info.offset, info.length] = index.fqn
+    for name, tensors in sorted(pieces.items()):
         try:
             with (folder / name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                end = max(offset + length for offset, length in spans)
+                end = max(offset + length for offset, length in tensors)
                 if size < end:
                     return f"{name}: has {size} bytes of {end}"
-                if not all(_is_archive(file, *span) for span in spans):
-                    return f"{name}: it is not what torch.save writes"
+                broken = [key for span, key in sorted(tensors.items()) if not _is_archive(file.fileno(), *span)]
         except FileNotFoundError:
             return f"{name}: it is missing"
         except OSError as error:
             return f"{name}: {one_line(error)}"
+        if broken:
+            others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            return f"{name}: {broken[0]}{others}: not what torch.save writes"
     return ""
 
 
-def _is_archive(file: BinaryIO, offset: int, length: int) -> bool:
-    begins, ends = (os.pread(file.fileno(), 4, place) for place in (offset, offset + length - _ZIP_END))
-    return begins == _ZIP_BEGINS and ends == _ZIP_ENDS
+def _is_archive(descriptor: int, offset: int, length: int) -> bool:
+    """Whether a stretch of a file looks like what torch.save writes, as far as its small parts and the heads of the
+    others tell."""
+    try:
+        with zipfile.ZipFile(io.BufferedReader(Window(descriptor, offset, length))) as archive:
+            for part in archive.infolist():
+                with archive.open(part) as stream:  # which compares the head, and at the end the checksum
+                    stream.read() if part.file_size <= _SMALL else None
+            return any(part.filename.endswith("data.pkl") for part in archive.infolist())
+    except OSError:
+        raise
+    except Exception:  # a damaged archive raises what it likes
+        return False
 
 
 def _in_one_line(error: BaseException) -> str:

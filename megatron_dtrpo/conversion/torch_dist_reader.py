@@ -82,7 +82,7 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A stretch of a file that reads like a file of its own."""
 
     def __init__(self, descriptor: int, offset: int, length: int):
@@ -186,7 +186,7 @@ class TorchDistReader:
         while self._cache and sum(t.nbytes for t in self._cache.values()) + info.length > limit:
             self._cache.popitem(last=False)
         try:
-            window: Any = _Window(self._descriptor(info.relative_path), info.offset, info.length)
+            window: Any = Window(self._descriptor(info.relative_path), info.offset, info.length)
             piece = torch.load(window, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"{where}: {error.strerror or error}") from None

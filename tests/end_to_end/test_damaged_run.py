@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import pickle
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_dtrpo import train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
 from tests.support import conversion_folders as folders
 from tests.support.launch import flags, latest_iteration, read_metrics, write_lines
 from tools import convert_checkpoint, generate
@@ -145,6 +148,35 @@ def test_a_damaged_file_is_one_line(good, run, command, capfd, tmp_path, name, f
         assert str(run) in line and (damaged.suffix != ".distcp" or damaged.name in line), (damage, line)
         assert contents(run) == before, f"{damage}: the run folder was changed"
         assert not (tmp_path / "out" / "metrics.jsonl").exists() and not list((tmp_path / "out").glob("iter_*")), damage
+
+
+@pytest.mark.parametrize("name", ["resume", "load", "generate"])
+@pytest.mark.parametrize(
+    ("part", "begins"),
+    [
+        ("archive/data.pkl", "decoder.layers.0.mlp"),
+        ("archive/data/0", "embedding"),
+        ("archive/byteorder", "decoder.layers.0.self_attention.linear_qkv._extra_state"),
+    ],
+)
+def test_damage_inside_a_tensor_names_it(run, command, capfd, name, part, begins):
+    """The ends of the file and of each tensor in it are whole."""
+    folder = run / "iter_0000004"
+    described = read_metadata(folder)
+    index, where = next(
+        (index, info)
+        for index, info in sorted(described.storage_data.items(), key=lambda pair: pair[1].offset)
+        if index.fqn.startswith(begins)
+    )
+    file = folder / where.relative_path
+    with zipfile.ZipFile(io.BytesIO(file.read_bytes()[where.offset : where.offset + where.length])) as archive:
+        begin = where.offset + archive.getinfo(part).header_offset
+    with file.open("r+b") as stream:
+        stream.seek(begin + 26)  # the lengths of its name and of what follows it
+        stream.write(b"\xff\xff")
+    assert command(name, run) == 2
+    line = one_line(capfd)
+    assert f"{file.name}: {index.fqn}: not what torch.save writes; delete iter_0000004 to go on" in line
 
 
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in BORNE.items() for file in files])

@@ -20,6 +20,10 @@ BEHIND_END = (
     "warning: {count} rows have text behind an end token inside an answer: it is learned, but decoding stops at the "
     "token"
 )
+OTHER_SPECIAL = (
+    "warning: {count} rows have special tokens in an answer that is text, and they are not the end token: they are "
+    "learned: {details}"
+)
 WHITE_SPACE = (
     "warning: {count} rows have a prompt that ends in white space which the tokenizer joins with the answer's first "
     "word: move it to the answer"
@@ -122,6 +126,8 @@ def encode_records(
                 parts = _given(record, tokenizer)
             else:
                 parts = _joined(record, texts, ids, tokenizer)
+                if isinstance(record.prompt, str) and not apply_chat_template:
+                    parts = replace(parts, notes=(*parts.notes, *_other_specials(parts, tokenizer)))
             encoded.append(_attempt(_checked, parts, names, tokenizer, isinstance(record, TokenRecord)))
     return encoded
 
@@ -211,6 +217,13 @@ def _quotes_arguments(record: Record, texts: _Texts) -> bool:
     arguments = [f.get("arguments") for f in functions if isinstance(f, dict)]
     quoted = [json.dumps(a, ensure_ascii=False) for a in arguments if isinstance(a, str)]
     return any(each in text for each in quoted for text in texts)
+
+
+def _other_specials(parts: Encoded, tokenizer: Tokenizer) -> list[str]:
+    """Notes on special tokens in answers, such as the end token of another model."""
+    names = tokenizer.special_names
+    found = {token for ids in parts.responses for token in ids if token in names} - {tokenizer.eos_id}
+    return [f"{OTHER_SPECIAL}{_DETAIL}{names[token]}" for token in sorted(found)]
 
 
 def _checked(parts: Encoded, names: Sequence[str], tokenizer: Tokenizer, given: bool) -> Encoded:

@@ -90,6 +90,8 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         raise UserError(f"{name}: has {key!r}; models here read text only, take the row out")
     if message.get("weight", 1) not in (0, 1):
         raise UserError(f"{name}: 'weight' must be 0 or 1, not {message['weight']!r}")
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined_parts(message["content"], name)
     calls = _tool_calls(message.pop("tool_calls", None), name)
     require_encodable({**message, "tool_calls": calls}, name)
     if calls:
@@ -101,6 +103,19 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(message.get("content"), str):
         raise UserError(f"{name}: 'content' must be text, not {kind_of(message.get('content'))}")
     return message
+
+
+def _joined_parts(parts: list[Any], name: str) -> str:
+    """The text of a message that is given in parts, ``{"type": "text", "text": "2+2?"}``, as OpenAI's may be."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise UserError(f"{name}: 'content' must be text or a list of its parts, with a type each")
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"{name}: 'content' has a part of the type {part['type']!r}; models here read text only, take the row "
+                "out"
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:

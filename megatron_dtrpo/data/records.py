@@ -45,6 +45,11 @@ AFTER_LAST_ANSWER = (
     "warning: {count} rows go on after the assistant's last answer: what follows it is neither learned nor asked; to "
     "have all messages of a row answered, call the column 'prompt'"
 )
+REPEATED = (
+    "warning: {count} rows repeat the prompt at the beginning of every answer, so that it comes twice: take it out of "
+    "the answers"
+)
+LABEL = "warning: {count} rows have a 'label' that says neither that the completion is good nor bad: it is not read"
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
 JSON_TEXT = "warning: {{count}} rows have JSON in {name!r} that holds no messages: it is taken as it stands, as text"
 # Columns that belong to a prompt in other people's data (Orca, Alpaca) and that no layout reads.
@@ -92,9 +97,7 @@ def preference_record(row: dict[str, Any]) -> Record | TokenRecord:
     if isinstance(chosen, str) and isinstance(rejected, str) and row.get("prompt") is None:
         return _implicit_text(row)
     _require(row, ("prompt", "chosen", "rejected"))
-    prompt = _prompt(row["prompt"])
-    responses = tuple(_response(row[name], name, prompt) for name in ("chosen", "rejected"))
-    return Record(prompt, responses, _template_inputs(row))
+    return _explicit_record(row, ("chosen", "rejected"))
 
 
 def sft_record(row: dict[str, Any]) -> Record | TokenRecord:
@@ -153,7 +156,7 @@ def _attempt(read: Callable[[dict[str, Any]], Record], row: dict[str, Any]) -> R
 
 
 def _no_prompt(row: dict[str, Any]) -> UserError:
-    renaming = _renaming(row, ["prompt"])
+    renaming = _renaming(row, ["prompt"]) or _renaming_of_messages(row, "messages")
     return UserError(f"a row needs prompt, messages or prompt_ids; this one has {_present(row)}{renaming}")
 
 
@@ -211,7 +214,11 @@ def read_row(kind: str, row: dict[str, Any], assistant_turns: str = "last") -> l
     row, packed = read_columns(row)
     turns = kind == "sft" and assistant_turns == "all"
     first, *others = sft_turn_records(row) if turns else [READERS[kind](row)]
-    return [_with_notes(row, packed, first), *others]
+    first = _with_notes(row, packed, first)
+    label = row.get("label")
+    if kind == "sft" and label is not None and _plain_label(label) not in _GOOD_LABELS:
+        first = replace(first, notes=(*first.notes, LABEL))
+    return [first, *others]
 
 
 def _with_notes(row: dict[str, Any], packed: Sequence[str], record: Record | TokenRecord) -> Record | TokenRecord:
@@ -249,7 +256,7 @@ def _implicit_messages(row: dict[str, Any]) -> Record:
 
 
 def _implicit_text(row: dict[str, Any]) -> Record:
-    renaming = _renaming(row, ["prompt"])
+    renaming = _renaming(row, ["prompt"]) or _renaming_of_messages(row, "prompt")
     if renaming:  # two answers that happen to begin with the same words hold no prompt
         raise UserError(f"missing field 'prompt'; the row has {_present(row)}{renaming}")
     chosen, rejected = (require_text(row[name], name) for name in ("chosen", "rejected"))
@@ -260,19 +267,39 @@ def _implicit_text(row: dict[str, Any]) -> Record:
 
 def _completion_record(row: dict[str, Any]) -> Record:
     _require(row, ("prompt", "completion"))
+    return _explicit_record(row, ("completion",))
+
+
+_SHORT = 8  # characters of a prompt that an answer may well begin with too
+
+
+def _explicit_record(row: dict[str, Any], names: tuple[str, ...]) -> Record:
     prompt = _prompt(row["prompt"])
-    return Record(prompt, (_response(row["completion"], "completion", prompt),), _template_inputs(row))
+    responses = tuple(_response(row[name], name, prompt) for name in names)
+    notes = (REPEATED,) * all(_repeats(response, prompt) for response in responses)
+    return Record(prompt, responses, _template_inputs(row), notes)
 
 
-_BAD_LABELS = ("false", "0", "0.0", "-1", "-1.0", "no", "bad")
+def _repeats(response: str | Messages, prompt: str | Messages) -> bool:
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return False
+    return len(prompt.strip()) > _SHORT and response.strip().startswith(prompt.strip())
+
+
+_GOOD_LABELS = ("true", "1", "1.0", "yes", "good", "chosen", "desirable", "correct")
+_BAD_LABELS = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable", "dispreferred", "incorrect")
 
 
 def _refuse_bad_label(label: Any) -> None:
     """KTO's data holds completions to avoid beside those to follow."""
-    if str(label).strip().lower() in _BAD_LABELS:
+    if _plain_label(label) in _BAD_LABELS:
         raise UserError(
             f"label: is {label!r}: the completion is one to avoid, and sft learns what it is given; take the row out"
         )
+
+
+def _plain_label(label: Any) -> str:
+    return str(label).strip().lower()
 
 
 def _is_conversation(row: dict[str, Any]) -> bool:
@@ -445,7 +472,7 @@ def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:
             "missing field 'completion' beside a prompt of messages; if the messages hold the answer: take prompt out"
         )
     if missing:
-        renaming = _renaming(row, missing)
+        renaming = _renaming(row, missing) or ("prompt" in missing and _renaming_of_messages(row, "messages")) or ""
         is_kto = "chosen" in missing and row.get("label") is not None
         no_pair = "; a completion and its label (KTO) are no pair" if is_kto else ""
         raise UserError(f"missing field {missing[0]!r}; the row has {_present(row)}{no_pair}{renaming}")
@@ -456,6 +483,15 @@ def _renaming(row: dict[str, Any], missing: Sequence[str]) -> str:
     found = [(next((o for o in _OTHER_NAMES.get(name, ()) if row.get(o) is not None), None), name) for name in missing]
     renamed = ", ".join(f"{other!r} to {name!r}" for other, name in found if other is not None)
     return f"; rename {renamed}" if renamed else ""
+
+
+_DIALOGUES = ("messages", "conversation", "dialog", "dialogue", "chat")
+
+
+def _renaming_of_messages(row: dict[str, Any], name: str) -> str:
+    """What to rename, where a column of the row holds messages and the ``name`` of them is another."""
+    found = [key for key in _DIALOGUES if isinstance(row.get(key), list) and row[key] and isinstance(row[key][0], dict)]
+    return f"; rename {found[0]!r} to {name!r}" if found and found[0] != name else ""
 
 
 def _present(row: dict[str, Any]) -> str:

@@ -80,6 +80,12 @@ class Tokenizer:
         """The id of one token by its name in the vocabulary, special ones included; None if there is no such token."""
         return self.backend.token_id(token)
 
+    @functools.cached_property
+    def special_names(self) -> dict[int, str]:
+        """Names of the special tokens of a Hugging Face vocabulary, by id; other libraries write none from text."""
+        added = getattr(self._library, "added_tokens_decoder", {})
+        return {number: str(token) for number, token in added.items() if token.special}
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each of ``ids`` adds; joined they are ``decode(ids)``. Tokens without text add ''.
 
@@ -153,13 +159,7 @@ class Tokenizer:
     def _ends(self) -> Ends:
         """What may end an answer: no token that a message begins with."""
         form = self.template_form() if self._chat_template else None
-        return Ends(
-            self.eos_token, frozenset(s for s in self._specials if s not in form.start) if form else frozenset()
-        )
-
-    @functools.cached_property
-    def _specials(self) -> frozenset[str]:
-        return frozenset(str(token) for token in self._library.added_tokens_decoder.values() if token.special)
+        return Ends(self.eos_token, frozenset(s for s in self.special_names.values() if form and s not in form.start))
 
     def note_on_end(self) -> str | None:
         """A line for the user where the chat template does not end an answer with the end token."""
@@ -172,7 +172,7 @@ class Tokenizer:
         kept = self._ends().of_answer(form.tail)
         rest = form.tail[len(kept) :].strip()
         left_out = f"; {rest!r} behind it is not learned" if rest else ""
-        name = max((s for s in self._specials if kept.endswith(s)), key=len, default=None)
+        name = max((s for s in self.special_names.values() if kept.endswith(s)), key=len, default=None)
         if name is not None:
             return (
                 f"the chat template ends an answer with {name}, the end token is {self.eos_token}: answers as messages "

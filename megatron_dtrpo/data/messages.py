@@ -107,9 +107,9 @@ def _message(value: Any, name: str) -> dict[str, Any]:
 
 def _joined_parts(parts: list[Any], name: str) -> str:
     """The text of a message that is given in parts, ``{"type": "text", "text": "2+2?"}``, as OpenAI's may be."""
+    if not parts or not all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in parts):
+        raise UserError(f"{name}: 'content' must be text, not a list; parts of it have a type each")
     for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise UserError(f"{name}: 'content' must be text or a list of its parts, with a type each")
         if part["type"] != "text" or not isinstance(part.get("text"), str):
             raise UserError(
                 f"{name}: 'content' has a part of the type {part['type']!r}; models here read text only, take the row "

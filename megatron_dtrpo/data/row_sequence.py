@@ -37,11 +37,11 @@ class Rows:
 class Concatenated(Rows):
     """The rows of several files, one after the other; one file at a time keeps rows in memory."""
 
-    def __init__(self, parts: list[Rows]) -> None:
+    def __init__(self, parts: list[Rows], notes: tuple[str, ...] = ()) -> None:
         self._parts = parts
         self._starts = [0, *accumulate(map(len, parts))]
         self._last = 0
-        self.notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        self.notes = (*dict.fromkeys(note for part in parts for note in part.notes), *notes)
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -14,6 +14,7 @@ import re
 from itertools import chain
 from pathlib import Path
 
+from megatron_dtrpo.data.file_sets import require_all_shards, require_no_broken_link
 from megatron_dtrpo.data.file_signs import COMPRESSIONS, is_description, kind_of
 from megatron_dtrpo.errors import UserError
 
@@ -52,6 +53,7 @@ def data_files(path: str | Path, split: str | None = None) -> list[Path]:
     if not glob.has_magic(str(path)):
         raise UserError(f"{path}: no such file; give the path of {KINDS}, of a folder of them, or a glob{_hub(path)}")
     files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))
+    require_no_broken_link(files)
     files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(f"{path}: no file matches this glob; put it in quotes and look at its folder")
@@ -84,13 +86,17 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
         if split is not None:
             raise UserError(f"{folder}: is one saved data set without splits; leave --split out")
         return [folder]
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    require_no_broken_link([file for place in places for file in sorted(place.iterdir()) if _is_of_a_kind(file)])
     # A repository of the Hugging Face hub keeps its files in data/, or in a folder for each configuration.
     files = _data_in(folder) or _data_in(folder / "data")
     if not files and not any(_has_data(p) for p in folder.iterdir() if p.is_dir()):
         files = _files_in(folder)  # nothing else is there: what is wrong with these is said when they are read
-    if files:
-        return _of_one_kind(folder, _of_split(folder, files, split))
-    return _of_subfolders(folder, split)
+    if not files:
+        return _of_subfolders(folder, split)
+    chosen = _of_one_kind(folder, _of_split(folder, files, split))
+    require_all_shards(folder, chosen)
+    return chosen
 
 
 def _of_saved_splits(folder: Path, split: str | None) -> list[Path]:
@@ -125,12 +131,12 @@ def _has_data(folder: Path) -> bool:
 def _files_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    known = (*TEXT_KINDS, *TABLE_KINDS)
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.is_file() and kind_of(p)[0] in known and p.name not in _DESCRIPTIONS and not p.name.startswith(".")
-    )
+    return sorted(file for file in folder.iterdir() if file.is_file() and _is_of_a_kind(file))
+
+
+def _is_of_a_kind(file: Path) -> bool:
+    known = kind_of(file)[0] in (*TEXT_KINDS, *TABLE_KINDS)
+    return known and file.name not in _DESCRIPTIONS and not file.name.startswith(".")
 
 
 def _data_in(folder: Path) -> list[Path]:

@@ -110,8 +110,9 @@ def test_content_in_parts_of_text(store_of, tokenizer):
         ),
         ([text_part("2?"), {"type": "image"}], "a part of the type 'image'; models here read text only"),
         ([text_part(None)], "a part of the type 'text'"),
-        (["2?"], "'content' must be text or a list of its parts"),
-        ([{"text": "2?"}], "'content' must be text or a list of its parts"),
+        (["2?"], "'content' must be text, not a list; parts of it have a type each"),
+        ([{"text": "2?"}], "'content' must be text, not a list; parts of it have a type each"),
+        ([], "'content' must be text, not a list"),
         ({"text": "2?"}, "'content' must be text, not an object"),
     ],
 )

@@ -261,3 +261,45 @@ def test_a_description_hides_no_folders_and_rows_are_none(tmp_path):
     (tmp_path / "array").mkdir()
     (tmp_path / "array" / "a.json").write_text(json.dumps([{"name": 1}, {"name": 2}], indent=2))
     assert names_of(tmp_path / "array") == [1, 2]
+
+
+def test_a_shard_that_is_missing_is_an_error(tmp_path):
+    """A download that was not complete trained on the rest."""
+    folder = touch(tmp_path / "hub", *(f"data/train-0000{number}-of-00004.parquet" for number in (0, 2)))
+    touch(folder, "data/test-00000-of-00001.parquet")
+    line = message_of(folder, "train")
+    assert "lacks train-00001-of-00004, train-00003-of-00004; fetch it, or give a glob" in line
+    assert len(open_rows(folder, "test")) == 1
+    assert len(names_of(folder / "data" / "train-*")) == 2
+    hashed = [f"train-0000{number}-of-00002-{sign}.parquet" for number, sign in enumerate(("0a1b2c3d", "ff00aa11"))]
+    assert names_of(touch(tmp_path / "hashed", *hashed)) == hashed
+    assert "lacks a-00000-of-00005, " in message_of(touch(tmp_path / "one", "a-00004-of-00005.jsonl"))
+
+
+@pytest.mark.parametrize("inside", [".", "data"])
+def test_a_link_to_nothing_is_an_error(tmp_path, inside):
+    """The hub's cache holds links."""
+    folder = touch(tmp_path / "hub", f"{inside}/a.jsonl")
+    (folder / inside / "b.jsonl").symlink_to("../blobs/0a1b")
+    (folder / inside / "notes.txt").symlink_to("nowhere")
+    for path in (folder, folder / inside / "*.jsonl"):
+        with pytest.raises(UserError) as caught:
+            open_rows(path)
+        assert str(caught.value).startswith(f"{folder / inside / 'b.jsonl'}: is a link to ../blobs/0a1b, which is not")
+    (folder / inside / "b.jsonl").unlink()
+    (folder / inside / "b.jsonl").symlink_to(folder / inside / "a.jsonl")
+    assert len(open_rows(folder)) == 2
+
+
+def test_copies_and_files_without_rows_are_noted(tmp_path):
+    folder = touch(tmp_path / "pairs", "pairs.jsonl", "other.jsonl")
+    assert open_rows(folder).notes == ()
+    for name in ("pairs (1).jsonl", "{0}.jsonl"):
+        (folder / name).write_bytes((folder / "pairs.jsonl").read_bytes())
+    for name in ("empty.jsonl", "void.jsonl"):
+        (folder / name).write_text("")
+    rows = open_rows(folder)
+    without, twice = (note.format(count=len(rows)) for note in rows.notes)
+    assert without == "warning: empty.jsonl, void.jsonl without rows beside the 4 rows of the others"
+    copy = "(as pairs (1).jsonl)"
+    assert twice == f"warning: pairs.jsonl {copy}, {{0}}.jsonl {copy} among the 4 rows twice: the same bytes"

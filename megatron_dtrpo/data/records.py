@@ -49,6 +49,8 @@ REPEATED = (
     "warning: {count} rows repeat the prompt at the beginning of every answer, so that it comes twice: take it out of "
     "the answers"
 )
+INVERTED = "warning: {count} rows give the rejected answer a higher score than the chosen one: are the two exchanged?"
+WORDLESS = "warning: {count} rows have a message of the user without words, as an image leaves it that was taken out"
 LABEL = "warning: {count} rows have a 'label' that says neither that the completion is good nor bad: it is not read"
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
 JSON_TEXT = "warning: {{count}} rows have JSON in {name!r} that holds no messages: it is taken as it stands, as text"
@@ -215,10 +217,31 @@ def read_row(kind: str, row: dict[str, Any], assistant_turns: str = "last") -> l
     turns = kind == "sft" and assistant_turns == "all"
     first, *others = sft_turn_records(row) if turns else [READERS[kind](row)]
     first = _with_notes(row, packed, first)
+    return [replace(first, notes=first.notes + _COLUMN_NOTES[kind](row)), *others]
+
+
+def _label_notes(row: dict[str, Any]) -> tuple[str, ...]:
     label = row.get("label")
-    if kind == "sft" and label is not None and _plain_label(label) not in _GOOD_LABELS:
-        first = replace(first, notes=(*first.notes, LABEL))
-    return [first, *others]
+    return (LABEL,) * (label is not None and _plain_label(label) not in _GOOD_LABELS)
+
+
+_SCORES = ("score", "rating", "reward", "quality")
+
+
+def _score_notes(row: dict[str, Any]) -> tuple[str, ...]:
+    for name in _SCORES:
+        for chosen, rejected in ((f"{name}_chosen", f"{name}_rejected"), (f"chosen_{name}", f"rejected_{name}")):
+            scores = row.get(chosen), row.get(rejected)
+            if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
+                return (INVERTED,)
+    return ()
+
+
+# What columns beside the answers say of them.
+_COLUMN_NOTES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
+    "preference": _score_notes,
+    "sft": _label_notes,
+}
 
 
 def _with_notes(row: dict[str, Any], packed: Sequence[str], record: Record | TokenRecord) -> Record | TokenRecord:
@@ -226,6 +249,9 @@ def _with_notes(row: dict[str, Any], packed: Sequence[str], record: Record | Tok
     no messages. Token ids are whole as given."""
     unread = tuple(note for name, note in UNREAD.items() if isinstance(row.get(name), str) and row[name].strip())
     notes = unread + tuple(JSON_TEXT.format(name=name) for name in packed)
+    if isinstance(record.prompt, list) and isinstance(record, Record):
+        wordless = any(m["role"] == "user" and not m["content"].strip() for m in record.prompt)
+        notes += (WORDLESS,) * wordless
     return replace(record, notes=record.notes + notes) if notes and isinstance(record, Record) else record
 
 
@@ -307,10 +333,15 @@ def _is_conversation(row: dict[str, Any]) -> bool:
     return row.get("messages") is not None and row.get("completion") is None and not isinstance(row.get("prompt"), list)
 
 
+def _holds_prompt(row: dict[str, Any]) -> bool:
+    """Whether ``messages`` say what is asked; also beside a completion alone, as `generate.py` writes it."""
+    return _is_conversation(row) or (row.get("messages") is not None and row.get("prompt") is None)
+
+
 # Columns that say what the prompt is, whether a row has them, and how the objective that trains such a row reads them.
 _PROMPT_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Record]], ...] = (
     ("chosen and rejected", _is_pair, _pair_prompt),
-    ("messages", _is_conversation, _conversation_prompt),
+    ("messages", _holds_prompt, _conversation_prompt),
     ("prompt and completion", _asks, _explicit_prompt),
 )
 

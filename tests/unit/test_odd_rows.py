@@ -138,3 +138,25 @@ def test_words_that_answers_share_are_no_prompt_beside_messages(store_of, tokeni
     line = refused(lambda: store_of([row], "preference"))
     assert "missing field 'prompt'" in line and "rename 'messages' to 'prompt'" in line
     assert make_prompt(row, "row", tokenizer, 99).ids == tokenizer.encode_prompt(row["messages"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")]
+)
+def test_scores_that_prefer_the_rejected_answer_are_counted(store_of, chosen, rejected):
+    rows = [{**TEXT, chosen: good, rejected: bad} for good, bad in ((9, 1), (5.0, 5.0), (1, 9), (None, 3), ("1", 9))]
+    (note,) = store_of(rows, "preference").notes
+    assert note.startswith("warning: 1 rows give the rejected answer a higher score") and note.endswith(":3)")
+    assert store_of(rows).notes == ()
+
+
+def test_a_user_without_words_is_counted(store_of, tokenizer):
+    rows = [{"messages": [user(words), assistant("4")]} for words in ("2+2?", " ")]
+    (note,) = store_of(rows).notes
+    assert note.startswith("warning: 1 rows have a message of the user without words") and note.endswith(":2)")
+    assert make_prompt(rows[1], "row", tokenizer, 99).notes and not make_prompt(rows[0], "row", tokenizer, 99).notes
+
+
+def test_rows_that_were_decoded_are_decoded_again(tokenizer):
+    row = {"messages": [user("2+2?"), assistant("4")], "completion": "5", "completion_ids": [9, 9]}
+    assert make_prompt(row, "row", tokenizer, 99).ids == tokenizer.encode_prompt(row["messages"][:1])

@@ -150,7 +150,7 @@ def _render(record: Record | TokenRecord, tokenizer: Tokenizer, apply_chat_templ
     ]
     is_plain = isinstance(record.prompt, str) and not apply_chat_template
     starts_blank = any(pieces[0].text[:1].isspace() for pieces in responses)
-    notes = _notes_on_messages(record, prompt, responses, tokenizer)
+    notes = () if is_plain else _notes_on_messages(record, prompt, responses, tokenizer)
     return _Texts(prompt, responses, prompt[-1:].isspace() and (is_plain or starts_blank), notes)
 
 
@@ -161,8 +161,6 @@ def _notes_on_messages(
     they do not hold."""
     before = record.prompt if isinstance(record.prompt, list) else []
     answers = [response for response in record.responses if isinstance(response, list)]
-    if not before and not answers:
-        return ()
     texts = [prompt + "".join(piece.text for piece in pieces) for pieces in responses]
     keys, roles = set(), set()
     for number, messages in enumerate([*before, *answer] for answer in answers or [[]]):

@@ -191,6 +191,8 @@ def test_a_template_that_is_cut_between_its_parts_is_noted(tmp_path, tokenizer_o
     (decoded,) = prompt_notes(prompts_of(tmp_path, rows, tokenizer))
     assert trained == decoded
     assert r"answers begin with '<|im_start|>assistant\n', which is learned" in trained and "\n" not in trained
+    text = store_of([{"prompt": "Is it cold?", "completion": "Yes."}], tokenizer, apply_chat_template=True)
+    assert text.notes == (trained,)
 
 
 @pytest.mark.parametrize(

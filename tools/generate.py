@@ -151,7 +151,7 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
         if arguments.output:
             write_atomically(Path(arguments.output), "".join(lines))
         if arguments.trace:
-            write_atomically(Path(arguments.trace), _trace_page(tokenizer, prompts, completions, arguments.checkpoint))
+            write_atomically(Path(arguments.trace), _trace_page(tokenizer, prompts, completions, arguments))
     except OSError as error:
         with suppress(OSError):
             Path(f"{error.filename}").unlink()
@@ -160,21 +160,13 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
         print(tokenizer.decode(completions[0].tokens))
 
 
-def _trace_page(tokenizer, prompts, completions, checkpoint: str) -> str:
-    from megatron_dtrpo.inference.trace import Trace, trace_page
+def _trace_page(tokenizer, prompts, completions, arguments) -> str:
+    from megatron_dtrpo.evaluation.session import token_ids
+    from megatron_dtrpo.inference.trace import trace_of, trace_page
 
-    traces = [
-        Trace(
-            prompt=prompt.text,
-            pieces=tuple(tokenizer.pieces(completion.tokens)),
-            steps=tuple(completion.steps),
-            confidence=tuple(completion.confidence),
-            blocks=tuple(completion.blocks),
-            text=tokenizer.decode(completion.tokens),
-        )
-        for prompt, completion in zip(prompts[:TRACED], completions, strict=False)
-    ]
-    return trace_page(traces, f"Decoding with {Path(checkpoint).name}")
+    end_ids, traced = token_ids(tokenizer, arguments.stop_token), zip(prompts[:TRACED], completions, strict=False)
+    traces = [trace_of(prompt.text, completion, tokenizer, end_ids) for prompt, completion in traced]
+    return trace_page(traces, f"Decoding with {Path(arguments.checkpoint).name}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,28 @@ const make = (tag, attributes) => {
 };
 const percent = x => x > 0.999 && x < 1 ? ">99.9%" : (100 * x).toFixed(1) + "%";
 const traces = JSON.parse($("data").textContent);
-for (const each of traces) each.confidence = each.confidence.map(c => Math.min(c, 1));  // rounding of a softmax
-let trace, spans, bars, counts, means, opens, last, chosen = 0, step = 0, timer = 0, pointed = null;
+for (const each of traces) {  // rounding of a softmax
+  each.confidence = each.confidence.map(c => Math.min(c, 1));
+  for (const token of each.discarded) token.confidence = Math.min(token.confidence, 1);
+}
+let trace, spans, ghosts, bars, counts, means, opens, last, chosen = 0, step = 0, timer = 0, pointed = null;
 
 // What a token that shows nothing by itself is drawn as.
-function signOf(piece, isLast) {
-  if (piece === "") return isLast ? "end" : "\u00b7";
+function signOf(piece, ends) {
+  if (piece === "") return ends ? "end" : "\u00b7";
   return /[\n\r]/.test(piece) && !piece.trim() ? "\u21b5" : null;
+}
+
+function tokenSpan(piece, ends, sureness) {
+  const span = document.createElement("span"), sign = signOf(piece, ends);
+  span.className = "token masked";
+  span.dataset.piece = piece;
+  if (sign) span.dataset.sign = sign;
+  span.classList.toggle("breaks", /[\n\r]/.test(piece));
+  if (sign === "end") span.classList.add("end");
+  span.style.setProperty("--sureness", sureness);
+  span.tabIndex = 0;
+  return span;
 }
 
 function choose(index, at) {
@@ -23,7 +38,9 @@ function choose(index, at) {
   last = trace.steps.reduce((a, b) => Math.max(a, b), 0);
   counts = new Array(last + 1).fill(0);
   means = new Array(last + 1).fill(0);
-  trace.steps.forEach((s, i) => { counts[s] += 1; means[s] += trace.confidence[i]; });
+  const tally = (s, sure) => { counts[s] += 1; means[s] += sure; };
+  trace.steps.forEach((s, i) => tally(s, trace.confidence[i]));
+  for (const token of trace.discarded) tally(token.step, token.confidence);
   means = means.map((sum, s) => counts[s] ? sum / counts[s] : null);
   opens = new Map();  // block: the step in which its first token appeared
   trace.blocks.forEach((b, i) => opens.set(b, Math.min(trace.steps[i], opens.get(b) ?? Infinity)));
@@ -36,20 +53,20 @@ function choose(index, at) {
       bar.dataset.block = trace.blocks[i];
       bars.push(bar);
     }
-    const span = parts.appendChild(document.createElement("span"));
-    const sign = signOf(piece, i === trace.pieces.length - 1);
-    span.className = "token masked";
-    span.dataset.piece = piece;
+    const span = parts.appendChild(tokenSpan(piece, i === trace.pieces.length - 1, trace.confidence[i]));
     span.dataset.index = i;
-    if (sign) span.dataset.sign = sign;
-    span.classList.toggle("breaks", /[\n\r]/.test(piece));
-    if (sign === "end") span.classList.add("end");
-    span.style.setProperty("--sureness", trace.confidence[i]);
-    span.tabIndex = 0;
+    return span;
+  });
+  // What is thrown away is never text of the page: it is not copied with the response, which does not hold it.
+  ghosts = trace.discarded.map((token, i) => {
+    const span = parts.appendChild(tokenSpan(token.piece, token.ends, token.confidence));
+    span.classList.add("ghost");
+    span.dataset.ghost = i;
     return span;
   });
   $("completion").replaceChildren(parts);
   $("prompt").textContent = trace.prompt;
+  for (const element of document.querySelectorAll(".if-discarded")) element.hidden = !trace.discarded.length;
   $("trace").value = index;
   $("step").max = last;
   hideTip();
@@ -62,6 +79,7 @@ function show(k) {
   let at = step;
   while (at > 0 && !counts[at]) at -= 1;
   trace.steps.forEach((s, i) => { if (s === at) active = Math.max(active, trace.blocks[i]); });
+  for (const token of trace.discarded) if (token.step === at) active = Math.max(active, token.block);
   spans.forEach((span, i) => {
     const visible = trace.steps[i] <= step;
     if (visible === span.classList.contains("masked")) {
@@ -72,6 +90,13 @@ function show(k) {
     span.classList.toggle("active", trace.blocks[i] <= active);
     shown += visible;
   });
+  ghosts.forEach((span, i) => {
+    const token = trace.discarded[i];
+    span.classList.toggle("masked", token.step > step);
+    span.classList.toggle("new", token.step === step);
+    span.classList.toggle("discarded", token.until <= step);
+    span.classList.toggle("active", token.block <= active);
+  });
   for (const bar of bars) bar.classList.toggle("active", +bar.dataset.block === active);
   const total = spans.length;
   $("step").value = step;
@@ -79,6 +104,7 @@ function show(k) {
   $("where").textContent = total ? `step ${step + 1} of ${last + 1}` : "no tokens";
   $("tokens").innerHTML = `${shown} <small>of ${total}</small>`;
   $("rate").textContent = (shown / (step + 1)).toFixed(2);
+  $("thrown").textContent = trace.discarded.filter(token => token.until <= step).length;
   $("fresh").textContent = counts[step];
   $("mean").textContent = means[step] === null ? "\u2013" : percent(means[step]);
   $("previous").disabled = step === 0;
@@ -188,7 +214,7 @@ function toggle() {
 
 // Keep what is being written in sight.
 function follow() {
-  const fresh = spans.find((span, i) => trace.steps[i] === step);
+  const fresh = [...spans, ...ghosts].find(span => tokenOf(span).step === step);
   if (!fresh) return;
   const box = fresh.getBoundingClientRect();
   if (box.top < $("player").getBoundingClientRect().bottom || box.bottom > innerHeight)
@@ -209,15 +235,23 @@ function recall() {
   choose(Math.max(0, Math.min(traces.length - 1, index)), at);
 }
 
+// The token that a span stands for, in one form for kept and discarded ones.
+function tokenOf(span) {
+  if (span.dataset.ghost) return trace.discarded[+span.dataset.ghost];
+  const i = +span.dataset.index;
+  return { piece: trace.pieces[i], step: trace.steps[i], confidence: trace.confidence[i], block: trace.blocks[i] };
+}
+
 function showTip(span) {
   pointed = span;
-  const i = +span.dataset.index, tip = $("tip"), word = document.createElement("b");
-  const visible = trace.steps[i] <= step;
-  word.textContent = !visible ? "masked" : trace.pieces[i] === "" ? "no text of its own" :
-    "\u201c" + trace.pieces[i].replace(/\r?\n|\r/g, "\u21b5") + "\u201d";
-  const facts = [`${visible ? "appeared" : "appears"} in step ${trace.steps[i] + 1} of ${last + 1}`];
-  if (visible) facts.push(`confidence ${percent(trace.confidence[i])}`);
-  facts.push(`block ${trace.blocks[i]}`);
+  const tip = $("tip"), word = document.createElement("b"), token = tokenOf(span);
+  const visible = token.step <= step, gone = token.until <= step;
+  word.textContent = !visible ? "masked" : token.piece === "" ? (token.ends ? "end token" : "no text of its own") :
+    "\u201c" + token.piece.replace(/\r?\n|\r/g, "\u21b5") + "\u201d";
+  const facts = [`${visible ? "appeared" : "appears"} in step ${token.step + 1} of ${last + 1}`];
+  if (gone) facts.push(`thrown away in step ${token.until + 1}, which wrote an end token before it`);
+  if (visible) facts.push(`confidence ${percent(token.confidence)}`);
+  facts.push(`block ${token.block}`);
   tip.replaceChildren(word, ...facts.flatMap((fact, j) => j ? [document.createElement("br"), fact] : [fact]));
   tip.hidden = false;
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect();

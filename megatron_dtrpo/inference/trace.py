@@ -10,13 +10,32 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.diffusion.decoding import Completion, Discarded
 from megatron_dtrpo.errors import UserError
 
 _SOURCES = {name: Path(__file__).with_name(f"trace.{name}") for name in ("html", "css", "js")}
+
+
+@dataclass(frozen=True)
+class DiscardedToken:
+    """A token that was written behind the place of a later end token, and was thrown away with it.
+
+    ``place``: how many tokens behind the response's first one it stood. ``step`` wrote it, ``until`` wrote the end
+    token. ``piece``, ``confidence`` and ``block``: as `Trace` has them; ``ends``: it is an end token itself.
+    """
+
+    place: int
+    piece: str
+    step: int
+    until: int
+    confidence: float
+    block: int
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,7 @@ class Trace:
     ``steps``: the decoding step, from 0, in which each token appeared.
     ``confidence``: the probability, 0 to 1, that the model gave each token when it appeared.
     ``blocks``: each token's block on the absolute grid, prompt included; blocks follow each other in the response.
+    ``discarded``: what stood behind the end for some steps, by place; it is no part of ``text``.
     """
 
     prompt: str
@@ -35,6 +55,29 @@ class Trace:
     confidence: tuple[float, ...]
     blocks: tuple[int, ...]
     text: str
+    discarded: tuple[DiscardedToken, ...] = ()
+
+
+def trace_of(prompt: str, completion: Completion, tokenizer: Tokenizer, end_ids: Collection[int] = ()) -> Trace:
+    """How ``completion`` was decoded. ``end_ids``: tokens that end a response beside the tokenizer's own."""
+
+    def thrown_away(token: Discarded) -> DiscardedToken:
+        (piece,) = tokenizer.pieces([token.token])
+        ends = token.token in (tokenizer.eos_id, *end_ids)
+        # An end token discards within its own block, which is the response's last one.
+        return DiscardedToken(
+            token.place, piece, token.step, token.until, token.confidence, completion.blocks[-1], ends
+        )
+
+    return Trace(
+        prompt=prompt,
+        pieces=tuple(tokenizer.pieces(completion.tokens)),
+        steps=tuple(completion.steps),
+        confidence=tuple(completion.confidence),
+        blocks=tuple(completion.blocks),
+        text=tokenizer.decode(completion.tokens),
+        discarded=tuple(sorted(map(thrown_away, completion.discarded), key=lambda token: token.place)),
+    )
 
 
 def trace_page(traces: Sequence[Trace], title: str) -> str:
@@ -67,8 +110,13 @@ def _check(trace: Trace, where: str) -> None:
         raise UserError(f"{where}: the pieces do not join to the text; take them from Tokenizer.pieces")
     if any(step < 0 for step in trace.steps):
         raise UserError(f"{where}: a step is below 0; count steps from 0")
+    if any(token.place < len(trace.pieces) for token in trace.discarded):
+        raise UserError(f"{where}: a discarded token stands in the response; its place is behind the last token")
+    if any(not 0 <= token.step < token.until for token in trace.discarded):
+        raise UserError(f"{where}: a discarded token was thrown away before it was written")
     # A softmax in single precision may come out a little above 1.
-    if not all(0 <= probability <= 1.001 for probability in trace.confidence):
+    confidence = (*trace.confidence, *(token.confidence for token in trace.discarded))
+    if not all(0 <= probability <= 1.001 for probability in confidence):
         raise UserError(f"{where}: a confidence is not a probability from 0 to 1")
 
 

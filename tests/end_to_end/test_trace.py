@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.data.tokenizer import build_tokenizer
+from megatron_dtrpo.diffusion.decoding import Completion, Discarded
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.inference.trace import Trace, trace_page
+from megatron_dtrpo.inference.trace import DiscardedToken, Trace, trace_page
+from megatron_dtrpo.inference.trace import trace_of as trace_of_completion
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 Page = playwright.Page
@@ -41,6 +44,13 @@ TRACES = (
         "<b>second</b>\nline", (" <!--", "</script>", "\t\x07", "\ud83d", "\r\n\u2028", ""), (1, 0, 1, 2, 3, 2), 9
     ),
     trace_of("nothing", (), ()),
+    replace(
+        trace_of("ends early", ("a", "b", ""), (0, 1, 4)),
+        discarded=(
+            DiscardedToken(4, "later", step=2, until=4, confidence=0.25, block=3),
+            DiscardedToken(6, "", step=3, until=4, confidence=0.5, block=3, ends=True),
+        ),
+    ),
 )
 
 
@@ -152,6 +162,48 @@ def test_no_tokens(opened):
     assert (completion(opened), number(opened, "where"), number(opened, "tokens")) == ("", "no tokens", "0 of 0")
 
 
+GHOSTS = """[...document.querySelectorAll('.ghost')].map(e => ['masked', 'new', 'discarded'].filter(
+    state => e.classList.contains(state)).join(' '))"""
+
+
+def test_what_was_thrown_away_is_shown_as_such_and_is_no_text(opened):
+    """As long as it stood there it is drawn as the other tokens are, in its place behind them; then struck out."""
+    keys = opened.locator(".if-discarded")
+    assert [keys.nth(i).is_visible() for i in range(keys.count())] == [False, False]
+    set_value(opened, "trace", 3, "change")
+    assert all(keys.nth(i).is_visible() for i in range(keys.count()))
+    assert "thrown away" in keys.last.inner_text()
+    assert opened.evaluate("[...document.querySelectorAll('.token')].map(e => e.dataset.piece)")[3:] == ["later", ""]
+    box = "JSON.stringify([...document.querySelectorAll('.ghost')].map(e => e.getBoundingClientRect()))"
+    before, trace, states = opened.evaluate(box), TRACES[3], {}
+    for step in [0, 1, 2, 3, 4, 3, 2]:
+        set_value(opened, "step", step, "input")
+        states[step] = opened.evaluate(GHOSTS)
+        assert completion(opened) == shown_by(trace, step)
+        assert opened.evaluate(box) == before
+        assert number(opened, "fresh") == "1"
+        assert number(opened, "thrown") == ("2" if step == 4 else "0")
+    assert states == {
+        0: ["masked", "masked"],
+        1: ["masked", "masked"],
+        2: ["new", "masked"],
+        3: ["", "new"],
+        4: ["discarded", "discarded"],
+    }
+    lines = "getComputedStyle(document.querySelector('.ghost')).textDecorationLine"
+    assert opened.evaluate(lines) == "none"
+    set_value(opened, "step", 4, "input")
+    assert opened.evaluate(lines) == "line-through"
+    opened.evaluate("document.querySelectorAll('.ghost')[1].focus()")
+    assert opened.locator("#tip").inner_text().split("\n") == [
+        "end token",
+        "appeared in step 4 of 5",
+        "thrown away in step 5, which wrote an end token before it",
+        "confidence 50.0%",
+        "block 3",
+    ]
+
+
 def test_play_goes_to_the_end_and_stops(opened):
     set_value(opened, "speed", 16, "change")
     opened.evaluate("document.getElementById('play').click()")
@@ -190,7 +242,7 @@ def test_tooltip_and_what_it_does_not_give_away(opened):
 
 
 def test_the_address_chooses_trace_and_step(tab, url):
-    for fragment, index, step in (("#trace=2&step=3", 1, 2), ("#step=last", 0, 6), ("#trace=99&step=x", 2, 0)):
+    for fragment, index, step in (("#trace=2&step=3", 1, 2), ("#step=last", 0, 6), ("#trace=99&step=x", 3, 0)):
         tab.goto("about:blank")
         tab.goto(url + fragment)
         assert completion(tab) == shown_by(TRACES[index], step)
@@ -216,6 +268,9 @@ def test_one_trace_needs_no_chooser_and_a_phone_no_sideways_scrolling(tab, tmp_p
         ({"steps": (0,)}, "trace 2: 1 steps for 6 pieces"),
         ({"text": "other"}, "trace 2: the pieces do not join to the text"),
         ({"steps": (0, 0, 0, 0, 0, -1)}, "trace 2: a step is below 0"),
+        ({"discarded": (DiscardedToken(5, "x", 0, 1, 0.5, 10),)}, "trace 2: a discarded token stands in the response"),
+        ({"discarded": (DiscardedToken(6, "x", 1, 1, 0.5, 10),)}, "trace 2: a discarded token was thrown away before"),
+        ({"discarded": (DiscardedToken(6, "x", 0, 1, 1.5, 10),)}, "trace 2: a confidence is not a probability"),
         ({"confidence": (0.0, 0.5, 1.0, 1.0, 1.0, float("nan"))}, "trace 2: a confidence is not a probability"),
     ],
 )
@@ -224,3 +279,22 @@ def test_contradictions_are_user_errors(change, message):
         trace_page([TRACES[0], replace(TRACES[1], **change)], "title")
     with pytest.raises(UserError, match="none given"):
         trace_page([], "title")
+
+
+def test_a_completions_trace_holds_what_it_threw_away():
+    tokenizer = build_tokenizer("ByteLevelTokenizer", None)
+    end, (a, b, stop) = tokenizer.eos_id, b"ab;"
+    thrown = [
+        Discarded(place=5, token=end, step=1, until=3, confidence=0.2),
+        Discarded(place=2, token=b, step=0, until=3, confidence=0.4),
+        Discarded(place=4, token=stop, step=2, until=3, confidence=0.3),
+    ]
+    completion = Completion([a, end], [0, 3], [0.9, 0.8], [6, 7], passes=5, ended=True, discarded=thrown)
+    trace = trace_of_completion("p", completion, tokenizer, [stop])
+    assert (trace.pieces, trace.text, trace.blocks) == (("a", ""), "a", (6, 7))
+    assert trace.discarded == (
+        DiscardedToken(2, "b", 0, 3, 0.4, block=7),
+        DiscardedToken(4, ";", 2, 3, 0.3, block=7, ends=True),
+        DiscardedToken(5, "", 1, 3, 0.2, block=7, ends=True),
+    )
+    assert trace_page([trace], "title")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
@@ -121,7 +122,40 @@ def validate(config: Config, world_size: int) -> int:
         "leave num_views at 1",
     )
     _check_losses(objective)
+    _refuse_unread(objective)
     return data_parallel
+
+
+def unread_options(objective: ObjectiveSettings) -> dict[str, str]:
+    """The options that the chosen objective, estimator and losses do not read, and who would read each."""
+    chosen, losses = objective.objective, objective.loss_type or ["sigmoid"]
+    estimator = objective.estimator or OBJECTIVES[chosen].estimator
+    unread = _of_others("estimator", ESTIMATORS, [estimator])
+    if OBJECTIVES[chosen].may_read_reference:
+        return unread | _of_others("loss_type", LOSSES, losses, ALWAYS_READ)
+    names = ("loss_type", "loss_weights", "length_normalization", *(f.name for f in dataclasses.fields(LossOptions)))
+    return unread | dict.fromkeys(names, "objective preference")
+
+
+def _of_others(kind: str, table: Mapping, chosen: Collection[str], always: Collection[str] = ()) -> dict[str, str]:
+    """The options of a ``table``'s rows that no ``chosen`` row reads, and ``kind`` and names of the rows that do."""
+    read = {*always, *(option for name in chosen for option in table[name].options)}
+    readers: dict[str, list[str]] = {}
+    for name, row in table.items():
+        for option in row.options:
+            readers.setdefault(option, []).append(name)
+    return {option: f"{kind} {', '.join(names)}" for option, names in readers.items() if option not in read}
+
+
+def _refuse_unread(objective: ObjectiveSettings) -> None:
+    defaults = ObjectiveSettings(loss_type=["sigmoid"])
+    for option, readers in unread_options(objective).items():
+        choice = getattr(objective, readers.partition(" ")[0])
+        chosen = choice if isinstance(choice, str) else ", ".join(choice)
+        _demand(
+            getattr(objective, option) == getattr(defaults, option),
+            f"{option} belongs to {readers}: leave it out with {chosen}",
+        )
 
 
 def _check_losses(objective: ObjectiveSettings) -> None:
@@ -135,13 +169,6 @@ def _check_losses(objective: ObjectiveSettings) -> None:
             f"loss_weights has {len(weights)} weights, loss_type {len(names)} losses: give as many of both",
         )
         _demand(any(weights), "loss_weights are all 0: there is nothing to learn")
-    read = {*ALWAYS_READ, *(option for name in names for option in LOSSES[name].options)}
-    for option in dataclasses.fields(LossOptions):
-        readers = [name for name, loss in LOSSES.items() if option.name in loss.options]
-        _demand(
-            option.name in read or getattr(objective, option.name) == option.default,
-            f"{option.name} belongs to loss_type {', '.join(readers)}: leave it out with {', '.join(names)}",
-        )
     _demand(
         "robust" not in names or objective.label_smoothing < 0.5,
         "label_smoothing 0.5 with loss_type robust: half of the labels wrong say nothing; give less",
@@ -150,7 +177,16 @@ def _check_losses(objective: ObjectiveSettings) -> None:
 
 def validate_data(config: Config) -> None:
     """Checks that there is something to train on or to score. Raises UserError."""
-    _demand(config.data.data_path, "data_path is missing: give --data-path FILE")
+    data = config.data
+    _demand(data.data_path, "data_path is missing: give --data-path FILE")
+    _demand(
+        data.tokenizer_model is None or data.tokenizer_type is not None,
+        "tokenizer_model goes with tokenizer_type: give that too",
+    )
+    _demand(
+        data.tokenizer_model is None or data.tokenizer_type != "ByteLevelTokenizer",
+        "tokenizer_model: a ByteLevelTokenizer reads no file: leave it out",
+    )
 
 
 def validate_training(config: Config, data_parallel: int) -> None:
@@ -176,6 +212,19 @@ def validate_training(config: Config, data_parallel: int) -> None:
     _demand(interval is None or path, "eval_interval needs data: give --eval-data-path FILE")
     _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")
     _demand(path or config.evaluation.eval_split is None, "eval_split is a part of eval_data_path: give that too")
+    for option in dataclasses.fields(config.evaluation):
+        _demand(
+            path or getattr(config.evaluation, option.name) == option.default,
+            f"{option.name} goes with eval_interval and eval_data_path: give those too",
+        )
+    _demand(
+        optimizer.min_lr == 0 or optimizer.lr_decay_style != "constant",
+        "min_lr is where a decay ends: leave it out with lr_decay_style constant",
+    )
+    _demand(
+        config.run.wandb_exp_name is None or config.run.wandb_project,
+        "wandb_exp_name goes with wandb_project: give that too",
+    )
 
 
 def validate_decoding(config: Config) -> None:

@@ -23,14 +23,14 @@ PREFERENCE = {
     "lr": 1e-3,
     "min_lr": 1e-4,
 }
-SFT = {**PREFERENCE, "objective": "sft", "num_views": 1}
+SFT = {**PREFERENCE, "objective": "sft", "num_views": 1, "steps_per_block": 8}
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 RECOMPUTE = {"recompute_granularity": "full"}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 MLP_ONLY = {"trainable_modules": ["mlp"]}
-ELBO, VRPO = {"estimator": "elbo"}, {"estimator": "vrpo"}
+ELBO, VRPO = ({"estimator": name, "steps_per_block": 8} for name in ("elbo", "vrpo"))  # the default: it is not read
 SIMPO = {"loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5]}  # has no reference
 TIED = {"untie_embeddings_and_output_weights": False}
 

@@ -38,9 +38,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(folder, server) -> Path:
-    """``base`` and ``other``, which differ in every tensor, and a copy of each that will train on."""
+    """``base`` and ``other``, which differ in every tensor and in their last iteration, 2 and 3; and a copy of each
+    that will train on."""
     for seed, name in enumerate(("base", "other")):
-        settings = {**SETTINGS, "train_iters": 2, "lr": 0.01, "seed": seed, "data_path": folder / "pairs.jsonl"}
+        data = folder / "pairs.jsonl"
+        settings = {**SETTINGS, "train_iters": 2 + seed, "lr": 0.01, "seed": seed, "data_path": data}
         server.train({**settings, "save": folder / name})
         shutil.copytree(folder / name, folder / f"moving_{name}")
     return folder
@@ -100,6 +102,15 @@ def test_evaluation_and_score_use_the_runs_reference(folder, live):
     assert last["eval/loss"] < first["eval/loss"] - 1e-3
 
 
+def test_noise_of_the_references_own_in_training_and_evaluation(folder, train):
+    """Of one batch of all pairs, in epoch 0; the reference is the policy, but for the noise."""
+    settings = {"estimator": "elbo", "reference": None, "train_iters": 1, "save_interval": 1}
+    (row,) = train("elbo", **settings, **EVALUATION, eval_data_path=folder / "pairs.jsonl")
+    first, _ = (json.loads(line) for line in (folder / "elbo" / "eval.jsonl").read_text().splitlines())
+    assert first["eval/rewards/margins"] == pytest.approx(row["rewards/margins"], rel=1e-5)
+    assert abs(row["rewards/margins"]) > 1e-3
+
+
 def test_frozen_tensors_of_the_reference_are_its_own(train, live):
     row = train("mlp", **MLP, train_iters=1)[0]
     assert {**row, "grad_norm": live[0]["grad_norm"]} == {**live[0], "lr": row["lr"]}
@@ -123,7 +134,7 @@ def test_a_resumed_run_keeps_it(folder, train, live, server, alone, capfd):
     iteration that it had is gone."""
     _, before = score(folder, "before", checkpoint=folder / "live")
     for seed, name in enumerate(("moving_base", "moving_other")):
-        moved = {**SETTINGS, "train_iters": 3, "lr": 0.01, "data_path": folder / "pairs.jsonl", "seed": seed}
+        moved = {**SETTINGS, "train_iters": 3 + seed, "lr": 0.01, "data_path": folder / "pairs.jsonl", "seed": seed}
         server.train({**moved, "save": folder / name})
     assert score(folder, "after", checkpoint=folder / "live")[1] == before
     save = shutil.copytree(folder / "live", folder / "resumed")
@@ -132,13 +143,15 @@ def test_a_resumed_run_keeps_it(folder, train, live, server, alone, capfd):
     assert train("resumed", reference=None, load=None) == live
     assert "resuming from iteration 2" in (folder / "resumed.log").read_text()
 
-    mine, gone = folder / "moving_other", "its iteration 2, which is not there any more"
+    mine, gone = folder / "moving_other", "its iteration {}, which is not there any more"
     again = {"load": None, "reference": None, "save": save}
     assert f"reference is {mine}, not {folder / 'other'}" in refusal(capfd, settings_of(folder, save=save, load=None))
-    shutil.rmtree(mine / "iter_0000002")
-    assert f"{mine}: this run's reference is {gone}" in refusal(capfd, settings_of(folder, **again))
+    shutil.rmtree(mine / "iter_0000003")
+    assert f"{mine}: this run's reference is {gone.format(3)}" in refusal(capfd, settings_of(folder, **again))
     shutil.rmtree(folder / "moving_base" / "iter_0000002")
-    assert f"{folder / 'moving_base'}: this run started from {gone}" in refusal(capfd, settings_of(folder, **again))
+    assert f"{folder / 'moving_base'}: this run started from {gone.format(2)}" in refusal(
+        capfd, settings_of(folder, **again)
+    )
     shutil.rmtree(mine)
     output, scores = score(folder, "without", checkpoint=folder / "live")
     assert f"warning: {folder / 'live'}: its reference {mine} is not there: no rewards; give --reference DIR" in output

@@ -259,12 +259,12 @@ def test_the_fingerprint_sees_one_element_and_its_place(alone):
         initialize.stop()
 
 
-def test_unused_options_and_the_place_of_the_data_do_not_matter(folder, live, cache, alone, tmp_path):
+def test_the_place_of_the_data_does_not_matter(folder, live, cache, alone, tmp_path):
     from megatron_dtrpo import train as trainer
     from tests.support.launch import read_metrics
 
     shutil.copy(folder / "pairs.jsonl", tmp_path / "copy.jsonl")
-    settings = settings_of(folder, steps_per_block=3, data_path=tmp_path / "copy.jsonl", reference_cache=cache)
+    settings = settings_of(folder, data_path=tmp_path / "copy.jsonl", reference_cache=cache)
     assert trainer.main(flags({**settings, "save": tmp_path / "run", "train_iters": 1})) == 0
     assert read_metrics(tmp_path / "run")[0]["loss"] == live[0]["loss"]
 

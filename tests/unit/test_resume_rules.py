@@ -8,12 +8,14 @@ import pytest
 import yaml
 
 from megatron_dtrpo.checkpoint.folder import RUN_CONFIG
-from megatron_dtrpo.config.rules import fill_objective_defaults
+from megatron_dtrpo.config.rules import fill_objective_defaults, validate
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training.resume import changes_since, check_data, data_facts, return_to_first_start
 
 FIRST = {"load": "base", "data_path": "pairs.jsonl", "train_iters": 10, "estimator": "dtrpo", "lr": 1e-4}
+
+MODEL = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -115,3 +117,31 @@ def test_the_data_stay(run):
     for key, words in (("data", "other data"), ("tokenizer", "another tokenizer"), ("usable_examples", "seq_length")):
         with pytest.raises(UserError, match=words):
             check_data(run, {**now, key: "other"}, now)
+
+
+OWN = {"steps_per_block": 4, "loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5], "simpo_gamma": 0.2, "beta": 2.0}
+
+
+@pytest.mark.parametrize(
+    "asked, followed",
+    [
+        ({}, OWN),
+        ({"estimator": "vrpo"}, {**OWN, "steps_per_block": 8}),
+        ({"loss_type": ["hinge"]}, {**OWN, "loss_type": ["hinge"], "loss_weights": None, "simpo_gamma": 0.5}),
+        ({"estimator": "dtrpo", "steps_per_block": 3}, {**OWN, "steps_per_block": 3}),
+    ],
+)
+def test_a_score_follows_the_options_that_its_estimator_and_losses_read(run, alone, asked, followed):
+    """The run's others are left; what is asked for and not read is a mistake."""
+    from megatron_dtrpo.training.setup import follow_run
+
+    record = yaml.safe_load((run / RUN_CONFIG).read_text())
+    (run / RUN_CONFIG).write_text(yaml.safe_dump({**record, **OWN}))
+    config = Config.from_flat({**MODEL, **asked})
+    follow_run(config, set(asked), run)
+    assert {key: getattr(config.objective, key) for key in OWN} == followed
+    validate(config, 1)
+    config = Config.from_flat({**MODEL, "estimator": "vrpo", "steps_per_block": 3})
+    follow_run(config, {"estimator", "steps_per_block"}, run)
+    with pytest.raises(UserError, match="steps_per_block belongs to estimator dtrpo: leave it out with vrpo"):
+        validate(config, 1)

@@ -28,7 +28,8 @@ from megatron_dtrpo.errors import UserError
 if TYPE_CHECKING:
     from megatron_dtrpo.data.examples import Turn
 
-FORMAT_VERSION = 11  # of the files, and of the rules by which rows become tokens
+# Of the files, and of the rules by which rows become tokens. Who raises it says so in tests/golden/record.json too.
+FORMAT_VERSION = 11
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 _BLOCK = 1 << 22  # bytes whose checksum is taken in one call

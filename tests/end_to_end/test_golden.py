@@ -60,7 +60,12 @@ def same_metrics(rows: list[dict], kind: str) -> None:
 
 def store_of(run: Path) -> tuple[str, dict, int]:
     """The only token store of a run: its name, what it says of itself and its tokens file."""
-    (store,) = (run / "data_cache").iterdir()
+    stores = sorted((run / "data_cache").iterdir())
+    assert len(stores) == 1, (
+        "the token store of then was built again: its name changed. Was FORMAT_VERSION raised on purpose? Then give "
+        f"store_version in tests/golden/{RECORD} the new number, and say why in the commit"
+    )
+    (store,) = stores
     return store.name, json.loads((store / "meta.json").read_text()), (store / "tokens.int32").stat().st_ino
 
 

@@ -145,3 +145,12 @@ def test_a_score_follows_the_options_that_its_estimator_and_losses_read(run, alo
     follow_run(config, {"estimator", "steps_per_block"}, run)
     with pytest.raises(UserError, match="steps_per_block belongs to estimator dtrpo: leave it out with vrpo"):
         validate(config, 1)
+
+
+@pytest.mark.parametrize("asked, reference", [({}, "base"), ({"reference": "better"}, "better")])
+def test_a_score_compares_with_the_runs_reference_unless_told_otherwise(run, alone, asked, reference):
+    from megatron_dtrpo.training.setup import follow_run
+
+    config = Config.from_flat({**MODEL, **asked})
+    follow_run(config, set(asked), run)
+    assert config.run.reference == reference

@@ -63,7 +63,7 @@ _BEFORE = (
 _CHANGED_BEHIND = re.compile("|".join(_BEHIND))
 _CHANGED_BEFORE = re.compile(rf"(?:{'|'.join(_BEFORE)})\s*$|\d['\u2019]$|[\u2010-\u2014]$", re.IGNORECASE)
 # Beside such a group are others of a number that is grouped in another way: 12 34 567, 1,234 567, 1 00 000.
-_GROUP_BEFORE, _GROUP_BEHIND = re.compile(r"(?<!\d)\d{1,3} $"), re.compile(r" (?:\d\d )?\d{3}(?!\d)")
+_GROUP_BEFORE, _GROUP_BEHIND = re.compile(r"(?<!\d)\d{1,3} $"), re.compile(r" (?:\d\d )*\d{3}(?!\d)")
 _FIRST_GROUP, _LAST_GROUP = re.compile(r"\d{3}(?!\d)"), re.compile(r"(?<!\d)\d{1,3}$")
 
 _LATEX_FRACTION = re.compile(r"(?:(\d)\s*)?\\[cdt]?frac\s*(?:\{\s*(-?[\d,]+)\s*\}\s*\{\s*([\d,]+)\s*\}|(\d)\s*(\d))")

@@ -47,6 +47,15 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for one with a key twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return found
+
+
 class TextRows(Rows):
     """Rows of one text file; 16 bytes a row are kept. Share the path between threads, not the instance: it has one file
     handle."""
@@ -76,7 +85,7 @@ class TextRows(Rows):
         """The JSON object that ``text`` is."""
         where = self.location(index)
         try:
-            row = json.loads(self._decoded(index, text))
+            row = json.loads(self._decoded(index, text), object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             problem = f"{error.msg} at column {error.colno}"
             raise UserError(f"{where}: not valid JSON ({problem}); {advice}") from None

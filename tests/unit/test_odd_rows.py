@@ -7,6 +7,7 @@ import json
 import pytest
 
 from megatron_dtrpo.data.prompts import make_prompt
+from megatron_dtrpo.data.rows import open_rows
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError
@@ -160,3 +161,15 @@ def test_a_user_without_words_is_counted(store_of, tokenizer):
 def test_rows_that_were_decoded_are_decoded_again(tokenizer):
     row = {"messages": [user("2+2?"), assistant("4")], "completion": "5", "completion_ids": [9, 9]}
     assert make_prompt(row, "row", tokenizer, 99).ids == tokenizer.encode_prompt(row["messages"][:1])
+
+
+@pytest.mark.parametrize("form", ["{}\n", "[{}]"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, form):
+    """The last one was taken, as in CSV no column is."""
+    row = '{"prompt": "a", "messages": [{"role": "user", "role": "system"}]}'
+    for text, name in ((row, "role"), ('{"prompt": "a", "prompt": "b"}', "prompt")):
+        path = tmp_path / "rows.json"
+        path.write_text(form.replace("{}", text))
+        assert f"{name!r} stands twice in one object" in refused(lambda: open_rows(path)[0])  # noqa: B023
+    path.write_text(form.replace("{}", '{"prompt": {"a": 1, "b": {"a": 1}}}'))
+    assert open_rows(path)[0] == {"prompt": {"a": 1, "b": {"a": 1}}}

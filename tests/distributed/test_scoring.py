@@ -133,3 +133,11 @@ def test_trajectory_needs_recorded_decodings(folder, tool, capfd):
     assert tool("score_preferences", {**files, "estimator": "trajectory"}) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "pairs.jsonl:1: has no chosen_steps and rejected_steps, which estimator trajectory needs" in line
+
+
+def test_a_reference_that_was_asked_for_must_be_there(folder, tool, capfd):
+    files = {"checkpoint": folder / "run", "data": folder / "pairs.jsonl", "reference": folder / "nowhere"}
+    capfd.readouterr()
+    assert tool("score_preferences", files) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "nowhere: no such folder" in line

@@ -65,3 +65,17 @@ def test_what_is_equal_and_frozen_is_shared(alone, tied, patterns):
         assert all(torch.equal(p, theirs[name]) for name, p in global_parameter_names(policy).items())
     assert all(torch.equal(p, value) for p, value in zip(policy.parameters(), trained, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+
+
+def test_the_starting_point_is_kept_as_it_was(alone):
+    """Without a reference of its own the policy's trained tensors are copied, and training in place leaves the copy."""
+    from megatron_dtrpo.training.reference import ReferencePolicy
+
+    policy = torch.nn.Linear(2, 2)
+    start = policy.weight.detach().clone()
+    reference = ReferencePolicy([policy])
+    with torch.no_grad():
+        policy.weight.add_(1)
+    with reference.in_place_of_policy():
+        assert torch.equal(policy.weight, start)
+    assert torch.equal(policy.weight, start + 1)

@@ -139,7 +139,7 @@ def _train(argv: list[str]) -> None:
     with initialize.process_groups(config.parallel, config.optimizer.seed):
         from megatron_dtrpo.evaluation.periodic import periodic_evaluation
         from megatron_dtrpo.runtime import objects
-        from megatron_dtrpo.training.loop import Trainer
+        from megatron_dtrpo.training.trainer import Trainer
 
         objects.stop_together()
         evaluation = periodic_evaluation(config, tokenizer, data_parallel_size)

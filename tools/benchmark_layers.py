@@ -178,7 +178,7 @@ def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequence
     from megatron_dtrpo.model.attention import attention_width
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model
-    from megatron_dtrpo.training.step import DeviceBatch
+    from megatron_dtrpo.training.device_batch import DeviceBatch
 
     device = initialize.device()
     model = build_model(model_settings, parallel).to(device)

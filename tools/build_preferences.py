@@ -86,12 +86,12 @@ def _build(argv: list[str]) -> None:
         prompts = read_prompts(
             arguments.prompts, source.tokenizer, limit, arguments.apply_chat_template, arguments.split, skipped
         )
-        with source.open() as session:
-            for note in prompt_notes(prompts, skipped) if session.is_main else ():
+        with source.open() as engine:
+            for note in prompt_notes(prompts, skipped) if engine.is_main else ():
                 print(note, file=sys.stderr)
             started = time.perf_counter()
             completions = decode_prompts(
-                session,
+                engine,
                 prompts,
                 options,
                 batch_size=arguments.batch_size,
@@ -100,9 +100,9 @@ def _build(argv: list[str]) -> None:
                 progress=not arguments.no_progress,
             )
             seconds = time.perf_counter() - started
-            if session.is_main:
+            if engine.is_main:
                 print(speed([c for each in completions for c in each], seconds), file=sys.stderr)
-                _judge_and_write(session.tokenizer, prompts, completions, verifier, arguments)
+                _judge_and_write(engine.tokenizer, prompts, completions, verifier, arguments)
 
 
 def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> None:

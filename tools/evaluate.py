@@ -146,13 +146,13 @@ def _evaluate(argv: list[str]) -> None:
 
     with locate_checkpoint(arguments.checkpoint, config) as source:
         decoding = decoding_options(arguments, config.model.block_size)
-        with source.open() as session:
+        with source.open() as engine:
             from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
 
             noising = Noising.from_config(config, source.tokenizer.mask_id)
             options = HarnessOptions(decoding, arguments.batch_size, arguments.seed, arguments.check_greedy)
-            model = HarnessModel(session, noising, options)
-            if not session.is_main:
+            model = HarnessModel(engine, noising, options)
+            if not engine.is_main:
                 model.leader.follow()
                 return
             with model.leader.leading():

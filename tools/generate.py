@@ -92,12 +92,12 @@ def _generate(argv: list[str]) -> None:
             prompts = read_prompts(arguments.prompts, *known, arguments.split, skipped)
         else:
             prompts = [make_prompt({"prompt": arguments.prompt}, "--prompt", *known)]
-        with source.open() as session:
-            for note in prompt_notes(prompts, skipped) if session.is_main else ():
+        with source.open() as engine:
+            for note in prompt_notes(prompts, skipped) if engine.is_main else ():
                 print(note, file=sys.stderr)
             started = time.perf_counter()
             decoded = decode_prompts(
-                session,
+                engine,
                 prompts,
                 options,
                 batch_size=arguments.batch_size,
@@ -106,10 +106,10 @@ def _generate(argv: list[str]) -> None:
                 progress=not arguments.no_progress,
             )
             seconds = time.perf_counter() - started
-            if session.is_main:
+            if engine.is_main:
                 completions = [samples[0] for samples in decoded]
-                verdicts = _judge(session.tokenizer, prompts, completions, judge, arguments.verifier)
-                _write(session.tokenizer, prompts, completions, verdicts, arguments)
+                verdicts = _judge(engine.tokenizer, prompts, completions, judge, arguments.verifier)
+                _write(engine.tokenizer, prompts, completions, verdicts, arguments)
                 unfinished = sum(not completion.ended for completion in completions)
                 print(f"{speed(completions, seconds)}; {unfinished} without an end token", file=sys.stderr)
 
@@ -118,7 +118,7 @@ def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | Non
     """Whether each response is right; None where nobody can say. Prints the share of those that are."""
     if judge is None:
         return [None] * len(prompts)
-    from megatron_dtrpo.training.scoring import accuracy
+    from megatron_dtrpo.evaluation.statistics import accuracy
 
     verdicts = [
         judge(prompt.row, prompt.location, tokenizer.decode(completion.tokens))

@@ -75,38 +75,25 @@ def _drop_missing_reference(run, given: set[str]) -> None:
 
 def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[dict]:
     """``other_reference``: than that of the run that is scored."""
-    from megatron.core import parallel_state
-
-    from megatron_dtrpo.checkpoint import distributed as checkpoint
-    from megatron_dtrpo.checkpoint import folder as checkpoint_folder
-    from megatron_dtrpo.config.backends import choose_backend
-    from megatron_dtrpo.model.provider import build_chunks
+    from megatron_dtrpo.checkpoint.folder import require_latest
     from megatron_dtrpo.runtime import initialize
     from megatron_dtrpo.training import resume
+    from megatron_dtrpo.training.engine import Engine
     from megatron_dtrpo.training.scoring import score_pairs
     from megatron_dtrpo.training.setup import open_data
 
-    reference = config.run.reference
+    run, reference = config.run.load, config.run.reference
     data = open_data(config, tokenizer)
-    rank = parallel_state.get_data_parallel_rank()
-    policy_batches = data.batches(config, rank, data_parallel)
-    reference_batches = data.reference_batches(config, rank, data_parallel)
     for line in data.remarks(config) if initialize.rank() == 0 else ():
         print(line, flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
-    device = initialize.device()
-    backend = choose_backend(config.parallel.attention_backend, device.type)
-    model = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
-
-    def scores(folder: str, iteration: int, builder) -> dict:
-        checkpoint.load(folder, iteration, model)
-        return score_pairs(model, builder, indices, device, backend)
-
-    run = config.run.load
-    policy, base = scores(run, checkpoint_folder.require_latest(run), policy_batches), None
+    engine = Engine.load(run, require_latest(run), config, tokenizer)
+    policy = score_pairs(engine, data.batches(config, engine.replica, data_parallel), indices)
+    base = None
     if reference is not None:
-        taken = checkpoint_folder.require_latest(reference) if other_reference else resume.run_reference_iteration(run)
-        base = scores(reference, taken, reference_batches)
+        taken = require_latest(reference) if other_reference else resume.run_reference_iteration(run)
+        engine.load_weights(reference, taken)
+        base = score_pairs(engine, data.reference_batches(config, engine.replica, data_parallel), indices)
     rows = []
     for index in indices:
         row = {
@@ -132,8 +119,8 @@ def _recorded(row: dict) -> dict:
 
 
 def _report(rows: list[dict], reference: str | None, output: str | None) -> None:
+    from megatron_dtrpo.evaluation.statistics import accuracy, mean
     from megatron_dtrpo.files import write_atomically
-    from megatron_dtrpo.training.scoring import accuracy, mean
 
     print(f"pairs                {len(rows)}")
     if "rewards/margins" in rows[0]:

@@ -29,10 +29,10 @@ class ObjectiveKind:
 
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "preference": ObjectiveKind(
-        "megatron_dtrpo.training.objectives:preference_objective",
+        "megatron_dtrpo.objectives.objective:preference_objective",
         estimator="dtrpo",
         block_start="clean",
         may_read_reference=True,
     ),
-    "sft": ObjectiveKind("megatron_dtrpo.training.objectives:sft_objective", estimator="sft", block_start="noisy"),
+    "sft": ObjectiveKind("megatron_dtrpo.objectives.objective:sft_objective", estimator="sft", block_start="noisy"),
 }

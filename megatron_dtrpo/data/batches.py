@@ -42,12 +42,6 @@ class MicroBatch:
     samples: list[Sample]
     response_length: Tensor
 
-    def map_tensors(self, function) -> MicroBatch:
-        """A copy with ``function`` applied to every tensor."""
-        return replace(
-            self, sequence=self.sequence.map_tensors(function), response_length=function(self.response_length)
-        )
-
 
 @dataclass(frozen=True)
 class Decoded:
@@ -119,14 +113,13 @@ class Noising:
             copies = views * turn_block_counts(store, self.block_size)
         return packed_length(prompt, list(responses.T), self.block_size, 0, list(copies.T))
 
-    def noise(self, sample: Sample, branch: int, blocks: Sequence[Blocks], decoded: Decoded | None = None) -> Noise:
-        """The noise of one response, ``branch`` 1 or 2 of its example, over the blocks of all its turns. What was
-        ``decoded`` is one turn."""
+    def noise(self, sample: Sample, branch: int, blocks: Sequence[Blocks], recording: Recording | None = None) -> Noise:
+        """The noise of one response, ``branch`` 1 or 2 of its example, over the blocks of all its turns. What is
+        recorded is one turn."""
         generators = [
             noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
             for view in range(1, self.num_views + 1)
         ]
-        recording = None if decoded is None else decoded.on(blocks[0])
         maskable = torch.cat([turn.maskable(self.block_start) for turn in blocks])
         return self.kind.draw(NoiseRequest(maskable, generators, self.options, recording))
 
@@ -143,8 +136,9 @@ class Noising:
         recorded = decoded if self.kind.needs_steps else None
         turns = [[(0, response.numel())] for response in responses] if turns is None else turns
         blocks = [turn_blocks(prompt.numel(), each, self.block_size) for each in turns]
+        recordings = None if recorded is None else [d.on(b[0]) for d, b in zip(recorded, blocks, strict=True)]
         noise = [
-            self.noise(sample, r + 1, blocks[r], None if recorded is None else recorded[r])
+            self.noise(sample, r + 1, blocks[r], None if recordings is None else recordings[r])
             for r in range(len(responses))
         ]
         return lay_out(
@@ -158,6 +152,7 @@ class Noising:
             behind=[(one.discarded[:, 0], one.discarded[:, 1]) for one in recorded or ()],
             every_step=self.kind.every_step,
             turns=turns,
+            steps=[recording.written for recording in recordings or ()],
         )
 
 

@@ -118,9 +118,11 @@ def visible(query: Coordinates, key: Coordinates) -> Tensor:
 class PackedSequence:
     """Tokens of one or more documents in the packed layout, and the predictions that are read from it.
 
-    ``tokens, document, branch, view, position``: int64 ``[S]``. The prediction of ``target_token`` (int64 ``[N]``) is
-    read from the hidden state at packed row ``target_row`` (int64 ``[N]``), counts with ``target_weight`` (float64
-    ``[N]``) and belongs to response ``target_response`` (int64 ``[N]``), numbered through the sequence.
+    ``tokens, document, branch, view, block, position``: int64 ``[S]``. The prediction of ``target_token`` is read from
+    the hidden state at packed row ``target_row`` and counts with ``target_weight``. It belongs to ``target_response``,
+    numbered through the sequence, lies in ``target_block`` of its document, and is a part of decoding step
+    ``target_step``: the recorded one or, where no decoding was recorded, 0 for a block's first token that is read from
+    the clean pass and else the number of its view. All int64 ``[N]``, weights float64.
     """
 
     block_size: int
@@ -129,18 +131,21 @@ class PackedSequence:
     document: Tensor
     branch: Tensor
     view: Tensor
+    block: Tensor
     position: Tensor
     target_row: Tensor
     target_token: Tensor
     target_weight: Tensor
     target_response: Tensor
+    target_block: Tensor
+    target_step: Tensor
 
     def __len__(self) -> int:
         return self.tokens.numel()
 
     def coordinates(self) -> Coordinates:
         """Token coordinates, each ``[S]``."""
-        return Coordinates(self.document, self.branch, self.view, self.position // self.block_size)
+        return Coordinates(self.document, self.branch, self.view, self.block)
 
     def map_tensors(self, function) -> PackedSequence:
         """A copy with ``function`` applied to every tensor (to move it to a device, say)."""
@@ -180,6 +185,7 @@ def lay_out(
     behind: Sequence[tuple[Tensor, Tensor]] = (),
     every_step: bool = False,
     turns: Sequence[Turns] | None = None,
+    steps: Sequence[Tensor] = (),
 ) -> PackedSequence:
     """Lays out one document.
 
@@ -196,6 +202,7 @@ def lay_out(
             behind its end that ``masked`` shows in some view.
         every_step: leaves out the noisy copies of blocks that nothing is read from; with ``block_start="clean"`` only.
         turns: per response, the parts that the assistant writes, in order, the last up to its end; default: all of it.
+        steps: per response, of one turn each, int64 ``[n, B]``: the recorded step that wrote each token.
     """
     B, P = block_size, prompt.numel()
     parts, targets = [], []
@@ -229,7 +236,8 @@ def lay_out(
             if block_start == "clean":
                 starts = position[::B][position[::B] >= blocks.prompt_length]
                 ones = torch.ones(starts.numel(), dtype=torch.float64)
-                targets.append((clean_row[starts - 1], written[starts - blocks.start], ones, r))
+                step = steps[r].flatten()[starts - blocks.start] if len(steps) else torch.zeros_like(starts)
+                targets.append((clean_row[starts - 1], written[starts - blocks.start], ones, r, starts // B, step))
 
             for k in range(views):
                 weights = w[k, own].flatten()
@@ -241,11 +249,12 @@ def lay_out(
                 # The token shift: the row before. What lies before the turn's first block is clean.
                 row = length - 1 + kept.cumsum(0)
                 rows = torch.where(read == 0, clean_row[blocks.start - 1], row[read - 1])
-                targets.append((rows, written[read], weights[read].double(), r))
+                step = steps[r].flatten()[read] if len(steps) else torch.full_like(read, k + 1)
+                targets.append((rows, written[read], weights[read].double(), r, position[read] // B, step))
                 length += int(kept.sum())
 
     tokens, branch, view, position = (torch.cat(field) for field in zip(*parts, strict=True))
-    target_rows, target_tokens, target_weights, response_ids = zip(*targets, strict=True)
+    target_rows, target_tokens, target_weights, response_ids, target_blocks, target_steps = zip(*targets, strict=True)
     return PackedSequence(
         block_size=B,
         responses=len(responses),
@@ -253,11 +262,14 @@ def lay_out(
         document=torch.zeros_like(tokens),
         branch=branch,
         view=view,
+        block=position // B,
         position=position,
         target_row=torch.cat(target_rows),
         target_token=torch.cat(target_tokens),
         target_weight=torch.cat(target_weights),
         target_response=torch.cat([torch.full_like(t, r) for t, r in zip(target_rows, response_ids, strict=True)]),
+        target_block=torch.cat(target_blocks),
+        target_step=torch.cat(target_steps),
     )
 
 
@@ -292,7 +304,7 @@ def concatenate(documents: Sequence[PackedSequence]) -> PackedSequence:
 def share_prompt(documents: Sequence[PackedSequence]) -> PackedSequence:
     """Joins documents of one response each, all of the same prompt, into one document with a branch for every response,
     so that the prompt's full blocks are computed once. Every response keeps its views and weights."""
-    names = ("tokens", "document", "branch", "view", "position")
+    names = ("tokens", "document", "branch", "view", "block", "position")
     shared = int((documents[0].branch == 0).sum())
     length, tokens, rows = shared, [[getattr(documents[0], name)[:shared] for name in names]], []
     for branch, document in enumerate(documents, start=1):
@@ -303,15 +315,11 @@ def share_prompt(documents: Sequence[PackedSequence]) -> PackedSequence:
         )
         length += len(document) - shared
     joined: dict[str, Any] = dict(zip(names, map(torch.cat, zip(*tokens, strict=True)), strict=True))
-    return replace(
-        documents[0],
-        responses=len(documents),
-        **joined,
-        target_row=torch.cat(rows),
-        target_token=torch.cat([d.target_token for d in documents]),
-        target_weight=torch.cat([d.target_weight for d in documents]),
-        target_response=torch.cat([d.target_response + r for r, d in enumerate(documents)]),
-    )
+    for name in ("target_token", "target_weight", "target_block", "target_step"):
+        joined[name] = torch.cat([getattr(document, name) for document in documents])
+    joined["target_row"] = torch.cat(rows)
+    joined["target_response"] = torch.cat([d.target_response + r for r, d in enumerate(documents)])
+    return replace(documents[0], responses=len(documents), **joined)
 
 
 def empty_sequence(block_size: int) -> PackedSequence:
@@ -339,5 +347,6 @@ def pad_to(sequence: PackedSequence, length: int, pad_id: int) -> PackedSequence
         document=extend(sequence.document, PADDING_DOCUMENT),
         branch=extend(sequence.branch, 0),
         view=extend(sequence.view, 1),  # a noisy view without clean history sees its own block only
+        block=extend(sequence.block, torch.arange(extra) // sequence.block_size),
         position=extend(sequence.position, torch.arange(extra)),
     )

@@ -77,15 +77,11 @@ def take_rows(sequence: PackedSequence, rows: Tensor) -> PackedSequence:
     place[rows] = torch.arange(rows.numel())
     target_row = place[sequence.target_row]
     here = target_row >= 0
+    of_tokens = ("tokens", "document", "branch", "view", "block", "position")
+    of_targets = ("target_token", "target_weight", "target_response", "target_block", "target_step")
     return replace(
         sequence,
-        tokens=sequence.tokens[rows],
-        document=sequence.document[rows],
-        branch=sequence.branch[rows],
-        view=sequence.view[rows],
-        position=sequence.position[rows],
         target_row=target_row[here],
-        target_token=sequence.target_token[here],
-        target_weight=sequence.target_weight[here],
-        target_response=sequence.target_response[here],
+        **{name: getattr(sequence, name)[rows] for name in of_tokens},
+        **{name: getattr(sequence, name)[here] for name in of_targets},
     )

@@ -1,1 +1,1 @@
-"""What a checkpoint writes and scores: sessions, verifiers, benchmarks."""
+"""What a checkpoint writes and scores: verifiers, benchmarks, periodic evaluation."""

@@ -1,4 +1,4 @@
-"""Decoding a file of prompts over all processes of a session."""
+"""Decoding a file of prompts over all processes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron.core import parallel_state
 from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
 from megatron_dtrpo.errors import StopRequest
-from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.runtime import initialize, objects, stop
+from megatron_dtrpo.training.engine import Engine
 
 BLOCKS_BETWEEN_CHECKS = 8  # of all sequences that are decoded at once: well under a second
 
 
 def decode_prompts(
-    session: Session,
+    engine: Engine,
     prompts: Sequence[Prompt],
     options: DecodingOptions,
     *,
@@ -37,12 +37,12 @@ def decode_prompts(
     """
     from tqdm import tqdm
 
-    mine = [(p, s) for p in range(session.replica, len(prompts), session.replicas) for s in range(samples)]
-    show = progress and session.is_main and sys.stderr.isatty()
+    mine = [(p, s) for p in range(engine.replica, len(prompts), engine.replicas) for s in range(samples)]
+    show = progress and engine.is_main and sys.stderr.isatty()
     done, request = [], None
     try:
         with tqdm(total=len(mine), desc="decoding", unit=" responses", disable=not show) as bar:
-            done = session.decoder(end_ids).decode(
+            done = engine.decoder(end_ids).decode(
                 [prompts[p].ids for p, _ in mine],
                 options,
                 batch_size=batch_size,
@@ -54,7 +54,7 @@ def decode_prompts(
     except StopRequest as error:
         request = error
     objects.raise_together(request)
-    found = session.gather(dict(zip(mine, done, strict=True)))
+    found = engine.joined(dict(zip(mine, done, strict=True)))
     return [[found[p, s] for s in range(samples)] for p in range(len(prompts))]
 
 

@@ -1,8 +1,8 @@
-"""The lm-evaluation-harness runs on a session: its model ``megatron_dtrpo``.
+"""The lm-evaluation-harness runs on an engine: its model ``megatron_dtrpo``.
 
-    with source.open() as session:
-        model = HarnessModel(session, noising, HarnessOptions())
-        if session.is_main:
+    with source.open() as engine:
+        model = HarnessModel(engine, noising, HarnessOptions())
+        if engine.is_main:
             with model.leader.leading():
                 results = lm_eval.simple_evaluate(model, tasks=["gsm8k"])
         else:
@@ -38,7 +38,7 @@ from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.likelihood import Continuation, content_key, score_continuations
 from megatron_dtrpo.evaluation.rank_zero import Leader
-from megatron_dtrpo.evaluation.session import Session
+from megatron_dtrpo.training.engine import Engine
 
 MODEL_NAME = "megatron_dtrpo"
 # What a request may say of generation.
@@ -69,13 +69,13 @@ class Generation(NamedTuple):
 
 @register_model(MODEL_NAME)
 class HarnessModel(TemplateLM):
-    """All processes of a session make one; the first gives it to the harness, the others follow its ``leader``."""
+    """All processes of a run make one; the first gives it to the harness, the others follow its ``leader``."""
 
-    def __init__(self, session: Session, noising: Noising, options: HarnessOptions):
+    def __init__(self, engine: Engine, noising: Noising, options: HarnessOptions):
         super().__init__()
-        self.session, self.noising, self.options = session, noising, options
-        self.text: Tokenizer = session.tokenizer
-        self.max_positions = session.config.model.max_position_embeddings
+        self.engine, self.noising, self.options = engine, noising, options
+        self.text: Tokenizer = engine.tokenizer
+        self.max_positions = engine.config.model.max_position_embeddings
         self.truncated = 0
         self.unknown: set[str] = set()
         self.completions: list[Completion] = []  # of all requests to generate, on the first process
@@ -148,7 +148,7 @@ class HarnessModel(TemplateLM):
         return [found.get(place, 0.0) for place in range(len(continuations))]  # of nothing: log 1
 
     def _are_greedy(self, continuations: Sequence[Continuation]) -> list[bool]:
-        """Whether decoding as many tokens at temperature 0, with the session's decoding options, writes the same."""
+        """Whether decoding as many tokens at temperature 0, with this model's decoding options, writes the same."""
         greedy = [
             Generation(
                 continuation.context,
@@ -215,24 +215,28 @@ class HarnessModel(TemplateLM):
         for place, generation in enumerate(generations):
             alike.setdefault((generation.options, generation.end_ids), []).append(place)
         found: dict[int, Completion] = {}
-        show = self.session.is_main and sys.stderr.isatty()
+        show = self.engine.is_main and sys.stderr.isatty()
         with tqdm(total=len(generations), desc="decoding", unit=" responses", disable=not show) as bar:
             for (options, end_ids), places in alike.items():
-                mine = {n: generations[n] for n in places[self.session.replica :: self.session.replicas]}
+                mine = {n: generations[n] for n in places[self.engine.replica :: self.engine.replicas]}
                 if not mine:
                     continue
                 untils = [generation.until for generation in mine.values()]
-                done = self.session.decoder(end_ids).decode(
+
+                def stop(place: int, tokens: Sequence[int], untils: list = untils) -> bool:
+                    return self._has_stop_string(tokens, untils[place])
+
+                done = self.engine.decoder(end_ids).decode(
                     [generation.prompt for generation in mine.values()],
                     options,
                     batch_size=self.options.batch_size,
                     seed=self.options.seed,
                     keys=[generation.key for generation in mine.values()],
-                    finished=lambda place, completion: bar.update(self.session.replicas),
-                    stop=lambda place, tokens, untils=untils: self._has_stop_string(tokens, untils[place]),
+                    finished=lambda place, completion: bar.update(self.engine.replicas),
+                    stop=stop,
                 )
                 found |= zip(mine, done, strict=True)
-        found = self.session.gather(found)
+        found = self.engine.joined(found)
         return [found[place] for place in range(len(generations))]
 
     def _has_stop_string(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
@@ -242,7 +246,7 @@ class HarnessModel(TemplateLM):
         return any(stop in text for stop in until)
 
     def _score(self, continuations: Sequence[Continuation]) -> list[float]:
-        return score_continuations(self.session, self.noising, continuations, self.session.config.data.seq_length)
+        return score_continuations(self.engine, self.noising, continuations, self.engine.config.data.seq_length)
 
 
 def _say(warning: str) -> None:

@@ -14,16 +14,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate, share_prompt
-from megatron_dtrpo.evaluation.session import Session
-from megatron_dtrpo.model.attention import attention_width
-from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.seeds import stable_seed
-from megatron_dtrpo.training.step import DeviceBatch, score
+from megatron_dtrpo.training.engine import Engine
 
 CHUNK = 256  # documents whose packed sequences are alive at once
 
@@ -41,7 +37,7 @@ def content_key(ids: Sequence[int]) -> int:
 
 
 def score_continuations(
-    session: Session, noising: Noising, continuations: Sequence[Continuation], budget: int
+    engine: Engine, noising: Noising, continuations: Sequence[Continuation], budget: int
 ) -> list[float]:
     """``L`` of every continuation, on every process; collective.
 
@@ -50,11 +46,11 @@ def score_continuations(
     """
     documents = _documents(noising, continuations, budget)
     scores: dict[int, float] = {}
-    show = session.is_main and sys.stderr.isatty()
+    show = engine.is_main and sys.stderr.isatty()
     with tqdm(total=len(continuations), desc="scoring", unit=" continuations", disable=not show) as bar:
         for start in range(0, len(documents), CHUNK):
-            found = session.gather(
-                _score_share(session, noising, continuations, documents[start : start + CHUNK], budget)
+            found = engine.joined(
+                _score_share(engine, noising, continuations, documents[start : start + CHUNK], budget)
             )
             scores |= found
             bar.update(len(found))
@@ -81,7 +77,7 @@ def _documents(noising: Noising, continuations: Sequence[Continuation], budget: 
 
 
 def _score_share(
-    session: Session,
+    engine: Engine,
     noising: Noising,
     continuations: Sequence[Continuation],
     documents: Sequence[list[int]],
@@ -89,18 +85,15 @@ def _score_share(
 ) -> dict[int, float]:
     """This replica's share, on its last pipeline stage."""
     costs = [_cost(noising, continuations, numbers) for numbers in documents]
-    mine = balance(costs, session.replicas)[session.replica]
-    device, width = initialize.device(), attention_width(session.model.config)
-    backend = choose_backend(session.config.parallel.attention_backend, device.type)
+    mine = balance(costs, engine.replicas)[engine.replica]
     batches, order = [], []
     for group in pack(costs, mine, budget, len(mine)):
         sequence = concatenate([_document(noising, continuations, documents[place]) for place in group])
         order.append([number for place in group for number in documents[place]])
         lengths = torch.tensor([len(continuations[number].tokens) for number in order[-1]])
-        batches.append(DeviceBatch(MicroBatch(sequence, [], lengths), device, backend, width))
-    results = score(session.model, batches) if batches else []
+        batches.append(MicroBatch(sequence, [], lengths))
     found: dict[int, float] = {}
-    for numbers, values in zip(order, results, strict=False):  # no results but on the last stage
+    for numbers, values in zip(order, engine.score(batches), strict=False):  # no results but on the last stage
         found |= zip(numbers, values.tolist(), strict=True)
     return found
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.prompts import Prompt
@@ -20,14 +19,13 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import DecodingOptions
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts, efficiency
-from megatron_dtrpo.evaluation.session import Session
 from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
-from megatron_dtrpo.model.attention import attention_width
-from megatron_dtrpo.runtime import initialize, objects
+from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.runtime.transfer import to_device
+from megatron_dtrpo.training.engine import Engine
+from megatron_dtrpo.training.passes import reduce_metrics
 from megatron_dtrpo.training.scoring import CHUNK, score_pairs
 from megatron_dtrpo.training.setup import open_data
-from megatron_dtrpo.training.step import DeviceBatch, reduce_metrics, train_pass
 
 
 def periodic_evaluation(config: Config, tokenizer: Tokenizer, data_parallel_size: int) -> PeriodicEvaluation | None:
@@ -54,8 +52,6 @@ class PeriodicEvaluation:
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
         self.problems = self._problems()
         self.verifier = load_verifier(config.evaluation.eval_verifier)
-        self.device = initialize.device()
-        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
         self.reference: dict[int, tuple[float, float]] = {}
 
     def _problems(self) -> list[Prompt]:
@@ -79,42 +75,38 @@ class PeriodicEvaluation:
         )
         return [line.replace(": ", ": eval_data_path: ", 1) for line in self.data.remarks(self.config)] + silent
 
-    def remember_reference(self, model) -> None:
-        """Scores the held-out pairs under ``model``, the run's reference, where the objective reads one. Collective."""
+    def remember_reference(self, engine: Engine) -> None:
+        """Scores the held-out pairs under the run's reference, where the objective reads one. Collective."""
         if self.objective.reads_reference:
             builder = self.data.reference_batches(self.config, self.replica, self.replicas)
-            self.reference = score_pairs(model, builder, self.indices, self.device, self.backend)
+            with engine.for_evaluation():
+                self.reference = score_pairs(engine, builder, self.indices)
 
-    def measure(self, wrapped, model) -> dict[str, float]:
-        """``eval/...`` metrics, the same on every process; collective.
-
-        Args:
-            wrapped: the model as training calls it; model: the bare stage.
-        """
-        metrics = self._objective(wrapped, attention_width(model.config))
-        if self.problems:
-            metrics |= self._decoded(model)
+    def measure(self, engine: Engine) -> dict[str, float]:
+        """``eval/...`` metrics of the policy, the same on every process; collective."""
+        with engine.for_evaluation():
+            metrics = self._objective(engine)
+            if self.problems:
+                metrics |= self._decoded(engine)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
-    def _objective(self, wrapped, width: int) -> dict[str, float]:
+    def _objective(self, engine: Engine) -> dict[str, float]:
         builder = self.data.batches(self.config, self.replica, self.replicas)
         names = self.objective.metric_names
         outcomes = []
         for start in range(0, len(self.indices), CHUNK):
             objects.stop_together()
             samples = [Sample(0, index) for index in self.indices[start : start + CHUNK]]
-            batches = [DeviceBatch(batch, self.device, self.backend, width) for batch in builder.batches(samples)]
+            batches = engine.to_device(builder.batches(samples))
             for batch in batches:
                 if self.reference:
-                    known = np.array([self.reference[sample.index] for sample in batch.batch.samples])
-                    batch.reference = to_device(torch.from_numpy(known).flatten(), self.device)
-            if batches:
-                with torch.no_grad():
-                    outcomes += train_pass(wrapped, batches, self.objective, forward_only=True)
-        sums, count, *_ = reduce_metrics(outcomes, len(names), 0, False, self.device)
+                    known = np.array([self.reference[sample.index] for sample in batch.samples])
+                    batch.reference = to_device(torch.from_numpy(known).flatten(), engine.device)
+            outcomes += engine.evaluate(batches, self.objective)
+        sums, count, *_ = reduce_metrics(outcomes, len(names), 0, False, engine.device)
         return {name: value / max(float(count), 1) for name, value in zip(names, sums.tolist(), strict=True)}
 
-    def _decoded(self, model) -> dict[str, float]:
+    def _decoded(self, engine: Engine) -> dict[str, float]:
         """Share of problems whose greedily decoded answer the verifier accepts, and what decoding cost."""
         settings, block_size = self.config.evaluation, self.config.model.block_size
         options = DecodingOptions(
@@ -122,9 +114,8 @@ class PeriodicEvaluation:
             threshold=settings.eval_threshold,
             small_block_size=8 if block_size % 8 == 0 else block_size,
         )
-        session = Session(self.config, model, self.tokenizer, self.replica, self.replicas)
         decoded = decode_prompts(
-            session, self.problems, options, batch_size=settings.eval_batch_size, seed=0, progress=False
+            engine, self.problems, options, batch_size=settings.eval_batch_size, seed=0, progress=False
         )
         judge = Judge(self.verifier)
         right = 0

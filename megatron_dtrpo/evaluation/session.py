@@ -1,8 +1,7 @@
 """A checkpoint opened for decoding and scoring, on any number of processes.
 
 with locate_checkpoint(folder, config) as source:    # settings and tokenizer: what input can be checked against
-    with source.open() as session:                   # processes and weights
-
+    with source.open() as engine:                    # processes and weights
 """
 
 from __future__ import annotations
@@ -10,17 +9,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
-import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.rules import validate
@@ -28,36 +23,9 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.inference.decoder import make_decoder
-from megatron_dtrpo.model.provider import build_model
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.precision import check_machine
-from megatron_dtrpo.training.scoring import joined
-
-
-@dataclass(frozen=True)
-class Session:
-    """A model with its weights on this process's device, and its tokenizer. ``replica`` of ``replicas`` is the
-    data-parallel process this is."""
-
-    config: Config
-    model: Any
-    tokenizer: Tokenizer
-    replica: int
-    replicas: int
-
-    @property
-    def is_main(self) -> bool:
-        return dist.get_rank() == 0
-
-    def decoder(self, end_ids: Iterable[int] = ()):
-        """A `BlockDecoder` that stops at the tokenizer's end token and at ``end_ids``."""
-        backend = self.config.parallel.attention_backend
-        return make_decoder(self.model, self.config.model, self.tokenizer, end_ids, backend)
-
-    def gather(self, results: dict) -> dict:
-        """Joins what the processes found, on every process; collective."""
-        return joined(results)
+from megatron_dtrpo.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -71,13 +39,14 @@ class Source:
     replicas: int
 
     @contextmanager
-    def open(self) -> Iterator[Session]:
+    def open(self) -> Iterator[Engine]:
         """Starts the process group, builds the model and loads its weights."""
         config = self.config
         with initialize.process_groups(config.parallel, config.optimizer.seed):
-            model = build_model(config.model, config.parallel).to(initialize.device()).eval()
-            checkpoint.load(self.folder, self.iteration, model)
-            yield Session(config, model, self.tokenizer, parallel_state.get_data_parallel_rank(), self.replicas)
+            engine = Engine.load(self.folder, self.iteration, config, self.tokenizer)
+            for chunk in engine.chunks:
+                chunk.eval()
+            yield engine
 
 
 @contextmanager

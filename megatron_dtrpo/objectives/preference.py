@@ -15,14 +15,6 @@ from torch import Tensor
 from megatron_dtrpo.config.losses import LOSSES, LossOptions
 
 
-def response_log_likelihoods(log_probs: Tensor, weight: Tensor, response: Tensor, responses: int) -> Tensor:
-    """``L(y) = sum of weight * log p`` per response: ``[N], [N], int64 [N] -> fp64 [responses]``.
-
-    In fp64, because margins are small differences of these large sums.
-    """
-    return weight.new_zeros(responses).index_add(0, response, log_probs.to(weight.dtype) * weight)
-
-
 class Pairs(NamedTuple):
     """What a loss may look at, ``[P]`` each: ``L`` under the policy, and ``S``. Where there is no reference, ``S`` is
     ``L`` per token."""

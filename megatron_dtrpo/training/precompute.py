@@ -5,20 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_dtrpo.config.backends import choose_backend
-from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.rounding import ceil_divide
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.runtime.fp8 import reference_pass
-from megatron_dtrpo.training.reference import reference_model
+from megatron_dtrpo.training.reference import reference_engine
 from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
 from megatron_dtrpo.training.scoring import gathered_scores
 from megatron_dtrpo.training.setup import open_data
@@ -29,28 +23,27 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
 
     The batches are the run's own, step by step: packed in another way, a sum would be rounded in another way too.
     """
-    data = open_data(config, tokenizer)
-    is_main = dist.get_rank() == 0
+    data, is_main = open_data(config, tokenizer), initialize.rank() == 0
     for line in data.remarks(config) if is_main else ():
         print(line, flush=True)
     batch = config.data.global_batch_size
     steps = config.optimizer.steps(len(data.order), batch)
     if steps == 0:
         raise UserError("num_epochs is 0: there is no step to precompute")
-    epochs = ceil_divide(steps * batch, len(data.order))
-    builder = data.reference_batches(config, parallel_state.get_data_parallel_rank(), data_parallel_size)
-    device = initialize.device()
-    backend = choose_backend(config.parallel.attention_backend, device.type)
-    multiple = token_multiple(config.parallel)
-    model = reference_model(config, device)
-    facts = run_facts(config, tokenizer) | {"data": data.store.content, "weights": weights_fingerprint(model)}
+    epochs = -(-steps * batch // len(data.order))
+    engine = reference_engine(config, tokenizer)
+    builder = data.reference_batches(config, engine.replica, data_parallel_size)
+    facts = run_facts(config, tokenizer) | {
+        "data": data.store.content,
+        "weights": weights_fingerprint(engine.chunks),
+    }
 
     writer = CacheWriter(output, facts, epochs, len(data.store)) if is_main else None
     try:
         show_bar = config.run.progress and is_main and sys.stderr.isatty()
-        with reference_pass(model, config.parallel.fp8_reference):
+        with engine.as_reference():
             for step in tqdm(range(steps), unit="step", disable=not show_bar):
-                scores = gathered_scores(model, builder.step(step * batch), device, backend, multiple)
+                scores = gathered_scores(engine, builder.step(step * batch))
                 if writer is not None:
                     writer.add(scores)
         if writer is not None:

@@ -12,40 +12,30 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
-from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights, shared_name
-from megatron_dtrpo.model.provider import build_chunks
+from megatron_dtrpo.model.initialization import global_parameter_names, shared_name
 from megatron_dtrpo.training import resume
+from megatron_dtrpo.training.engine import Engine
 
 
-def starting_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
-    """This rank's stages of what a run starts from, ``load`` or the seed; collective."""
-    if config.run.load is not None:
-        return _loaded_model(config, "load", device)
-    chunks = _empty_model(config, device)
-    for chunk in chunks:
-        initialize_weights(chunk, config.optimizer.seed)
-    return chunks
+def starting_engine(config: Config, tokenizer: Tokenizer) -> Engine:
+    """What a run starts from, ``load`` or the seed; collective."""
+    if config.run.load is None:
+        return Engine.new(config, tokenizer)
+    return _loaded(config, tokenizer, "load")
 
 
-def reference_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
-    """This rank's stages of a run's reference, ``reference`` or else what the run starts from; collective."""
+def reference_engine(config: Config, tokenizer: Tokenizer) -> Engine:
+    """A run's reference, ``reference`` or else what the run starts from; collective."""
     if config.run.reference is None:
-        return starting_model(config, device)
-    return _loaded_model(config, "reference", device)
+        return starting_engine(config, tokenizer)
+    return _loaded(config, tokenizer, "reference")
 
 
-def _loaded_model(config: Config, key: str, device: torch.device) -> list[BlockDiffusionGPTModel]:
-    chunks = _empty_model(config, device)
-    checkpoint.load(getattr(config.run, key), resume.source_iteration(config.run, key), chunks)
-    return chunks
-
-
-def _empty_model(config: Config, device: torch.device) -> list[BlockDiffusionGPTModel]:
-    return [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
+def _loaded(config: Config, tokenizer: Tokenizer, key: str) -> Engine:
+    return Engine.load(getattr(config.run, key), resume.source_iteration(config.run, key), config, tokenizer)
 
 
 def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] | None) -> set[str]:

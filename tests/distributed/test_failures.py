@@ -15,8 +15,8 @@ from tests.support.launch import TINY_MODEL, Job, latest_iteration, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEP = "megatron_dtrpo.training.loop:Trainer._step"
-BATCHES = "megatron_dtrpo.training.loop:Trainer._build_batches"
+STEP = "megatron_dtrpo.training.trainer:Trainer._step"
+BATCHES = "megatron_dtrpo.training.trainer:Trainer._build_batches"
 ROUND = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
 SAVE = "megatron.core.dist_checkpointing:save"
 # NCCL's waits for the other processes, gloo's does not.
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     from megatron_dtrpo.runtime import initialize
     initialize.enable_device()
     if os.environ["RANK"] == "1":
-        _before("megatron_dtrpo.training.loop:Trainer._step", 5, ACTIONS["fail"])
+        _before("megatron_dtrpo.training.trainer:Trainer._step", 5, ACTIONS["fail"])
     sys.exit(train.main())
 """
 

@@ -58,8 +58,8 @@ def undisturbed(server, folder, settings):
 
 JOIN = "megatron_dtrpo.runtime.objects:open_channel"
 TOKENIZE = "megatron_dtrpo.data.token_store:_record_batches"
-BUILD = "megatron_dtrpo.training.loop:starting_model"
-STEP = "megatron_dtrpo.training.loop:Trainer._step"
+BUILD = "megatron_dtrpo.training.trainer:starting_engine"
+STEP = "megatron_dtrpo.training.trainer:Trainer._step"
 OBJECTIVE = "megatron_dtrpo.evaluation.periodic:PeriodicEvaluation._objective"
 ROUND = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
 SAVE = "megatron.core.dist_checkpointing:save"

@@ -153,17 +153,15 @@ def one_at_a_time(folder: Path, pairs: list[tuple[list[int], list[int]]]) -> lis
     from megatron_dtrpo.data.sampler import Sample
     from megatron_dtrpo.evaluation.likelihood import content_key
     from megatron_dtrpo.evaluation.session import locate_checkpoint
-    from megatron_dtrpo.training.step import DeviceBatch, score
 
     config = Config.from_flat(SCORING)
-    with locate_checkpoint(folder / "run", config) as source, source.open() as session:
-        noising = Noising.from_config(config, session.tokenizer.mask_id)
+    with locate_checkpoint(folder / "run", config) as source, source.open() as engine:
+        noising = Noising.from_config(config, engine.tokenizer.mask_id)
         found = []
         for context, ids in pairs:
             sample = Sample(0, content_key(context))
             document = noising.document(sample, torch.tensor(context), [torch.tensor(ids)])
-            batch = DeviceBatch(MicroBatch(document, [], torch.tensor([len(ids)])), torch.device("cpu"), "sdpa", 32)
-            found.append(score(session.model, [batch])[0].item())
+            found.append(engine.score([MicroBatch(document, [], torch.tensor([len(ids)]))])[0].item())
     return found
 
 
@@ -243,10 +241,10 @@ def test_greedy_is_what_is_decoded(folder):
     written = [json.loads(line)["completion_ids"] for line in (folder / "answers.jsonl").read_text().splitlines()]
     contexts = [list(question[-(POSITIONS - NEW) :].encode()) for question in QUESTIONS]
     config = Config.from_flat(SCORING)
-    with locate_checkpoint(folder / "run", config) as source, source.open() as session:
-        noising = Noising.from_config(config, session.tokenizer.mask_id)
+    with locate_checkpoint(folder / "run", config) as source, source.open() as engine:
+        noising = Noising.from_config(config, engine.tokenizer.mask_id)
         options = HarnessOptions(DecodingOptions(NEW, **DECODING), check_greedy=True)
-        model = HarnessModel(session, noising, options)
+        model = HarnessModel(engine, noising, options)
         right = [("", context, ids) for context, ids in zip(contexts, written, strict=True)]
         wrong = [("", context, [*ids[:-1], ids[-1] ^ 1]) for _, context, ids in right]
         nothing = [("", contexts[0], [])]

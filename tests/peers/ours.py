@@ -16,10 +16,11 @@ from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.provider import build_model
-from megatron_dtrpo.training.objectives import preference_objective
+from megatron_dtrpo.objectives.objective import preference_objective
+from megatron_dtrpo.training.device_batch import DeviceBatch
 from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_dtrpo.training.passes import score, train_pass
 from megatron_dtrpo.training.reference import ReferencePolicy
-from megatron_dtrpo.training.step import DeviceBatch, score, train_pass
 from tests.peers.pairs import Pair
 from tests.peers.weights import Learner, copy_into, settings_of
 
@@ -82,7 +83,7 @@ class Ours:
         batches = self._batches(pairs)
         if self.cached:
             for batch in batches:
-                batch.reference = torch.cat([self.cached[s.index] for s in batch.batch.samples])
+                batch.reference = torch.cat([self.cached[s.index] for s in batch.samples])
         else:
             for batch, reference in zip(batches, self._reference_scores(batches), strict=True):
                 batch.reference = reference

@@ -35,7 +35,7 @@ def main() -> None:
     import torch.utils.tensorboard  # noqa: F401
     from megatron.core import dist_checkpointing  # noqa: F401
 
-    import megatron_dtrpo.training.loop  # noqa: F401
+    import megatron_dtrpo.training.trainer  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)

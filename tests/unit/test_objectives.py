@@ -9,7 +9,8 @@ import torch
 
 from megatron_dtrpo.config.losses import LossOptions
 from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
-from megatron_dtrpo.objectives.preference import preference_loss, response_log_likelihoods
+from megatron_dtrpo.objectives.preference import preference_loss
+from megatron_dtrpo.objectives.targets import Targets
 from tests.support import oracles
 
 
@@ -77,22 +78,34 @@ def test_log_probs_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda x: vocab_parallel_log_probs(x, target), logits)
 
 
-def test_response_log_likelihoods():
+def targets(log_probs, weight, response, responses, **kwargs) -> Targets:
+    nothing = torch.zeros_like(response)
+    return Targets(log_probs, weight, response, nothing, nothing, torch.ones(responses, dtype=torch.long), **kwargs)
+
+
+def test_likelihoods_of_responses():
     log_probs = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0], requires_grad=True)
     weight = torch.tensor([1.0, 0.5, 3.0, 2.0, 1.0], dtype=torch.float64)
     response = torch.tensor([2, 0, 2, 0, 3])
-    out = response_log_likelihoods(log_probs, weight, response, 5)
+    out = targets(log_probs, weight, response, 5).likelihoods()
     assert out.dtype == torch.float64
     assert out.tolist() == [-1.0 - 16.0, 0.0, -1.0 - 12.0, -16.0, 0.0]
     out.sum().backward()
     assert log_probs.grad.tolist() == weight.tolist()
 
 
-def test_response_log_likelihoods_are_sums_in_double_precision():
+def test_likelihoods_are_sums_in_double_precision():
     log_probs = torch.full((100_000,), -0.1)
     ones = torch.ones(100_000, dtype=torch.float64)
-    out = response_log_likelihoods(log_probs, ones, torch.zeros(100_000, dtype=torch.long), 1)
+    out = targets(log_probs, ones, torch.zeros(100_000, dtype=torch.long), 1).likelihoods()
     assert out.item() == pytest.approx(-100_000 * torch.tensor(0.1).double().item(), rel=1e-12)
+
+
+def test_sums_are_added_up_over_processes_that_share_a_sequence():
+    ones, response = torch.ones(3, dtype=torch.float64), torch.tensor([0, 0, 1])
+    part = targets(torch.tensor([-1.0, -2.0, -4.0]), ones, response, 2, add_up=lambda total: total + 10)
+    assert part.likelihoods().tolist() == [7.0, 6.0]
+    assert part.sum_by_response(ones).tolist() == [12.0, 11.0]
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 3.0])

@@ -302,7 +302,7 @@ def test_micro_batches_are_padded(ranks, multiple):
     from megatron_dtrpo.data.batches import MicroBatch
     from megatron_dtrpo.diffusion.layout import PADDING_DOCUMENT, lay_out
     from megatron_dtrpo.runtime import simulated_rank as pretend
-    from megatron_dtrpo.training.step import DeviceBatch
+    from megatron_dtrpo.training.device_batch import DeviceBatch
 
     masked = torch.ones(1, 3, 8, dtype=torch.bool)
     sequence = lay_out(

@@ -87,17 +87,18 @@ def test_a_rank_keeps_its_rows_and_their_predictions():
     sequence.target_token = torch.arange(N)
     sequence.target_weight = torch.rand(N, generator=generator, dtype=torch.float64)
     sequence.target_response = torch.randint(sequence.responses, (N,), generator=generator)
+    sequence.target_block, sequence.target_step = torch.arange(N) * 3, torch.arange(N) * 7
     sequence, rows = dealt(sequence, 3)
     seen = []
     for mine in rows:
         part = take_rows(sequence, mine)
         assert part.responses == sequence.responses and part.block_size == sequence.block_size
-        for name in ("tokens", "document", "branch", "view", "position"):
+        for name in ("tokens", "document", "branch", "view", "block", "position"):
             assert torch.equal(getattr(part, name), getattr(sequence, name)[mine])
         target = part.target_token  # numbered 0 .. N-1
         assert torch.equal(mine[part.target_row], sequence.target_row[target])
-        assert torch.equal(part.target_weight, sequence.target_weight[target])
-        assert torch.equal(part.target_response, sequence.target_response[target])
+        for name in ("target_weight", "target_response", "target_block", "target_step"):
+            assert torch.equal(getattr(part, name), getattr(sequence, name)[target])
         seen += target.tolist()
     assert sorted(seen) == list(range(N))
 

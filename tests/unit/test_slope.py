@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dtrpo.training.step import slope
+from megatron_dtrpo.training.passes import slope
 
 
 def test_slope_is_the_gradient_that_enters_the_logits():

@@ -72,7 +72,8 @@ def test_no_micro_batch_waits_for_the_device(objective, estimator, responses):
         from megatron_dtrpo.model.attention import attention_width
         from megatron_dtrpo.model.initialization import initialize_weights
         from megatron_dtrpo.model.provider import build_model
-        from megatron_dtrpo.training.step import DeviceBatch, score, train_pass
+        from megatron_dtrpo.training.device_batch import DeviceBatch
+        from megatron_dtrpo.training.passes import score, train_pass
 
         model = build_model(MODEL, ParallelSettings())
         initialize_weights(model, 1)
@@ -92,26 +93,26 @@ def test_rows_are_assigned_before_the_step(monkeypatch):
     """Under context parallelism, on any thread; the step only copies."""
     initialize.enable_device()
     from megatron_dtrpo.runtime import simulated_rank as pretend
-    from megatron_dtrpo.training import step
+    from megatron_dtrpo.training import device_batch
 
     parallel = ParallelSettings(context_parallel_size=2)
     batch, expected = micro_batch("dtrpo", 2), []
     for rank in range(2):
         with pretend.rank_of(parallel, rank, 2), ThreadPoolExecutor(1) as pool:
-            expected.append(step.DeviceBatch(batch, CPU, "sdpa", 32))
-            host = pool.submit(step.prepare, batch, CPU, "sdpa").result()
+            expected.append(device_batch.DeviceBatch(batch, CPU, "sdpa", 32))
+            host = pool.submit(device_batch.prepare, batch, CPU, "sdpa").result()
             assert host.tokens == len(batch.sequence) <= 2 * len(host.part)
             with monkeypatch.context() as patch:
                 for name in ("deal", "pad_to", "take_rows", "padded_length"):
-                    patch.setattr(step, name, None)
+                    patch.setattr(device_batch, name, None)
                 sent: list[int] = []
-                patch.setattr(step, "to_device", lambda t, device, sent=sent: sent.append(t.numel()) or t)
-                made = step.DeviceBatch(host, CPU, "sdpa", 32)
+                patch.setattr(device_batch, "to_device", lambda t, device, sent=sent: sent.append(t.numel()) or t)
+                made = device_batch.DeviceBatch(host, CPU, "sdpa", 32)
             # This rank's rows and predictions, the coordinates of all keys, the lengths; the other rows stay behind.
-            part = [host.part.tokens, host.part.document, host.part.branch, host.part.view, host.part.position]
-            part += [host.part.target_row, host.part.target_token, host.part.target_weight, host.part.target_response]
+            part = [value for value in vars(host.part).values() if torch.is_tensor(value)]
             assert sum(sent) == sum(map(torch.numel, (*part, *host.keys, batch.response_length)))
-        for field in ("tokens", "position", "target_row", "target_token", "target_weight", "target_response"):
+        targets = ("row", "token", "weight", "response", "block", "step")
+        for field in ("tokens", "position", *(f"target_{name}" for name in targets)):
             assert torch.equal(getattr(made.part, field), getattr(expected[-1].part, field))
         assert made.attention.group.size() == 2
         assert len(made.attention.plan) == len(expected[-1].attention.plan)

@@ -19,8 +19,8 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import MicroBatch, Noising
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import concatenate
-from megatron_dtrpo.objectives.preference import response_log_likelihoods
-from megatron_dtrpo.training.objectives import Outcome
+from megatron_dtrpo.objectives.objective import Outcome
+from megatron_dtrpo.objectives.targets import Targets
 from tests.conftest import REPOSITORY
 
 B, MASK = 4, 9999
@@ -62,13 +62,16 @@ def micro_batch(config: Config, epoch: int = 0) -> MicroBatch:
 
 
 def outcome_of(config: Config, batch: MicroBatch) -> Outcome:
-    def likelihoods(of) -> torch.Tensor:
-        s = batch.sequence
-        return response_log_likelihoods(of(s.target_token), s.target_weight, s.target_response, s.responses)
+    s = batch.sequence
+
+    def targets(of) -> Targets:
+        return Targets(
+            of(s.target_token), s.target_weight, s.target_response, s.target_block, s.target_step, batch.response_length
+        )
 
     objective = OBJECTIVES[config.objective.objective](config.objective)
-    reference = likelihoods(reference_log_prob) if objective.reads_reference else None
-    return objective.evaluate(likelihoods(log_prob), batch, reference)
+    reference = targets(reference_log_prob).likelihoods() if objective.reads_reference else None
+    return objective.evaluate(targets(log_prob), reference)
 
 
 def metrics_of(config: Config, outcome: Outcome) -> dict[str, float]:

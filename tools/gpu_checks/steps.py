@@ -20,42 +20,27 @@ class Steps:
     def __init__(self, config, sequences: int):
         from benchmark_layers import packed
 
-        from megatron_dtrpo.config.backends import choose_backend
         from megatron_dtrpo.config.objectives import OBJECTIVES
         from megatron_dtrpo.data.batches import MicroBatch
-        from megatron_dtrpo.model.attention import attention_width
-        from megatron_dtrpo.model.provider import build_chunks
-        from megatron_dtrpo.runtime import initialize
-        from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
+        from megatron_dtrpo.training.engine import Engine
         from megatron_dtrpo.training.reference import ReferencePolicy
 
-        self.device = initialize.device()
-        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
-        chunks = [chunk.to(self.device) for chunk in build_chunks(config.model, config.parallel)]
-        for parameter in chunks[0].parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        self.width = attention_width(chunks[0].config)
-        self.reference = ReferencePolicy(chunks)
-        self.wrapped = wrap_data_parallel(chunks, config)
-        self.optimizer = build_optimizer(self.wrapped, config)
+        self.engine = Engine.new(config, tokenizer=None)  # nothing is decoded
+        self.reference = ReferencePolicy(self.engine.chunks)
+        self.engine.prepare_training(train_iters=1)
         self.objective = OBJECTIVES["preference"](config.objective)
         packs = [packed(config.model, config.data.seq_length, seed) for seed in range(sequences)]
         self.batches = [MicroBatch(pack, [], torch.ones(pack.responses, dtype=torch.long)) for pack in packs]
 
     def run(self, count: int | None = None) -> None:
         """One step on the first ``count`` sequences; default: all."""
-        from megatron_dtrpo.training.step import DeviceBatch, score, train_pass
-
-        batches = [DeviceBatch(b, self.device, self.backend, self.width) for b in self.batches[:count]]
-        with self.reference.in_place_of_policy():
-            scores = score(self.wrapped, batches)
+        batches = self.engine.to_device(self.batches[:count])
+        with self.reference.in_place_of_policy(), self.engine.as_reference():
+            scores = self.engine.score(batches)
         for batch, reference in zip(batches, scores, strict=True):
             batch.reference = reference
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        train_pass(self.wrapped, batches, self.objective)
-        self.optimizer.step()
+        self.engine.train_pass(batches, self.objective)
+        self.engine.update()
 
 
 def memory(size: Size, folder: Path) -> Result:

@@ -1,7 +1,7 @@
-"""From the log-likelihoods of one micro-batch's responses to a summed loss, its divisor and summed metrics.
+"""From the log-probabilities of one micro-batch's targets to a summed loss, its divisor and summed metrics.
 
 Sums, not means: megatron-core divides gradients by the divisor's total over the global batch, so that no number
-depends on how examples were dealt to processes and packed into sequences.
+depends on how examples were assigned to processes and packed into sequences.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from megatron_dtrpo.config.losses import LossOptions
 from megatron_dtrpo.config.rows import options_of
 from megatron_dtrpo.config.settings import ObjectiveSettings
-from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.objectives.preference import preference_loss
+from megatron_dtrpo.objectives.targets import Targets
 
 
 class Outcome(NamedTuple):
     """``loss``: sum, a scalar with gradient; ``count``: what the loss is to be divided by, a scalar; ``metrics``: sums
     over the micro-batch, fp64 ``[len(metric names)]``; ``per_example``: losses ``[examples]`` without gradient;
-    ``slope``: in a training pass, of `training.step.slope`."""
+    ``slope``: in a training pass, of `training.passes.slope`."""
 
     loss: Tensor
     count: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
@@ -32,11 +32,11 @@ class Outcome(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """``metric_names`` are in the order of ``Outcome.metrics``; the first is ``loss``. ``evaluate`` is given ``L`` per
-    response under the policy, fp64 ``[responses]``, and under the reference, if ``reads_reference``."""
+    """``metric_names`` are in the order of ``Outcome.metrics``; the first is ``loss``. ``evaluate`` is given the
+    policy's targets and, if ``reads_reference``, ``L`` per response under the reference, fp64 ``[responses]``."""
 
     metric_names: tuple[str, ...]
-    evaluate: Callable[[Tensor, MicroBatch, Tensor | None], Outcome]
+    evaluate: Callable[[Targets, Tensor | None], Outcome]
     reads_reference: bool = False
 
 
@@ -48,11 +48,11 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
     names += [f"loss/{name}" for name in losses] if len(losses) > 1 else []
     options = options_of(LossOptions, settings)
 
-    def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
+    def evaluate(targets: Targets, reference: Tensor | None) -> Outcome:
         loss, metrics = preference_loss(
-            policy,
+            targets.likelihoods(),
             reference,
-            batch.response_length,
+            targets.length,
             losses=losses,
             options=options,
             length_normalization=settings.length_normalization,
@@ -67,10 +67,10 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
 def sft_objective(settings: ObjectiveSettings) -> Objective:
     """Mean cross-entropy over all response tokens of the global batch, each of which weighs 1 in all its views."""
 
-    def evaluate(policy: Tensor, batch: MicroBatch, reference: Tensor | None) -> Outcome:
-        per_example = -policy
+    def evaluate(targets: Targets, reference: Tensor | None) -> Outcome:
+        per_example = -targets.likelihoods()
         loss = per_example.sum()
-        count = batch.response_length.sum().int()  # every token of a response is learned
+        count = targets.length.sum().int()  # every token of a response is learned
         return Outcome(loss, count, loss.detach().double()[None], per_example.detach())
 
     return Objective(("loss",), evaluate)

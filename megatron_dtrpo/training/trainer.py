@@ -7,16 +7,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_dtrpo.config.backends import BACKENDS, choose_backend
+from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import validate_decoding
 from megatron_dtrpo.config.settings import Config
@@ -24,29 +22,22 @@ from megatron_dtrpo.data.batches import MicroBatch
 from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import SharedError, StopRequest
-from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.objectives.objective import Outcome
 from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.runtime.compiler import compilations
-from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import resume
+from megatron_dtrpo.training.device_batch import DeviceBatch, HostBatch
 from megatron_dtrpo.training.metric_log import MetricLog
-from megatron_dtrpo.training.objectives import Outcome
-from megatron_dtrpo.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    finish_parameter_gather,
-    wrap_data_parallel,
-)
+from megatron_dtrpo.training.passes import reduce_metrics
 from megatron_dtrpo.training.reference import (
     ReferencePolicy,
     check_patterns,
-    reference_model,
+    reference_engine,
     select_trainable,
-    starting_model,
+    starting_engine,
 )
 from megatron_dtrpo.training.reference_cache import ReferenceCache
 from megatron_dtrpo.training.setup import Data, open_data, write_run_folder
-from megatron_dtrpo.training.step import DeviceBatch, HostBatch, prepare, reduce_metrics, score, train_pass
 
 # A gradient that enters the logits with less than this per example may be lost to rounding in the norm's squares.
 _NO_SLOPE = 1e-8
@@ -57,15 +48,14 @@ class Trainer:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, data_parallel_size: int, evaluation=None):
         """``evaluation``: an `evaluation.periodic.PeriodicEvaluation`, or None."""
-        self.config, self.device, self.evaluation = config, initialize.device(), evaluation
-        self.is_main = dist.get_rank() == 0
+        self.config, self.evaluation = config, evaluation
+        self.is_main = initialize.rank() == 0
         if evaluation is not None and evaluation.problems:
             validate_decoding(config)
         self.data: Data = open_data(config, tokenizer)
         rank = parallel_state.get_data_parallel_rank()
         self.batches = self.data.batches(config, rank, data_parallel_size)
         self.objective = OBJECTIVES[config.objective.objective](config.objective)
-        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
         self.train_iters = config.optimizer.steps(len(self.data.order), config.data.global_batch_size)
         self.cache = self._open_cache()
         # The reference has batches of its own where it is run, and on other noise than the policy.
@@ -89,24 +79,19 @@ class Trainer:
             saved = checkpoint_folder.load_model_config(run.save)
             checkpoint_folder.check_same_architecture(config.model, saved, run.save)
 
-        self.chunks = starting_model(config, self.device)
+        self.engine = starting_engine(config, tokenizer)
         self._freeze()
-        self.reference = self._open_reference() if self.objective.reads_reference else None
-        self.wrapped = wrap_data_parallel(self.chunks, config)
-        self.optimizer = build_optimizer(self.wrapped, config)
-        self.scheduler = build_scheduler(self.optimizer, config, self.train_iters)
+        self.reference = self._open_reference(tokenizer) if self.objective.reads_reference else None
+        self.engine.prepare_training(self.train_iters)
 
         self.iteration = self.consumed = 0
         self.saved_at = resume_from
         self.sources = resume.source_iterations(run)
         self.data_facts = resume.data_facts(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
         if resume_from is not None:
-            progress = checkpoint.load(run.save, resume_from, self.chunks, self.optimizer, self.scheduler)
+            progress = self.engine.resume(run.save, resume_from)
             resume.check_data(run.save, progress, self.data_facts)
             self.iteration, self.consumed = progress["iteration"], progress["consumed_samples"]
-            for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
-                group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
-            self.scheduler.step(increment=0)
         if self.cache is not None:
             batch = config.data.global_batch_size
             left = (self.train_iters - self.iteration) * batch
@@ -120,21 +105,20 @@ class Trainer:
         if self.is_main and (note := tokenizer.note_on_end()):
             self.log.say(f"warning: {note}")
 
-    def _open_reference(self) -> ReferencePolicy | None:
+    def _open_reference(self, tokenizer: Tokenizer) -> ReferencePolicy | None:
         """Computes with the reference what is computed once, and keeps what every step needs of it."""
         own = self.config.run.reference is not None
-        model = reference_model(self.config, self.device) if own else self.chunks
+        engine = reference_engine(self.config, tokenizer) if own else self.engine
         if self.evaluation is not None:
-            with without_fp8(model):
-                self.evaluation.remember_reference(model)
+            self.evaluation.remember_reference(engine)
         if self.cache is not None:
-            self.cache.require({"weights": weights_fingerprint(model)})
+            self.cache.require({"weights": weights_fingerprint(engine.chunks)})
             return None
-        return ReferencePolicy(self.chunks, model if own else None)
+        return ReferencePolicy(self.engine.chunks, engine.chunks if own else None)
 
     def _freeze(self) -> None:
         patterns = self.config.objective.trainable_modules
-        matched = objects.gather(select_trainable(self.chunks, patterns))
+        matched = objects.gather(select_trainable(self.engine.chunks, patterns))
         check_patterns(patterns, set().union(*matched))
 
     def _announce(self, resume_from: int | None, changes: list[str]) -> None:
@@ -212,9 +196,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluation is None:
             return
-        finish_parameter_gather(self.wrapped)
-        with without_fp8(self.chunks):  # decoding's passes are of any length
-            metrics = self.evaluation.measure(self.wrapped, self.chunks[0])
+        metrics = self.evaluation.measure(self.engine)
         if self.log is not None:
             self.log.evaluation({"iteration": self.iteration, **metrics})
 
@@ -225,43 +207,39 @@ class Trainer:
         return self._prepared(self.batches.step(consumed)), None if own is None else self._prepared(own)
 
     def _prepared(self, batches: list[MicroBatch]) -> list[HostBatch]:
-        multiple = token_multiple(self.config.parallel)
-        return [prepare(batch, self.device, self.backend, multiple) for batch in batches]
+        return [self.engine.prepare(batch) for batch in batches]
 
     def _step(self, host_batches: list[HostBatch], reference_batches: list[HostBatch] | None) -> bool:
         """One optimizer step. Returns whether some process was asked to stop before it ended."""
         started = time.perf_counter()
-        samples = [batch.batch.samples for batch in host_batches]
+        samples = [batch.samples for batch in host_batches]
         packed = sum(batch.tokens for batch in host_batches)
-        batches = self._to_device(host_batches)
+        batches = self.engine.to_device(host_batches)
         scores = self._reference_scores(batches, reference_batches)
         for batch, reference in zip(batches, scores, strict=False):  # no scores but on the last stage
             batch.reference = reference
 
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outcomes = train_pass(self.wrapped, batches, self.objective)
+        outcomes = self.engine.train_pass(batches, self.objective)
         names = self.objective.metric_names
-        reduced = reduce_metrics(outcomes, len(names), packed, stop.requested() is not None, self.device)
+        reduced = reduce_metrics(outcomes, len(names), packed, stop.requested() is not None, self.engine.device)
         sums: list[float] = reduced.metrics.tolist()
         count, tokens, stopping, slope = (float(t) for t in reduced[1:])
         metrics = {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
         if not math.isfinite(metrics["loss"]):
             self._fail("loss", metrics["loss"], samples, outcomes)
-        lr = self._learning_rate()
-        _, grad_norm, _ = self.optimizer.step()
+        lr = self.engine.learning_rate()
+        grad_norm = self.engine.update()
         if grad_norm is not None and not math.isfinite(grad_norm):
             self._fail("gradient norm", grad_norm, samples, outcomes)
         if grad_norm == 0 and slope > _NO_SLOPE * max(count, 1):
             self._fail_without_gradient()
-        self.scheduler.step(increment=1)
+        self.engine.scheduler.step(increment=1)
 
         self.iteration += 1
         self.consumed += self.config.data.global_batch_size
         if self.log is not None:
             seconds = time.perf_counter() - started
-            compiled = {"compilations": compilations()} if BACKENDS[self.backend].compiles else {}
+            compiled = {"compilations": compilations()} if BACKENDS[self.engine.backend].compiles else {}
             self.log.step(
                 {
                     "iteration": self.iteration,
@@ -276,24 +254,15 @@ class Trainer:
             )
         return stopping > 0
 
-    def _to_device(self, batches: list[HostBatch]) -> list[DeviceBatch]:
-        width = attention_width(self.chunks[0].config)
-        multiple = token_multiple(self.config.parallel)
-        return [DeviceBatch(batch, self.device, self.backend, width, multiple) for batch in batches]
-
     def _reference_scores(self, batches: list[DeviceBatch], own: list[HostBatch] | None) -> list[Tensor]:
         """``L`` per response under the reference, ``[responses]`` for each of ``batches``, at least on the last stage;
         an empty list where the objective has no reference."""
         if self.cache is not None:
-            return [self.cache.scores(batch.batch.samples, self.device) for batch in batches]
+            return [self.cache.scores(batch.samples, self.engine.device) for batch in batches]
         if self.reference is None:
             return []
-        in_fp8 = self.config.parallel.fp8_reference
-        with self.reference.in_place_of_policy(), reference_pass(self.chunks, in_fp8):
-            return score(self.wrapped, batches if own is None else self._to_device(own))
-
-    def _learning_rate(self) -> float:
-        return next(g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True))
+        with self.reference.in_place_of_policy(), self.engine.as_reference():
+            return self.engine.score(batches if own is None else own)
 
     def _fail(self, what: str, value: float, samples: list[list[Sample]], outcomes: list[Outcome]) -> None:
         """Names the examples whose own loss is not finite or, where all are, every example of the step. Collective:
@@ -323,10 +292,9 @@ class Trainer:
         return f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
 
     def _save(self) -> None:
-        finish_parameter_gather(self.wrapped)
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed}
         progress |= self.data_facts | self.sources
-        self.writer.save(self.iteration, self.chunks, self.optimizer, self.scheduler, progress)
+        self.engine.save(self.writer, self.iteration, progress)
         self.saved_at = self.iteration
 
     def _say(self, message: str) -> None:

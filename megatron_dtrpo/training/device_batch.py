@@ -1,0 +1,95 @@
+"""A micro-batch on its way to the device: padded and cut on the host, then copied, with its attention plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dtrpo.config.backends import BACKENDS
+from megatron_dtrpo.data.batches import MicroBatch
+from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
+from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
+from megatron_dtrpo.model.attention import PackedAttention, plan_attention
+from megatron_dtrpo.rounding import round_up
+from megatron_dtrpo.runtime.transfer import pinned, to_device
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A micro-batch that only has to be copied: padded, in page-locked memory, and cut for context parallelism.
+
+    ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism; then ``keys``
+    are the coordinates ``[S]`` of all ranks' rows in the order in which their keys are gathered. ``response_length``:
+    of all responses, int64 ``[R]``. ``tokens``: of the whole packed sequence, without padding.
+    """
+
+    samples: list[Sample]
+    response_length: Tensor
+    part: PackedSequence
+    keys: Coordinates | None
+    tokens: int
+
+
+def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int = 1) -> HostBatch:
+    """Does on the CPU, on whatever thread, all that needs no device. ``multiple``: of `DeviceBatch`."""
+    block_size, group = batch.sequence.block_size, context_group()
+    step = math.lcm(block_size, multiple) if group.size() == 1 else block_size
+    length = round_up(BACKENDS[backend].padded(len(batch.sequence)), step)
+    part, keys, pin = pad_to(batch.sequence, length, pad_id=0), None, partial(pinned, device=device)
+    if group.size() > 1:
+        part, keys = _share(part, group.rank(), group.size(), multiple)
+        keys = Coordinates(*map(pin, keys))
+    return HostBatch(batch.samples, pin(batch.response_length), part.map_tensors(pin), keys, len(batch.sequence))
+
+
+class DeviceBatch:
+    """A micro-batch on the device, with its attention plan, shared by the reference's and the policy's pass.
+
+    ``part`` is what this process runs (see `HostBatch`). On the last stage ``reference`` holds the reference's ``L``
+    per response, ``[responses]``.
+    """
+
+    def __init__(
+        self, batch: MicroBatch | HostBatch, device: torch.device, backend: str, width: int, multiple: int = 1
+    ):
+        """``multiple``: the tokens of ``part`` are padded to a multiple of it (FP8 asks for one)."""
+        host = batch if isinstance(batch, HostBatch) else prepare(batch, device, backend, multiple)
+        move = partial(to_device, device=device)
+        self.samples, self.response_length = host.samples, move(host.response_length)
+        self.part = host.part.map_tensors(move)
+        self.reference: Tensor | None = None
+        self._made_for = (device, backend, width, multiple)
+        keys, group = (None, None) if host.keys is None else (Coordinates(*map(move, host.keys)), context_group())
+        block_size = host.part.block_size
+        self.attention: PackedAttention = plan_attention(
+            self.part.coordinates(), block_size, backend, width, keys, group
+        )
+
+    def of_padding(self) -> DeviceBatch:
+        """A micro-batch without a response, for the same device: it weighs nothing and costs next to nothing."""
+        block_size = self.part.block_size
+        sequence = pad_to(empty_sequence(block_size), block_size, pad_id=0)
+        padding = DeviceBatch(MicroBatch(sequence, [], torch.zeros(0, dtype=torch.long)), *self._made_for)
+        padding.reference = torch.zeros(0, dtype=torch.float64, device=self._made_for[0])
+        return padding
+
+
+def context_group():
+    """The processes that share each packed sequence."""
+    return parallel_state.get_context_parallel_group()
+
+
+def _share(sequence: PackedSequence, rank: int, ranks: int, multiple: int) -> tuple[PackedSequence, Coordinates]:
+    """A context-parallel rank's rows of ``sequence`` (on the CPU), and the coordinates ``[S]`` of all ranks' rows in
+    the order in which their keys are gathered."""
+    block_size, length = sequence.block_size, len(sequence)
+    sequence = pad_to(sequence, padded_length(length, block_size, ranks, multiple), pad_id=0)
+    coordinates = sequence.coordinates()
+    rows = deal(coordinates, block_size, unit_length(length, block_size, ranks), ranks)
+    return take_rows(sequence, rows[rank]), coordinates.at(rows.flatten())

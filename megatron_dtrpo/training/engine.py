@@ -1,0 +1,200 @@
+"""The one object between data and loops: a model on this process's device, and every kind of pass over it.
+
+    engine = Engine.new(config, tokenizer)            # the weights that the seed gives, or
+    engine = Engine.load(folder, iteration, ...)      # ... those of a checkpoint
+    engine.score(batches)                             # L of every response
+    engine.decoder().decode(prompts, options, ...)    # responses
+    engine.prepare_training(steps)                    # gradients and an optimizer, and then
+    engine.train_pass(batches, objective)             # ... gradients of the objective
+    engine.update()                                   # ... a step of the optimizer
+
+Trainer, periodic evaluation, scoring, the reference cache and likelihoods are pages on top of it: none of them knows
+the device, the attention backend, or how a packed sequence is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.config.backends import choose_backend
+from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.data.batches import MicroBatch
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.inference.decoder import BlockDecoder, make_decoder
+from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.initialization import initialize_weights
+from megatron_dtrpo.model.provider import build_chunks
+from megatron_dtrpo.objectives.objective import Objective, Outcome
+from megatron_dtrpo.runtime import initialize, objects
+from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
+from megatron_dtrpo.training import passes
+from megatron_dtrpo.training.device_batch import DeviceBatch, HostBatch, prepare
+from megatron_dtrpo.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    finish_parameter_gather,
+    wrap_data_parallel,
+)
+
+Batch = MicroBatch | HostBatch | DeviceBatch
+
+
+class Engine:
+    """This process's stages of a model. Every process of the run makes one, and calls it with its own batches.
+
+    Attributes:
+        chunks: the bare stages, one or, under interleaving, several virtual ones.
+        replica, replicas: the data-parallel process that this is, of how many.
+        optimizer, scheduler: after `prepare_training`.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, chunks: Sequence[BlockDiffusionGPTModel]):
+        """``config``: validated. ``chunks``: on this process's device."""
+        self.config, self.tokenizer, self.chunks = config, tokenizer, list(chunks)
+        self.device = initialize.device()
+        self.backend = choose_backend(config.parallel.attention_backend, self.device.type)
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.replicas = parallel_state.get_data_parallel_world_size()
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self._wrapped: list = self.chunks  # as passes call them
+        self._width = attention_width(self.chunks[0].config)
+        self._multiple = token_multiple(config.parallel)
+
+    @classmethod
+    def new(cls, config: Config, tokenizer: Tokenizer) -> Engine:
+        """With the weights that the seed gives."""
+        engine = cls._empty(config, tokenizer)
+        for chunk in engine.chunks:
+            initialize_weights(chunk, config.optimizer.seed)
+        return engine
+
+    @classmethod
+    def load(cls, folder: str | Path, iteration: int, config: Config, tokenizer: Tokenizer) -> Engine:
+        """With the weights of a checkpoint, under any layout; collective."""
+        engine = cls._empty(config, tokenizer)
+        engine.load_weights(folder, iteration)
+        return engine
+
+    @classmethod
+    def _empty(cls, config: Config, tokenizer: Tokenizer) -> Engine:
+        device = initialize.device()
+        chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
+        return cls(config, tokenizer, chunks)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return dist.get_rank() == 0
+
+    # Batches
+
+    def prepare(self, batch: MicroBatch) -> HostBatch:
+        """All that a batch needs before it is copied to the device; on any thread."""
+        return prepare(batch, self.device, self.backend, self._multiple)
+
+    def to_device(self, batches: Iterable[Batch]) -> list[DeviceBatch]:
+        """Copies what is not there yet."""
+        return [batch if isinstance(batch, DeviceBatch) else self._copied(batch) for batch in batches]
+
+    def _copied(self, batch: MicroBatch | HostBatch) -> DeviceBatch:
+        return DeviceBatch(batch, self.device, self.backend, self._width, self._multiple)
+
+    # Passes. All processes of a pipeline make the same ones, with as many batches.
+
+    def score(self, batches: Iterable[Batch]) -> list[Tensor]:
+        """``L`` per response, fp64 ``[responses]`` for each batch, on the last stage; an empty list on the others."""
+        on_device = self.to_device(batches)
+        return passes.score(self._wrapped, on_device) if on_device else []
+
+    def train_pass(self, batches: Iterable[Batch], objective: Objective) -> list[Outcome]:
+        """Gradients of the objective over ``batches``; their outcomes on the last stage, ``[]`` on the others."""
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return passes.train_pass(self._wrapped, self.to_device(batches), objective)
+
+    def evaluate(self, batches: Iterable[Batch], objective: Objective) -> list[Outcome]:
+        """As `train_pass`, without gradients."""
+        on_device = self.to_device(batches)
+        if not on_device:
+            return []
+        with torch.no_grad():
+            return passes.train_pass(self._wrapped, on_device, objective, forward_only=True)
+
+    def decoder(self, end_ids: Iterable[int] = ()) -> BlockDecoder:
+        """Stops at the tokenizer's end token and at ``end_ids``."""
+        backend = self.config.parallel.attention_backend
+        return make_decoder(self.chunks[0], self.config.model, self.tokenizer, end_ids, backend)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, passes are the reference's: without gradient, in FP8 or not as ``fp8_reference`` says."""
+        with torch.no_grad(), reference_pass(self.chunks, self.config.parallel.fp8_reference):
+            yield
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[None]:
+        """Inside, weights are up to date and passes of any length: without FP8, whose products ask for multiples."""
+        self.finish_update()
+        with without_fp8(self.chunks):
+            yield
+
+    def joined(self, found: dict) -> dict:
+        """What any process ``found``, on every process; collective. Those that found the same key have the same
+        value."""
+        # Tensor- and context-parallel processes hold the same: one of them speaks.
+        speaks = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+        return {key: value for part in objects.gather(found if speaks else {}) for key, value in part.items()}
+
+    # Training
+
+    def prepare_training(self, train_iters: int) -> None:
+        """Makes what gradients and updates of a run of so many steps need; frozen parameters are frozen before."""
+        self._wrapped = wrap_data_parallel(self.chunks, self.config)
+        self.optimizer = build_optimizer(self._wrapped, self.config)
+        self.scheduler = build_scheduler(self.optimizer, self.config, train_iters)
+
+    def update(self) -> float | None:
+        """One step of the optimizer; returns the gradient's norm. The scheduler is the caller's to step."""
+        _, norm, _ = self.optimizer.step()
+        return norm
+
+    def finish_update(self) -> None:
+        """Brings all weights up to date on every process; what reads them between two steps calls it. Collective."""
+        if self.optimizer is not None:
+            finish_parameter_gather(self._wrapped)
+
+    def learning_rate(self) -> float:
+        return next(g["lr"] for g in self.optimizer.param_groups if g.get("default_config", True))
+
+    # Checkpoints
+
+    def load_weights(self, folder: str | Path, iteration: int) -> None:
+        """Takes the weights of a checkpoint; collective."""
+        checkpoint.load(folder, iteration, self.chunks)
+
+    def resume(self, folder: str | Path, iteration: int) -> dict:
+        """Takes weights, optimizer and scheduler, and returns the run's progress; collective."""
+        progress = checkpoint.load(folder, iteration, self.chunks, self.optimizer, self.scheduler)
+        settings = self.config.optimizer
+        for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
+            group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
+        self.scheduler.step(increment=0)
+        return progress
+
+    def save(self, writer: checkpoint.Writer, iteration: int, progress: dict) -> None:
+        """Writes a checkpoint that `resume` continues from; collective."""
+        self.finish_update()
+        writer.save(iteration, self.chunks, self.optimizer, self.scheduler, progress)

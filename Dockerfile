@@ -23,7 +23,7 @@ RUN python -m pip list --format=freeze > image-constraints.txt \
 COPY . .
 # A run folder is mounted here.
 WORKDIR /workspace
-CMD ["python", "/opt/megatron-dtrpo/tools/doctor.py"]
+CMD ["megatron-dtrpo", "doctor"]
 
 
 # The last target is the one that a build without --target makes.

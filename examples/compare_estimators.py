@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import math
 import multiprocessing
 import os
-import runpy
 import statistics
 import sys
 import traceback
@@ -108,7 +108,7 @@ def warm_up() -> None:
 
 
 def command(program: str, words: list, log: Path) -> float:
-    """Runs ``train`` or a tool in a process of its own; its processor seconds."""
+    """Runs a verb of ``megatron-dtrpo`` in a process of its own; its processor seconds."""
     child = os.fork()
     if child == 0:
         _become(program, [str(word) for word in words], log)
@@ -134,17 +134,7 @@ def _become(program: str, words: Words, log: Path) -> None:
 
 
 def _call(program: str, words: Words) -> int:
-    if program == "train":
-        from megatron_dtrpo import train
-
-        return train.main(words)
-    path = str(ROOT / "tools" / f"{program}.py")
-    sys.argv = [path, *words]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
+    return importlib.import_module(f"megatron_dtrpo.cli.{program}").main(words)
 
 
 def once(path: Path, make) -> dict | list:
@@ -225,7 +215,7 @@ def changes(options: argparse.Namespace, checkpoint: Path, save: Path, name: str
         1,
         *words,
     ]
-    command("score_preferences", words, save / f"{name}.log")
+    command("score", words, save / f"{name}.log")
     found = read_lines(output)
     return {side: [row[f"rewards/{side}"] for row in found] for side in ("chosen", "rejected")}
 

@@ -19,7 +19,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1  # runs side by side have a thread eac
 
 step() { printf '\n== %s\n' "$1"; }
 pairs() {
-    [ -f "$2" ] || "$python" tools/build_preferences.py --checkpoint "$out/sft" --prompts "$1" --output "$2" --seed 1 \
+    [ -f "$2" ] || "$python" -m megatron_dtrpo pairs --checkpoint "$out/sft" --prompts "$1" --output "$2" --seed 1 \
         --samples "${SAMPLES:-8}" --max-new-tokens 64 --batch-size 256 --no-progress
 }
 
@@ -30,7 +30,7 @@ step "1/4 data: running totals, and a tokenizer of single characters"
     --output "$out/tokenizer" --vocab-size 258
 
 step "2/4 SFT: the start and the reference of every row"
-"$python" -m megatron_dtrpo.train --config examples/comparison_sft.yaml --data-path "$out/data/sft.jsonl" --seed 1 \
+"$python" -m megatron_dtrpo train --config examples/comparison_sft.yaml --data-path "$out/data/sft.jsonl" --seed 1 \
     --tokenizer-model "$out/tokenizer" --save "$out/sft" --train-iters "${SFT_ITERS:-700}"
 
 step "3/4 pairs: the model answers new problems, a verifier tells right from wrong"

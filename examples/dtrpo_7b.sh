@@ -22,7 +22,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the processes that write a checkpoint import this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from megatron_dtrpo.train import program
+    from megatron_dtrpo.cli.main import main
 
-    program(["--config", str(Path(__file__).with_suffix(".yaml")), *sys.argv[1:]])
+    sys.exit(main(["train", "--config", str(Path(__file__).with_suffix(".yaml")), *sys.argv[1:]]))
 pass

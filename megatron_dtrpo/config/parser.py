@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags, unknown
 from megatron_dtrpo.config.settings import GROUPS, Config
 from megatron_dtrpo.errors import UserError
 
@@ -27,65 +27,25 @@ def _base_type(kind: type) -> dict:
 
 
 TYPES = {key: hint for kind in GROUPS.values() for key, hint in _base_type(kind).items()}
-# What users of TRL and transformers type first.
-_OTHER_NAMES = {
-    "learning_rate": "lr",
-    "max_steps": "train_iters",
-    "num_train_epochs": "num_epochs",
-    "output_dir": "save",
-    "per_device_train_batch_size": "micro_batch_size",
-    "precompute_ref_log_probs": "reference_cache",
-    "ref_model": "reference",
-    "ref_model_name_or_path": "reference",
-    "reference_model": "reference",
-}
-# Settings that are gone, and what does the same now.
-_FORMER = {
-    "rpo_alpha": "the likelihood anchor is a loss of its own: give loss_type sigmoid sft with loss_weights 1.0 ALPHA",
-}
 # Two ways to say one thing: a flag replaces what the file says in the other way.
 _ALTERNATIVES = (("train_iters", "num_epochs"), ("num_epochs", "train_iters"))
 FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind)}
 
 
-def _unknown(kind: str, given: str, known) -> UserError:
-    name = given.lstrip("-").replace("-", "_")
-    if name in _FORMER:
-        return UserError(f"{kind} {given} is gone: {_FORMER[name]}")
-    near = given.replace(given.lstrip("-"), _OTHER_NAMES.get(name, ""))
-    near = near.replace("_", "-") if near.startswith("-") else near
-    if near not in known:
-        near = difflib.get_close_matches(given, list(known), n=1, cutoff=0)[0]
-    return UserError(f"unknown {kind} {given}: the nearest known one is {near}")
-
-
-def new_file(text: str) -> str:
-    """argparse's type of a file that is written at the end: what would fail then fails now."""
-    path = Path(text)
-    if path.is_dir():
-        raise UserError(f"{text}: is a folder, and a file is to be written")
-    if not path.parent.is_dir():
-        raise UserError(f"{text}: there is no folder {path.parent}; make it first")
-    return text
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser of every setting, and of the file that gives some of them."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+def settings_parser(prog: str, about: str, examples: str = "") -> Parser:
+    """A parser of every setting, and of the file that gives some of them; commands add flags of their own."""
+    parser = command_parser(prog, about, examples)
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, underscores for hyphens.")
-    _add_settings(parser, GROUPS)
+    add_settings(parser, GROUPS)
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, groups: Iterable[str]) -> None:
-    for group in groups:
+def add_settings(parser: Parser, groups: Iterable[str]) -> None:
+    """Makes the settings of ``groups`` flags of ``parser``."""
+    parser.groups = tuple(groups)
+    for group in parser.groups:
         kind = GROUPS[group]
-        section = parser.add_argument_group(group, kind.__doc__)
+        section = parser.add_argument_group(group, " ".join(kind.__doc__.split()))
         for f in dataclasses.fields(kind):
             hint, flag = TYPES[f.name], "--" + f.name.replace("_", "-")
             suffix = "" if f.default is None else f" Default: {f.default}."
@@ -132,7 +92,7 @@ def read_yaml(path: str | Path, update: Callable[[dict], dict] = dict) -> dict:
     values = update(values)
     for key in values:
         if key not in TYPES:
-            raise _unknown(f"key in {path}:", str(key), TYPES)
+            raise unknown(f"key in {path}:", str(key), TYPES)
     return {key: _coerce(path, key, value) for key, value in values.items()}
 
 
@@ -181,56 +141,30 @@ def _check_choice(path: Path, key: str, value) -> None:
         raise UserError(f"{path}: {key} is {value!r}: choose one of {', '.join(choices)}")
 
 
-def parse(argv: list[str], prog: str, description: str) -> tuple[Config, set[str]]:
+def parse(argv: list[str], prog: str, about: str) -> tuple[Config, set[str]]:
     """Reads ``argv`` and its ``--config`` file; flags win over the file.
 
     Returns:
         The configuration, not yet validated, and the keys that were given explicitly.
     """
-    _, config, given = parse_command(build_parser(prog, description), argv)
+    _, config, given = parse_command(settings_parser(prog, about), argv)
     return config, given
 
 
-def parse_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Config, set[str]]:
-    """As `parse`, for a parser of `build_parser` that a command has added flags of its own to; these come first."""
-    flags = _parse_known(parser, argv)
-    own = argparse.Namespace(**{key: flags.pop(key) for key in list(flags) if key not in TYPES and key != "config"})
+def parse_command(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Config, set[str]]:
+    """Reads the flags of a parser that has settings among them.
+
+    Returns:
+        The command's own flags; a configuration, not yet validated, whose other settings have their defaults; the
+        settings that were given explicitly, as flags or in the file that ``--config`` names.
+    """
+    flags = vars(parse_flags(parser, argv))
+    keys = [f.name for group in parser.groups for f in dataclasses.fields(GROUPS[group])]
+    given = {key: flags.pop(key) for key in keys if key in flags}
     config_file = flags.pop("config", None)
     values = read_yaml(config_file) if config_file else {}
     for key, other in _ALTERNATIVES:
-        if key in flags and other not in flags:
+        if key in given and other not in given:
             values.pop(other, None)
-    values |= flags
-    return own, Config.from_flat(values), set(values)
-
-
-def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser for a tool's own flags, whose mistakes are one line; `parse_tool` adds settings to it."""
-    return _Parser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def parse_tool(
-    parser: argparse.ArgumentParser, argv: list[str], groups: Iterable[str]
-) -> tuple[argparse.Namespace, Config, set[str]]:
-    """Reads a tool's own flags and the settings of some ``groups``.
-
-    Returns:
-        The tool's flags, a configuration whose other settings have their defaults, and the settings that were given.
-    """
-    _add_settings(parser, groups)
-    flags = _parse_known(parser, argv)
-    keys = [f.name for group in groups for f in dataclasses.fields(GROUPS[group])]
-    given = {key: flags.pop(key) for key in keys if key in flags}
-    return argparse.Namespace(**flags), Config.from_flat(given), set(given)
-
-
-def _parse_known(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
-    arguments, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if word.startswith("--"):
-            known = [option for action in parser._actions for option in action.option_strings]
-            raise _unknown("flag", word.split("=")[0], known)
-        raise UserError(f"stray argument {word!r}: settings are given as --flag value")
-    return vars(arguments)
+    values |= given
+    return argparse.Namespace(**flags), Config.from_flat(values), set(values)

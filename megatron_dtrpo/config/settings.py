@@ -282,7 +282,7 @@ class RunSettings:
     )
     reference_cache: str | None = setting(
         None,
-        "Folder of reference scores that tools/precompute_reference.py wrote for this run; no reference policy is kept "
+        "Folder of reference scores that megatron-dtrpo reference wrote for this run; no reference policy is kept "
         "in memory.",
     )
     save: str | None = setting(None, "Run folder: checkpoints, metrics.jsonl, TensorBoard. Resumed if it has any.")

@@ -443,7 +443,7 @@ def _token_record(row: dict[str, Any], names: tuple[str, ...]) -> TokenRecord:
 
 
 def _refuse_inputs(row: dict[str, Any], field: str) -> None:
-    """Token ids are whole as given. Beside the messages that they were made of, as `build_preferences.py` writes them,
+    """Token ids are whole as given. Beside the messages that they were made of, as `megatron-dtrpo pairs` writes them,
     ``tools`` are in them already. Raises UserError where a row has such columns and nothing that they belong to."""
     names = _template_inputs(row).names()
     if names and not isinstance(row.get("prompt"), list):

@@ -86,7 +86,7 @@ PACKAGES = (
     ),
     Package("datasets", (), lambda n: n.data_format == "", "saved Hugging Face data sets", "pip install datasets"),
     Package("wandb", (), lambda n: n.wandb, "Weights & Biases", "pip install wandb"),
-    Package("lm-eval", (0, 4, 13), lambda n: False, "tools/evaluate.py", "pip install 'lm-eval>=0.4.13,<0.5'"),
+    Package("lm-eval", (0, 4, 13), lambda n: False, "megatron-dtrpo evaluate", "pip install 'lm-eval>=0.4.13,<0.5'"),
 )
 
 

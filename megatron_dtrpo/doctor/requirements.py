@@ -1,7 +1,7 @@
 """What a configuration asks of a machine, as plain values.
 
-Settings are read with the trainer's own parser and checked with its own rules where those can be imported: they need
-torch and PyYAML. Where they cannot, the machine is examined all the same and the report says why.
+Settings are checked with the trainer's own rules, where those can be imported: they need PyYAML. Where they cannot, the
+machine is examined all the same and the report says why.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dtrpo.families.parameters import model_parameters
+
+if TYPE_CHECKING:
+    from megatron_dtrpo.config.settings import Config
 
 GIB = 2**30
 
@@ -50,25 +54,16 @@ class Needs:
         return tensor * pipeline * context
 
 
-def read_needs(argv: list[str], nproc: int | None, gpus: int) -> Needs:
-    """The needs of the trainer called with ``argv`` on this machine, ``nproc`` processes of it.
-
-    Raises:
-        UserError: from the parser: an unknown flag or key, a file that cannot be read.
-    """
-    try:
-        from megatron_dtrpo.config.parser import parse
-    except ImportError as error:
-        return _with_processes(Needs(configured=bool(argv), unread=str(error) if argv else None), nproc, gpus)
-    config, _ = parse(argv, prog="doctor.py", description="")
-    needs = _with_processes(_of(config, bool(argv)), nproc, gpus)
-    if argv:
+def read_needs(config: Config, configured: bool, nproc: int | None, gpus: int) -> Needs:
+    """The needs of a run of ``config`` on this machine, ``nproc`` processes of it; ``configured``: it was described."""
+    needs = with_processes(_of(config, configured), nproc, gpus)
+    if configured:
         needs.mistake = _mistake(config, needs.processes)
         needs.checkpoint = _checkpoint_bytes(config.model)
     return needs
 
 
-def _of(config, configured: bool) -> Needs:
+def _of(config: Config, configured: bool) -> Needs:
     parallel, data, run = config.parallel, config.data, config.run
     sizes = (
         parallel.tensor_model_parallel_size,
@@ -125,7 +120,7 @@ def _room(folder: Path) -> tuple[int | None, bool]:
         return None, False
 
 
-def _with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
+def with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
     """As torchrun's environment says, else --nproc, else one for each GPU, else the fewest that the layout takes."""
     number = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     world, local = (int(text) if text.isdigit() else None for text in number.values())

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.data.prompts import Prompt
-from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
+from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import StopRequest
 from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.training.engine import Engine

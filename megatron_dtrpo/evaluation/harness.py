@@ -13,7 +13,7 @@ take part where the model is called (`leader`). So data sets are fetched once, c
 all processes are certain to work on the same requests.
 
 The harness (0.4) has no hook by which another package could offer it a model: its own command ``lm_eval`` does not
-know this one. `tools/evaluate.py` is the command.
+know this one. `megatron-dtrpo evaluate` is the command.
 
 Needs the extra ``eval`` (lm-eval); nothing else in the package imports it.
 """
@@ -32,9 +32,10 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.diffusion.decoding import Completion, DecodingOptions
+from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.likelihood import Continuation, content_key, score_continuations
 from megatron_dtrpo.evaluation.rank_zero import Leader

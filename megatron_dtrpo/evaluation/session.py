@@ -84,7 +84,7 @@ def _as_it_is(folder: Path) -> Iterator[Path]:
 def _converted(folder: Path) -> Iterator[Path]:
     """An import of a Hugging Face folder, made by the first process of this machine."""
     if initialize.world_size() != initialize.local_world_size():
-        raise UserError(f"{folder}: on several nodes import it first: tools/convert_checkpoint.py import")
+        raise UserError(f"{folder}: on several nodes import it first: megatron-dtrpo convert import")
     if initialize.world_size() == 1:
         with tempfile.TemporaryDirectory() as own:
             import_checkpoint(folder, Path(own) / "checkpoint", ImportOptions(progress=False))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dtrpo.config.backends import choose_backend
+from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.diffusion.decoding import Completion, Decoding, DecodingOptions, Pass
+from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
 from megatron_dtrpo.inference.predictor import Predictor

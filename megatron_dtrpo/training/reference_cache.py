@@ -75,7 +75,7 @@ class ReferenceCache:
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(
-            f"reference_cache {self.directory}: {reason}; run tools/precompute_reference.py with this run's settings"
+            f"reference_cache {self.directory}: {reason}; run megatron-dtrpo reference with this run's settings"
         )
 
     def require(self, facts: dict) -> None:

@@ -19,7 +19,7 @@ def main(source: str, target: str, stages: str = "1") -> None:
     initialize.start(parallel, seed=1)
     from megatron.core import parallel_state
 
-    from megatron_dtrpo.diffusion.decoding import DecodingOptions
+    from megatron_dtrpo.config.decoding import DecodingOptions
     from megatron_dtrpo.inference.decoder import BlockDecoder, Vocabulary
     from megatron_dtrpo.model.initialization import global_parameter_names
     from megatron_dtrpo.model.provider import build_model

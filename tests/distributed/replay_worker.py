@@ -35,9 +35,9 @@ def main(source: str, target: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parallel = ParallelSettings(tensor_model_parallel_size=ranks)
     initialize.start(parallel, seed=1)
+    from megatron_dtrpo.config.decoding import DecodingOptions
     from megatron_dtrpo.config.estimators import EstimatorOptions
     from megatron_dtrpo.data.batches import Noising
-    from megatron_dtrpo.diffusion.decoding import DecodingOptions
     from megatron_dtrpo.inference.decoder import BlockDecoder, Vocabulary
     from megatron_dtrpo.model.initialization import global_parameter_names
     from megatron_dtrpo.model.provider import build_model

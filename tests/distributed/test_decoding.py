@@ -12,6 +12,7 @@ import torch
 
 from tests.support import oracles
 from tests.support.launch import REPOSITORY, _environment
+from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -56,7 +57,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> dict:
     model = peer()
-    parameters = oracles.megatron_from_qwen2(model.state_dict(), heads=4, groups=2, tied=False)
+    parameters = megatron_from_qwen2(model.state_dict(), heads=4, groups=2, tied=False)
     cases = [
         {"options": {"max_new_tokens": NEW, **setting}, "batch_size": batch}
         for setting in SETTINGS + APPROXIMATE

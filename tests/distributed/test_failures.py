@@ -94,23 +94,21 @@ def test_a_mistake_that_all_meet_is_said_once(server, settings, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_tools_end_too(server, settings, tmp_path, folder, rank):
+def test_other_verbs_end_too(server, settings, tmp_path, folder, rank):
     run = folder / "base"
     if not run.exists():
         server.train({**settings, "train_iters": 1, "save": run}, 2)
     event = ["megatron_dtrpo.inference.decoder:BlockDecoder._round", 2, "fail", [rank]]
     words = {"checkpoint": run, "prompts": folder / "heldout.jsonl", "output": tmp_path / "out", "max_new_tokens": 9}
-    for tool in ("generate", "build_preferences"):
-        statuses, output = server.run(
-            words, tmp_path / f"{tool}.log", 2, timeout=120, events=[event], tool=f"tools/{tool}.py"
-        )
+    for name in ("generate", "pairs"):
+        statuses, output = server.run(words, tmp_path / f"{name}.log", 2, timeout=120, events=[event], verb=name)
         assert statuses[rank] == 1 and statuses[1 - rank] not in (0, -signal.SIGKILL), output
         assert TRACEBACK in output and not (tmp_path / "out").exists()
 
 
 SCRIPT = """
 import os, sys
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import train
 
 if __name__ == "__main__":
     from tests.support.fork_server import ACTIONS, _before

@@ -40,7 +40,7 @@ def test_decoding_one_prompt(server, folder, base, tmp_path):
         output = tmp_path / f"{processes}.jsonl"
         words = {"checkpoint": base, "prompts": folder / "1.jsonl", "max_new_tokens": 9, "output": output}
         log = tmp_path / f"{processes}.log"
-        statuses, printed = server.run(words, log, processes, timeout=120, tool="tools/generate.py")
+        statuses, printed = server.run(words, log, processes, timeout=120, verb="generate")
         assert statuses == [0] * processes, printed
         written.append(output.read_text())
     assert written[0] == written[1] and written[0].count("\n") == 1
@@ -49,9 +49,7 @@ def test_decoding_one_prompt(server, folder, base, tmp_path):
 def test_pairs_of_one_prompt(server, folder, base, tmp_path):
     """Random weights write nothing right: the end is the same line, about as many responses."""
     words = {"checkpoint": base, "prompts": folder / "1.jsonl", "max_new_tokens": 9, "output": tmp_path / "out"}
-    statuses, printed = server.run(
-        {**words, "samples": 4}, tmp_path / "log", 3, timeout=120, tool="tools/build_preferences.py"
-    )
+    statuses, printed = server.run({**words, "samples": 4}, tmp_path / "log", 3, timeout=120, verb="pairs")
     assert statuses[0] == 2 and "Traceback" not in printed, printed
     assert "error: no prompt has both a right and a wrong response (0 right, 4 wrong in all)" in printed
 
@@ -66,7 +64,7 @@ def test_scoring_one_pair(server, folder, base, tmp_path):
             tmp_path / f"{processes}.log",
             processes,
             timeout=120,
-            tool="tools/score_preferences.py",
+            verb="score",
         )
         assert statuses == [0] * processes, log
         scores.append(json.loads(output.read_text()))
@@ -101,5 +99,5 @@ def test_evaluation_and_training_on_one_row(server, folder, settings, tmp_path, 
 
 def test_precomputing_for_one_row(server, folder, settings, tmp_path):
     words = {**settings, "data_path": folder / "1.jsonl", "global_batch_size": 3, "output": tmp_path / "scores"}
-    statuses, log = server.run(words, tmp_path / "log", 3, timeout=120, tool="tools/precompute_reference.py")
+    statuses, log = server.run(words, tmp_path / "log", 3, timeout=120, verb="reference")
     assert statuses == [0] * 3 and (tmp_path / "scores" / "scores.npy").exists(), log

@@ -11,6 +11,7 @@ from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.diffusion.estimators import NoiseRequest, dtrpo, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
 from tests.support import launch, oracles
+from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -64,7 +65,7 @@ def qwen2(tied: bool):
 
 
 def megatron(named, tied: bool) -> dict[str, torch.Tensor]:
-    return oracles.megatron_from_qwen2(dict(named), SHAPE["heads"], SHAPE["groups"], tied)
+    return megatron_from_qwen2(dict(named), SHAPE["heads"], SHAPE["groups"], tied)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ LAYOUTS = {
 # Trains with the optimizer's state as megatron-core itself saves it: gathered, a tensor of each parameter's shape.
 AS_MEGATRON_SAVES = """
 import sys
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import train
 from megatron_dtrpo.training import optimizer
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.support.launch import TINY_MODEL, Job, train, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, train, uneven_pairs, verb, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -90,12 +90,12 @@ def test_the_tools_give_the_same_numbers(settings, alone, tmp_path):
         {**{k: v for k, v in settings.items() if not k.startswith("eval")}, "lr": 1e-30, "train_iters": 1, "save": base}
     )
     words = {"checkpoint": alone, "reference": base, "data": heldout}
-    result = Job(words, tmp_path / "score.log", 1, ["tools/score_preferences.py"]).wait()
+    result = Job(words, tmp_path / "score.log", 1, verb("score")).wait()
     last = evaluations(alone)[-1]
     margin = float(re.search(r"reward margin +(-?[\d.]+)", result.output)[1])
     assert margin == pytest.approx(last["eval/rewards/margins"], abs=1e-4), result.output
     words = {"checkpoint": alone, "prompts": heldout, "output": tmp_path / "out.jsonl", "max_new_tokens": 10}
-    assert Job(words, tmp_path / "generate.log", 1, ["tools/generate.py"]).wait().status == 0
+    assert Job(words, tmp_path / "generate.log", 1, verb("generate")).wait().status == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     tokens, passes = sum(len(row["completion_ids"]) for row in rows), sum(row["completion_passes"] for row in rows)
     assert last["eval/completions/mean_length"] == pytest.approx(tokens / len(rows))

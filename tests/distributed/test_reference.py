@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY_MODEL, Job, disagreements, flags, uneven_pairs
+from tests.support.launch import TINY_MODEL, Job, disagreements, flags, uneven_pairs, verb
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,7 +75,7 @@ def live(folder, train) -> list[dict]:
 def score(folder: Path, name: str, **words) -> tuple[str, dict[str, float]]:
     """The tool's output, and the mean over pairs of every number."""
     words = {"data": folder / "pairs.jsonl", "output": folder / f"{name}.jsonl", **words}
-    result = Job(words, folder / f"{name}.log", 1, ["tools/score_preferences.py"]).wait()
+    result = Job(words, folder / f"{name}.log", 1, verb("score")).wait()
     assert result.status == 0, result.output
     rows = [json.loads(line) for line in words["output"].read_text().splitlines()]
     assert len(rows) == 10
@@ -124,7 +124,7 @@ def test_layouts_agree(train, live, layout):
 
 def test_cached_is_live_bit_for_bit(folder, train, live):
     words = settings_of(folder, output=folder / "scores")
-    result = Job(words, folder / "scores.log", 1, ["tools/precompute_reference.py"]).wait()
+    result = Job(words, folder / "scores.log", 1, verb("reference")).wait()
     assert result.status == 0, result.output
     assert train("cached", reference_cache=folder / "scores") == live
 
@@ -166,7 +166,7 @@ def alone(monkeypatch):
 
 def refusal(capfd, settings: dict) -> str:
     """The one line with which a run in this process refuses ``settings``."""
-    from megatron_dtrpo import train as trainer
+    from megatron_dtrpo.cli import train as trainer
 
     capfd.readouterr()
     assert trainer.main(flags(settings)) == 2
@@ -176,7 +176,7 @@ def refusal(capfd, settings: dict) -> str:
 
 
 def test_a_dry_run_counts_the_copy(checkpoints, alone, capfd):
-    from megatron_dtrpo import train as trainer
+    from megatron_dtrpo.cli import train as trainer
 
     settings = settings_of(checkpoints, dry_run=True)
     capfd.readouterr()
@@ -204,7 +204,7 @@ def test_refusals_are_one_line(checkpoints, alone, capfd, tmp_path, name):
     (checkpoints / "pairs").mkdir(exist_ok=True)
     if name == "a cache of another":
         words = settings_of(checkpoints, reference=None, output=checkpoints / "cache")
-        result = Job(words, checkpoints / "cache.log", 1, ["tools/precompute_reference.py"]).wait()
+        result = Job(words, checkpoints / "cache.log", 1, verb("reference")).wait()
         assert result.status == 0, result.output
     paths = {key: checkpoints / change[key] for key in ("reference", "reference_cache") if key in change}
     line = refusal(capfd, settings_of(checkpoints, **{**change, **paths}, save=tmp_path / "run"))

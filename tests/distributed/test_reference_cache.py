@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.launch import TINY_MODEL, ForkServer, Job, disagreements, flags, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, ForkServer, Job, disagreements, flags, uneven_pairs, verb, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -55,7 +55,7 @@ def settings_of(folder: Path, **others) -> dict:
 
 def precompute(folder: Path, name: str, processes: int = 1, **settings) -> Path:
     settings = settings_of(folder, **settings, output=folder / name)
-    result = Job(settings, folder / f"{name}.log", processes, ["tools/precompute_reference.py"]).wait()
+    result = Job(settings, folder / f"{name}.log", processes, verb("reference")).wait()
     assert result.status == 0, result.output
     return folder / name
 
@@ -170,20 +170,20 @@ def alone(monkeypatch):
 
 
 def test_no_copy_of_the_reference_is_kept(folder, cache, alone, monkeypatch):
-    from megatron_dtrpo import train as trainer
+    from megatron_dtrpo.cli import train as trainer
     from megatron_dtrpo.runtime import initialize
 
     initialize.enable_device()
-    from megatron_dtrpo.training import loop
+    from megatron_dtrpo.training import trainer as training_loop
 
     kept = []
 
-    class Watched(loop.ReferencePolicy):
+    class Watched(training_loop.ReferencePolicy):
         def __init__(self, *models):
             super().__init__(*models)
             kept.append(sum(value.numel() for _, value in self.frozen))
 
-    monkeypatch.setattr(loop, "ReferencePolicy", Watched)
+    monkeypatch.setattr(training_loop, "ReferencePolicy", Watched)
     settings = settings_of(folder, train_iters=1)
     assert trainer.main(flags({**settings, "save": folder / "no_copy", "reference_cache": cache})) == 0
     assert kept == []
@@ -211,7 +211,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_cache_of_another_run_is_refused(folder, live, cache, alone, capfd, tmp_path, name):
-    from megatron_dtrpo import train as trainer
+    from megatron_dtrpo.cli import train as trainer
 
     uneven_pairs(folder / "other.jsonl", 20, seed=1)
     change, reason = REFUSED[name]
@@ -260,7 +260,7 @@ def test_the_fingerprint_sees_one_element_and_its_place(alone):
 
 
 def test_the_place_of_the_data_does_not_matter(folder, live, cache, alone, tmp_path):
-    from megatron_dtrpo import train as trainer
+    from megatron_dtrpo.cli import train as trainer
     from tests.support.launch import read_metrics
 
     shutil.copy(folder / "pairs.jsonl", tmp_path / "copy.jsonl")
@@ -276,7 +276,7 @@ def test_a_damaged_cache_is_refused(cache, tmp_path):
     copy = shutil.copytree(cache, tmp_path / "copy")
     scores = (copy / "scores.npy").read_bytes()
     (copy / "scores.npy").write_bytes(scores[:-8])
-    with pytest.raises(UserError, match="damaged; run tools/precompute_reference.py"):
+    with pytest.raises(UserError, match="damaged; run megatron-dtrpo reference"):
         ReferenceCache(copy)
     (copy / "scores.npy").write_bytes(scores)
     (copy / "meta.json").write_text('{"format_version": 1')
@@ -288,9 +288,8 @@ def test_a_damaged_cache_is_refused(cache, tmp_path):
 
 
 def test_the_tool_refuses_what_it_cannot_do(folder, cache, alone, capfd, tmp_path):
-    import runpy
+    from megatron_dtrpo.cli import reference
 
-    tool = runpy.run_path("tools/precompute_reference.py")
     settings = settings_of(folder, output=tmp_path / "scores")
     refused = (
         ({"output": cache}, "exists already"),
@@ -300,7 +299,7 @@ def test_the_tool_refuses_what_it_cannot_do(folder, cache, alone, capfd, tmp_pat
     )
     for change, reason in refused:
         capfd.readouterr()
-        assert tool["run_command"](tool["_precompute"], flags({**settings, **change})) == 2
+        assert reference.main(flags({**settings, **change})) == 2
         lines = capfd.readouterr().err.splitlines()
         assert len(lines) == 1 and reason in lines[0], lines
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ import torch
 
 from tests.support import oracles
 from tests.support.launch import REPOSITORY, _environment
+from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -61,7 +62,7 @@ def peer():
 def results(request, peer, tmp_path_factory) -> list:
     """Per options and prompt: the completion, and (position, log-probability) by the packed layout."""
     folder = tmp_path_factory.mktemp("replay")
-    parameters = oracles.megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
+    parameters = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
     job = {"model": MODEL, "parameters": parameters, "prompts": prompts(), "options": OPTIONS}
     torch.save(job | {"vocab_size": VOCAB, "mask_id": MASK, "end_ids": END_IDS}, folder / "job.pt")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]

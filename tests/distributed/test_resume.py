@@ -38,7 +38,7 @@ SHARDED = {"use_distributed_optimizer": True}
 # Dies when the folder of iteration 10 is complete but for its name; the guard is for the processes that a save spawns.
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import train
 
 def rename(source, target, original=os.rename):
     if str(target).endswith("iter_0000010"):

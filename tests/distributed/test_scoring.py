@@ -1,17 +1,18 @@
-"""tools/score_preferences.py: the same scores under any layout, with the settings of the run that is scored."""
+"""megatron-dtrpo score: the same scores under any layout, with the settings of the run that is scored."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-import runpy
 
 import numpy as np
 import pytest
 
+from megatron_dtrpo.cli import reference as reference_verb
+from megatron_dtrpo.cli import score as score_verb
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from tests.support.launch import REPOSITORY, TINY_MODEL, Job, flags, train, uneven_pairs, write_lines
+from tests.support.launch import TINY_MODEL, Job, flags, train, uneven_pairs, verb, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 def score(folder, checkpoint: str, name: str, processes: int = 1, **settings) -> tuple[str, list[dict]]:
     files = {"checkpoint": folder / checkpoint, "reference": folder / "base", "data": folder / "pairs.jsonl"}
     settings = {**files, "output": folder / f"{name}.jsonl", **settings}
-    result = Job(settings, folder / f"{name}.log", processes, ["tools/score_preferences.py"]).wait()
+    result = Job(settings, folder / f"{name}.log", processes, verb("score")).wait()
     assert result.status == 0, result.output
     return result.output, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
@@ -59,14 +60,12 @@ def test_layouts_agree_and_the_runs_beta_is_used(folder):
 
 @pytest.fixture
 def tool(monkeypatch):
-    """(name of a tool, settings): runs its command line in this process."""
+    """(verb, settings): runs its command line in this process."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
     def run(name: str, settings: dict) -> int:
-        module = runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"))
-        command = {"score_preferences": "_score", "precompute_reference": "_precompute"}[name]
-        return module["run_command"](module[command], flags(settings))
+        return {"score": score_verb, "reference": reference_verb}[name].main(flags(settings))
 
     return run
 
@@ -88,7 +87,7 @@ def recorded_pairs(path, count: int):
 
 @pytest.mark.parametrize("estimator", ["dtrpo", "elbo", "vrpo", "mean_field", "trajectory", "exact_trajectory"])
 def test_every_estimator_scores(folder, tool, tmp_path, capfd, estimator):
-    """The run's rewards are its own scores less those that precompute_reference.py finds for the base, pair by pair;
+    """The run's rewards are its own scores less those that `megatron-dtrpo reference` finds for the base, pair by pair;
     and the base against itself is a tie, unless its noise is drawn twice."""
     data = recorded_pairs(tmp_path / "recorded.jsonl", 10)
     views = 3 if ESTIMATORS[estimator].is_random else 1
@@ -97,14 +96,14 @@ def test_every_estimator_scores(folder, tool, tmp_path, capfd, estimator):
     rows = {}
     for name in ("run", "base"):
         output = {"checkpoint": folder / name, "output": tmp_path / f"{name}.jsonl"}
-        assert tool("score_preferences", {**files, **common, **output}) == 0
+        assert tool("score", {**files, **common, **output}) == 0
         rows[name] = [json.loads(line) for line in output["output"].read_text().splitlines()]
         printed = capfd.readouterr().out
         for line in ("reward accuracy", "reward margin"):
             assert re.search(rf"^{line} +-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]$", printed, re.MULTILINE), printed
     scores = tmp_path / "scores"
     settings = {**SETTINGS, **common, "load": folder / "base", "data_path": data, "global_batch_size": 10}
-    assert tool("precompute_reference", {**settings, "num_epochs": 1, "output": scores}) == 0
+    assert tool("reference", {**settings, "num_epochs": 1, "output": scores}) == 0
     base = np.load(scores / "scores.npy")[0]
     assert len(rows["run"]) == len(base) == 10
     for row, reference in zip(rows["run"], base.tolist(), strict=True):
@@ -120,9 +119,9 @@ def test_every_estimator_scores(folder, tool, tmp_path, capfd, estimator):
 def test_what_is_biased_is_refused(folder, tool, tmp_path, capfd, estimator):
     words = {"estimator": estimator, "block_start": "noisy", "num_views": 1}
     capfd.readouterr()
-    assert tool("score_preferences", {"checkpoint": folder / "run", "data": folder / "pairs.jsonl", **words}) == 2
+    assert tool("score", {"checkpoint": folder / "run", "data": folder / "pairs.jsonl", **words}) == 2
     training = {**SETTINGS, "num_epochs": 1, "load": folder / "run", "data_path": folder / "pairs.jsonl"}
-    assert tool("precompute_reference", {**training, **words, "output": tmp_path / "scores"}) == 2
+    assert tool("reference", {**training, **words, "output": tmp_path / "scores"}) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and all(f"estimator {estimator} with block_start noisy is biased" in line for line in lines)
 
@@ -130,7 +129,7 @@ def test_what_is_biased_is_refused(folder, tool, tmp_path, capfd, estimator):
 def test_trajectory_needs_recorded_decodings(folder, tool, capfd):
     files = {"checkpoint": folder / "run", "data": folder / "pairs.jsonl"}
     capfd.readouterr()
-    assert tool("score_preferences", {**files, "estimator": "trajectory"}) == 2
+    assert tool("score", {**files, "estimator": "trajectory"}) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "pairs.jsonl:1: has no chosen_steps and rejected_steps, which estimator trajectory needs" in line
 

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 import yaml
 
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import train
 from tests.support.launch import TINY_MODEL, flags, latest_iteration, read_metrics, run, uneven_pairs, write_lines
 
 pytestmark = pytest.mark.end_to_end

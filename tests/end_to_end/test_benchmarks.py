@@ -12,18 +12,20 @@ import pytest
 import torch
 
 from megatron_dtrpo.errors import UserError
-from tests.peers.pairs import preference_rows
 from tests.support import launch
+from tools.benchmarks.peers.pairs import preference_rows
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
 
-def run(tool: str, *words: str, folder: Path) -> tuple[int, str]:
+def run(name: str, *words: str, folder: Path) -> tuple[int, str]:
     log = folder / "log"
-    command = [sys.executable, str(launch.REPOSITORY / "tools" / tool), *words]
+    command = [sys.executable, "-m", f"tools.benchmarks.{name}", *words]
     with log.open("wb") as output:
-        status = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, timeout=300).returncode
-    return status, log.read_text()
+        done = subprocess.run(
+            command, cwd=folder, env=launch._environment(), stdout=output, stderr=subprocess.STDOUT, timeout=300
+        )
+    return done.returncode, log.read_text()
 
 
 def rows(path: Path, count: int = 12) -> Path:
@@ -37,7 +39,7 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     """Each contender's loss is checked against ours on the same noise before it is timed; a policy and a reference that
     differ make that loss tell."""
     status, output = run(
-        "benchmark.py",
+        "training",
         "--size",
         "tiny",
         "--block-size",
@@ -93,11 +95,11 @@ def test_messages_are_pairs_too(tmp_path):
 
 
 def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
-    spoiled = "from tests.peers import packed_layout; import sys; sys.path.insert(0, 'tools'); import benchmark; "
+    spoiled = "import sys; from tools.benchmarks import training; from tools.benchmarks.peers import packed_layout; "
     spoiled += "seen = packed_layout.visible; packed_layout.visible = lambda q, k: seen(q, k) | (k.view == q.view); "
     words = ["--size", "tiny", "--block-size", "4", "--repetitions", "1", "--no-memory"]
     words += ["--contenders", "packed_sketch"]
-    spoiled += f"sys.exit(benchmark.run_command(benchmark._benchmark, {words!r}))"
+    spoiled += f"sys.exit(training.run_command(training._benchmark, {words!r}))"
     done = subprocess.run(
         [sys.executable, "-c", "from megatron_dtrpo.runtime import initialize; initialize.enable_device(); " + spoiled],
         cwd=launch.REPOSITORY,
@@ -111,9 +113,9 @@ def test_a_contender_that_computes_something_else_is_not_timed(tmp_path):
 def test_what_misses_its_goal_is_said_to_with_a_profile(tmp_path):
     words = ["--size", "tiny", "--block-size", "8", "--pairs", "2", "--repetitions", "1", "--no-memory"]
     words += ["--contenders", "packed_sketch", "fast_dllm_layout", "--output", str(tmp_path / "numbers.json")]
-    code = "import sys; sys.path.insert(0, 'tools'); import benchmark; from tests.peers import goals; "
+    code = "import sys; from tools.benchmarks import training; from tools.benchmarks.peers import goals; "
     code += "goals.SIZE = 'tiny'; goals.SPEED.update(packed_sketch=1e6, fast_dllm_layout=1e-6); "
-    code += f"sys.exit(benchmark.run_command(benchmark._benchmark, {words!r}))"
+    code += f"sys.exit(training.run_command(training._benchmark, {words!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=launch.REPOSITORY, capture_output=True, text=True, timeout=300
     )
@@ -128,29 +130,29 @@ def test_what_misses_its_goal_is_said_to_with_a_profile(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tool, words, said",
+    "name, words, said",
     [
-        ("benchmark.py", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
-        ("benchmark.py", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
-        ("benchmark.py", ["--output", "absent/numbers.json"], "there is no folder absent"),
-        ("benchmark.py", ["--size", "tiny", "--tokenizer", "absent"], "--tokenizer absent: no such folder"),
-        ("benchmark.py", ["--size", "tiny", "--tokenizer", "."], "--tokenizer .: "),
-        ("benchmark_scaling.py", ["--plot", "."], "is a folder"),
-        ("benchmark_layers.py", ["--tokens", "100"], "--tokens multiples of 128"),
-        ("benchmark_layers.py", ["--formats", "tensorwise"], "needs a GPU"),
-        ("benchmark_scaling.py", ["--response", "0"], "at least 1"),
-        ("benchmark_batches.py", ["--stream", "5"], "--stream must be at least"),
+        ("training", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
+        ("training", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
+        ("training", ["--output", "absent/numbers.json"], "there is no folder absent"),
+        ("training", ["--size", "tiny", "--tokenizer", "absent"], "--tokenizer absent: no such folder"),
+        ("training", ["--size", "tiny", "--tokenizer", "."], "--tokenizer .: "),
+        ("scaling", ["--plot", "."], "is a folder"),
+        ("layers", ["--tokens", "100"], "--tokens multiples of 128"),
+        ("layers", ["--formats", "tensorwise"], "needs a GPU"),
+        ("scaling", ["--response", "0"], "at least 1"),
+        ("batches", ["--stream", "5"], "--stream must be at least"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, tool, words, said):
-    status, output = run(tool, *words, folder=tmp_path)
+def test_mistakes_are_one_line(tmp_path, name, words, said):
+    status, output = run(name, *words, folder=tmp_path)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and said in errors[0] and "Traceback" not in output, output
 
 
 def test_layers_are_near_the_fp32_oracle(tmp_path):
     status, output = run(
-        "benchmark_layers.py",
+        "layers",
         "--size",
         "tiny",
         "--layers",
@@ -171,7 +173,7 @@ def test_layers_are_near_the_fp32_oracle(tmp_path):
 
 def test_scaling_is_fitted(tmp_path):
     status, output = run(
-        "benchmark_scaling.py",
+        "scaling",
         "--lengths",
         "32",
         "64",
@@ -196,7 +198,7 @@ def test_scaling_is_fitted(tmp_path):
 
 def test_one_length_has_no_power(tmp_path):
     status, output = run(
-        "benchmark_scaling.py",
+        "scaling",
         "--lengths",
         "32",
         "--pairs-per-micro-batch",
@@ -216,7 +218,7 @@ def test_one_length_has_no_power(tmp_path):
 
 def test_batches_are_streamed(tmp_path):
     status, output = run(
-        "benchmark_batches.py",
+        "batches",
         "--stream",
         "2600",
         "--size",

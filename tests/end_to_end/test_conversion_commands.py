@@ -1,4 +1,4 @@
-"""The commands of the README and of tools/, run as a user runs them."""
+"""The commands of the README and of convert, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
 # As the README shows them.
 COMMANDS = """\
-python tools/convert_checkpoint.py import --hf-path Fast_dLLM_v2_7B --megatron-path base
-torchrun --nproc-per-node 2 -m megatron_dtrpo.train --load base --data-path pairs.jsonl --save run \\
+megatron-dtrpo convert import --hf-path Fast_dLLM_v2_7B --megatron-path base
+torchrun --nproc-per-node 2 -m megatron_dtrpo train --load base --data-path pairs.jsonl --save run \\
     --tensor-model-parallel-size 2 --bf16 --num-epochs 1
-python tools/convert_checkpoint.py export --megatron-path run --hf-path aligned --hf-reference Fast_dLLM_v2_7B
+megatron-dtrpo convert export --megatron-path run --hf-path aligned --hf-reference Fast_dLLM_v2_7B
 """
-PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+PROGRAMS = {
+    "megatron-dtrpo": [sys.executable, "-m", "megatron_dtrpo"],
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+}
 
 
 def start(words: list[str], cwd: Path, log: Path) -> subprocess.Popen:
@@ -106,7 +110,7 @@ def test_a_run_from_nothing_is_exported(tmp_path, kind):
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         settings["tokenizer_model"] = tmp_path / "tokenizer"
     launch.train(settings)
-    tool = ["python", "tools/convert_checkpoint.py"]
+    tool = ["megatron-dtrpo", "convert"]
     status, output = run([*tool, "export", "--megatron-path", "run", "--hf-path", "hf"], tmp_path)
     assert status == 0 and "note:" not in output, output
 
@@ -155,7 +159,7 @@ def test_interrupted_and_run_again(tmp_path, number):
     """Large enough to be caught in the act."""
     shape = {"hidden": 1024, "ffn": 16384, "heads": 16, "width": 64, "layers": 4}
     source = folders.write_folder(tmp_path / "hf", shape=shape)
-    words = ["python", "tools/convert_checkpoint.py", "import", "--hf-path", "hf", "--megatron-path", "out"]
+    words = ["megatron-dtrpo", "convert", "import", "--hf-path", "hf", "--megatron-path", "out"]
     process = start(words, tmp_path, tmp_path / "log")
     data = tmp_path / "out.partial" / "iter_0000000" / "__0_0.distcp"
     deadline = time.monotonic() + 120
@@ -198,7 +202,7 @@ def test_the_measuring_script_on_a_small_model(tmp_path):
     reference = folders.write_folder(tmp_path / "reference", shards=3)
     for file in reference.glob("*.safetensors"):
         file.unlink()
-    words = ["python", "tools/full_size_roundtrip.py", "--reference", "reference", "--work", "work"]
+    words = ["python", "-m", "tools.benchmarks.full_size_roundtrip", "--reference", "reference", "--work", "work"]
     status, output = run(words, tmp_path)
     assert status == 0 and "every tensor is equal" in output and "peak RssAnon" in output, output
     assert not (tmp_path / "work").exists()

@@ -16,12 +16,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import convert, generate, train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
 from tests.support import conversion_folders as folders
 from tests.support.launch import flags, latest_iteration, read_metrics, write_lines
-from tools import convert_checkpoint, generate
 
 pytestmark = pytest.mark.end_to_end
 
@@ -114,11 +113,9 @@ def command(base, tmp_path) -> Callable[[str, Path], int]:
     commands = {
         "resume": lambda run: train.main(settings(base, load=base, save=run, train_iters=5)),
         "load": lambda run: train.main(settings(base, load=run, save=out, train_iters=1)),
-        "generate": lambda run: train.run_command(
-            generate._generate, words("--checkpoint", run, "--prompt", "1+1=", "--max-new-tokens", 8)
-        ),
-        "export": lambda run: convert_checkpoint.main(words("export", "--megatron-path", run, "--hf-path", out)),
-        "inspect": lambda run: convert_checkpoint.main(words("inspect", run)),
+        "generate": lambda run: generate.main(words("--checkpoint", run, "--prompt", "1+1=", "--max-new-tokens", 8)),
+        "export": lambda run: convert.main(words("export", "--megatron-path", run, "--hf-path", out)),
+        "inspect": lambda run: convert.main(words("inspect", run)),
     }
     return lambda name, run: commands[name](run)
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: the lm-evaluation-harness itself on tasks from local files, its numbers found in other ways."""
+"""megatron-dtrpo evaluate: the lm-evaluation-harness on tasks from local files, its numbers found in other ways."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import evaluate, generate, train
 from megatron_dtrpo.config.settings import Config
 from tests.support.conversion_folders import write_folder
-from tests.support.launch import TINY_MODEL, Job, flags, uneven_pairs, write_lines
-from tools import evaluate, generate
+from tests.support.launch import TINY_MODEL, Job, flags, uneven_pairs, verb, write_lines
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
@@ -44,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     # A question that is too long loses its beginning.
     write_lines(folder / "prompts.jsonl", [{"prompt": text[-(POSITIONS - NEW) :]} for text in QUESTIONS])
     files = {"checkpoint": folder / "run", "prompts": folder / "prompts.jsonl", "output": folder / "answers.jsonl"}
-    assert train.run_command(generate._generate, flags({**files, "max_new_tokens": NEW, **DECODING})) == 0
+    assert generate.main(flags({**files, "max_new_tokens": NEW, **DECODING})) == 0
     answers = [json.loads(line)["completion"] for line in (folder / "answers.jsonl").read_text().splitlines()]
     stop = answers[0][9:10]  # the second block of the first answer is not written for nothing
     truth = [answer.split(stop)[0] for answer in answers]
@@ -120,7 +119,7 @@ def settings_of(folder: Path, name: str, **settings) -> dict:
 
 def run_tool(folder: Path, name: str, **settings) -> dict:
     settings = settings_of(folder, name, **settings)
-    assert train.run_command(evaluate._evaluate, flags(settings)) == 0
+    assert evaluate.main(flags(settings)) == 0
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -213,11 +212,11 @@ def test_neither_the_batch_nor_the_packing_matters(folder, results):
 @pytest.mark.distributed
 def test_two_processes_agree_with_one(folder, results):
     settings = settings_of(folder, "tp2", tensor_model_parallel_size=2)
-    result = Job(settings, folder / "tp2.log", 2, ["tools/evaluate.py"]).wait()
+    result = Job(settings, folder / "tp2.log", 2, verb("evaluate")).wait()
     assert result.status == 0, result.output
     same(json.loads((folder / "tp2.json").read_text()), results)
     assert result.output.count("|local_choice") == 1  # one process reports
-    result = Job(settings_of(folder, "dp2"), folder / "dp2.log", 2, ["tools/evaluate.py"]).wait()
+    result = Job(settings_of(folder, "dp2"), folder / "dp2.log", 2, verb("evaluate")).wait()
     assert result.status == 0, result.output
     same(json.loads((folder / "dp2.json").read_text()), results)
 
@@ -233,10 +232,10 @@ def test_flags_replace_what_the_task_says(folder, results, capfd):
 
 
 def test_greedy_is_what_is_decoded(folder):
+    from megatron_dtrpo.config.decoding import DecodingOptions
     from megatron_dtrpo.data.batches import Noising
     from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
     from megatron_dtrpo.evaluation.session import locate_checkpoint
-    from megatron_dtrpo.inference.options import DecodingOptions
 
     written = [json.loads(line)["completion_ids"] for line in (folder / "answers.jsonl").read_text().splitlines()]
     contexts = [list(question[-(POSITIONS - NEW) :].encode()) for question in QUESTIONS]
@@ -297,7 +296,7 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capfd, name):
         monkeypatch.setattr("lm_eval.tasks.TaskManager", small)
     settings = settings_of(folder, "none", tasks="local_generation", output=tmp_path / "none.json") | changes
     capfd.readouterr()
-    assert train.run_command(evaluate._evaluate, flags(settings)) == 2
+    assert evaluate.main(flags(settings)) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], lines
     assert not list(tmp_path.iterdir())

@@ -130,7 +130,7 @@ def test_bash_looks_at_the_run_of_two_nodes(tmp_path):
 
 
 def test_a_dry_run_of_any_layout(capsys):
-    from megatron_dtrpo import train
+    from megatron_dtrpo.cli import train
 
     words = ["--config", str(REPOSITORY / "examples" / "dtrpo_7b.yaml"), "--dry-run", "--world-size", "64"]
     layout = {"pipeline_model_parallel_size": 4, "context_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 7}
@@ -166,7 +166,7 @@ RECIPE = {
 
 
 def test_the_two_stages_are_the_recipe_for_some_modules(capsys):
-    from megatron_dtrpo import train
+    from megatron_dtrpo.cli import train
 
     recipe, stages = read_yaml(REPOSITORY / "examples" / "dtrpo_7b.yaml"), read_yaml(STAGES)
     assert {key: recipe[key] for key in RECIPE} == RECIPE

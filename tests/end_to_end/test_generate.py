@@ -1,4 +1,4 @@
-"""tools/generate.py and tools/build_preferences.py, as a user runs them."""
+"""`megatron-dtrpo generate` and `pairs`, as a user runs them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import generate, score, train
+from megatron_dtrpo.cli import pairs as pairs_verb
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from tests.support.launch import TINY_MODEL, Job, flags, read_metrics, uneven_pairs, write_lines
-from tools import build_preferences, generate, score_preferences
+from tests.support.launch import TINY_MODEL, Job, flags, read_metrics, uneven_pairs, verb, write_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
@@ -37,13 +37,13 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run_tool(tool, command, folder: Path, **settings) -> int:
-    return train.run_command(command, flags({"checkpoint": folder / "run", **settings}))
+def run(module, folder: Path, **settings) -> int:
+    return module.main(flags({"checkpoint": folder / "run", **settings}))
 
 
 def decode(folder: Path, name: str, **settings) -> list[dict]:
     settings = {"prompts": folder / "prompts.jsonl", "max_new_tokens": 20, "small_block_size": 4} | settings
-    assert run_tool(generate, generate._generate, folder, output=folder / name, **settings) == 0
+    assert run(generate, folder, output=folder / name, **settings) == 0
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
@@ -86,14 +86,14 @@ def test_a_prompts_completion_does_not_depend_on_the_batch_or_the_layout(folder,
         assert not same(decode(folder, "seed.jsonl", seed=7, **settings), alone)
         words = {"checkpoint": folder / "run", "prompts": folder / "prompts.jsonl", "output": folder / "many.jsonl"}
         words |= {"max_new_tokens": 20, "small_block_size": 4, "tensor_model_parallel_size": 2, **settings}
-        result = Job(words, folder / "many.log", 4, ["tools/generate.py"]).wait()  # TP2 x DP2
+        result = Job(words, folder / "many.log", 4, verb("generate")).wait()  # TP2 x DP2
         assert result.status == 0, result.output
         rows = [json.loads(line) for line in (folder / "many.jsonl").read_text().splitlines()]
         assert same(rows, alone)
 
 
 def test_one_prompt_prints_its_answer(folder, capfd):
-    assert run_tool(generate, generate._generate, folder, prompt="Tom has 3 apples. ", max_new_tokens=20) == 0
+    assert run(generate, folder, prompt="Tom has 3 apples. ", max_new_tokens=20) == 0
     expected = decode(folder, "again.jsonl", small_block_size=8)[0]["completion"]
     assert capfd.readouterr().out.split("\n")[0] == expected.split("\n")[0]
 
@@ -114,14 +114,14 @@ def test_bad_rows_are_skipped_or_all_named(folder, tmp_path, capfd, monkeypatch)
     asked = {"prompts": tmp_path / "*", "split": "train", "output": tmp_path / "out.jsonl", "max_new_tokens": 8}
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half.py").write_text("def verify(row, text):\n    return len(text) % 2 == 0\n")
-    for tool, command, more in (
-        (generate, generate._generate, {}),
-        (build_preferences, build_preferences._build, {"verifier": "half:verify", "samples": 20}),
+    for module, more in (
+        (generate, {}),
+        (pairs_verb, {"verifier": "half:verify", "samples": 20}),
     ):
-        assert run_tool(tool, command, folder, **asked, **more) == 2
+        assert run(module, folder, **asked, **more) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("error: 4 of 6 rows cannot be used") and all(problem in line for problem in problems)
-        assert run_tool(tool, command, folder, bad_rows="skip", **asked, **more) == 0
+        assert run(module, folder, bad_rows="skip", **asked, **more) == 0
         said = capfd.readouterr().err
         assert "warning: skipped 4 of 6 rows" in said and all(problem in said for problem in problems)
         written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -129,9 +129,9 @@ def test_bad_rows_are_skipped_or_all_named(folder, tmp_path, capfd, monkeypatch)
         assert {row["when"] for row in written} == {str(when)}
     pairs = write_lines(tmp_path / "pairs.jsonl", [*written, {"prompt": "ab"}])
     scoring = {"data": pairs, "seq_length": 2048}
-    assert run_tool(score_preferences, score_preferences._score, folder, **scoring) == 2
+    assert run(score, folder, **scoring) == 2
     assert f"error: {pairs}:{len(written) + 1}: missing field 'chosen'" in capfd.readouterr().err
-    assert run_tool(score_preferences, score_preferences._score, folder, bad_rows="skip", **scoring) == 0
+    assert run(score, folder, bad_rows="skip", **scoring) == 0
     out = capfd.readouterr().out
     assert f"warning: skipped 1 of {len(written) + 1} rows" in out and f"pairs                {len(written)}\n" in out
 
@@ -147,7 +147,7 @@ def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_p
     decoded, decode = [], Tokenizer.decode
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "decode", lambda self, ids: decoded.append(tuple(ids)) or decode(self, ids))
-        assert run_tool(build_preferences, build_preferences._build, folder, pairs_per_prompt=2, **settings) == 0
+        assert run(pairs_verb, folder, pairs_per_prompt=2, **settings) == 0
     out = capfd.readouterr()
     judged = int(out.out.split("different responses")[1].split()[0])
     answers = [ids for ids in decoded if ids != tuple(PROMPTS[1]["prompt_ids"])]
@@ -177,9 +177,9 @@ def test_the_exact_likelihood_of_a_pair_is_the_decoders_own(folder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 40, "seed": 3}
     settings |= {"max_new_tokens": 60, "verifier": "parity:short", "threshold": 0.1, "pairs_per_prompt": 20}
-    assert run_tool(build_preferences, build_preferences._build, folder, **settings) == 0
+    assert run(pairs_verb, folder, **settings) == 0
     words = {"data": tmp_path / "pairs.jsonl", "output": tmp_path / "scores.jsonl", "estimator": "exact_trajectory"}
-    assert run_tool(score_preferences, score_preferences._score, folder, **words) == 0
+    assert run(score, folder, **words) == 0
     pairs, scores = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("pairs", "scores")
@@ -195,13 +195,11 @@ def test_the_exact_likelihood_of_a_pair_is_the_decoders_own(folder, tmp_path, mo
     # A recording of before they were kept is told apart, and what takes no recording still reads it.
     write_lines(tmp_path / "old.jsonl", [{k: v for k, v in p.items() if "discarded" not in k} for p in pairs])
     capfd.readouterr()
-    assert (
-        run_tool(score_preferences, score_preferences._score, folder, **words | {"data": tmp_path / "old.jsonl"}) == 2
-    )
+    assert run(score, folder, **words | {"data": tmp_path / "old.jsonl"}) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "old.jsonl:1: has no chosen_discarded and rejected_discarded" in line
     words |= {"data": tmp_path / "old.jsonl", "estimator": "dtrpo"}
-    assert run_tool(score_preferences, score_preferences._score, folder, **words) == 0
+    assert run(score, folder, **words) == 0
 
 
 ERRORS = {
@@ -235,7 +233,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capfd, name):
         settings |= {"prompts": tmp_path / "rows.jsonl", "output": tmp_path / "out.jsonl"}
     before = sorted(tmp_path.iterdir())
     capfd.readouterr()
-    assert run_tool(generate, generate._generate, folder, **settings) == 2
+    assert run(generate, folder, **settings) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
     assert sorted(tmp_path.iterdir()) == before
@@ -243,6 +241,6 @@ def test_mistakes_are_one_line(folder, tmp_path, capfd, name):
 
 def test_pairs_without_a_right_answer_are_an_error(folder, tmp_path, capfd):
     settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 2}
-    assert run_tool(build_preferences, build_preferences._build, folder, max_new_tokens=4, **settings) == 2
+    assert run(pairs_verb, folder, max_new_tokens=4, **settings) == 2
     assert "no prompt has both a right and a wrong response" in capfd.readouterr().err
     assert not (tmp_path / "pairs.jsonl").exists()

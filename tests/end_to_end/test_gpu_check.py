@@ -92,7 +92,7 @@ def test_a_command_that_fails_says_its_own_line(tool, tmp_path):
     from gpu_checks.common import CommandFailed, run_python
 
     with pytest.raises(CommandFailed, match="ended with 2: error: unknown flag --learning-rate"):
-        run_python(["-m", "megatron_dtrpo.train", "--learning-rate", "1"], tmp_path / "log")
+        run_python(["-m", "megatron_dtrpo", "train", "--learning-rate", "1"], tmp_path / "log")
 
 
 def test_no_folder_is_a_mistake(tool, tmp_path, capsys):

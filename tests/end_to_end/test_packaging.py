@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -47,8 +48,9 @@ def test_everything_of_the_package_is_installed(wheel):
 
 
 def test_it_works_outside_of_the_checkout(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+    words = ["install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel]
+    done = subprocess.run([sys.executable, "-m", "pip", *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
     code = (
         "from megatron_dtrpo.inference.trace import Trace, trace_page\n"
         "page = trace_page([Trace('p', ('a',), (0,), (0.5,), (0,), 'a')], 'title')\n"
@@ -59,6 +61,20 @@ def test_it_works_outside_of_the_checkout(wheel, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "site")) and done.stdout.endswith("True\n")
+
+    # The command that pip made, with the modules that it installed.
+    shutil.copy(REPOSITORY / "examples" / "dtrpo_7b.yaml", tmp_path)
+    command = tmp_path / "site" / "bin" / "megatron-dtrpo"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    for words, wanted in (
+        (["--version"], "megatron-dtrpo 0."),
+        (["plan", "--config", "dtrpo_7b.yaml", "--gpus", "8", "--top", "1"], "8 GPUs of 80 GiB"),
+        (["train", "--config", "dtrpo_7b.yaml", "--dry-run", "--world-size", "8"], "dry run of 8 processes"),
+    ):
+        done = subprocess.run(
+            [command, *words], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 0 and done.stdout.startswith(wanted), done.stdout + done.stderr
 
 
 def test_types():

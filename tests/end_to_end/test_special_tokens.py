@@ -9,14 +9,13 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import generate, train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.data.token_store import TokenStore
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
 from tests.support import conversion_folders as folders
 from tests.support.conversion_folders import refused, run_tool
 from tests.support.launch import flags, write_lines
-from tools import generate
 
 pytestmark = pytest.mark.end_to_end
 
@@ -109,7 +108,7 @@ def test_decoding_uses_them(run, monkeypatch):
     from megatron_dtrpo.evaluation import generation
 
     monkeypatch.setattr(generation, "decode_prompts", record)
-    train.run_command(generate._generate, ["--checkpoint", str(run), "--prompt", "1+1="])
+    generate.main(["--checkpoint", str(run), "--prompt", "1+1="])
     assert used == [(OTHER, OTHER_MASK)]
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.cli import convert
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
-from tests.support import oracles
-from tools import convert_checkpoint
+from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 # Fast_dLLM_v2_7B's head layout: 28 query and 4 key/value heads. The vocabulary is no multiple of 128.
 SHAPE = dict(layers=4, hidden=56, ffn=40, heads=28, groups=4, width=2, vocabulary=272)
@@ -179,7 +179,7 @@ def read_megatron(folder: Path, iteration: int = 0) -> dict[str, torch.Tensor]:
 def assert_same_model(megatron: Path, folder: Path, iteration: int = 0, padding_is_zero: bool = True) -> None:
     """A Megatron checkpoint holds what the oracle makes of the Hugging Face folder's weights, and no more."""
     model, found = checkpoint_folder.load_model_config(megatron), read_megatron(megatron, iteration)
-    expected = oracles.megatron_from_qwen2(
+    expected = megatron_from_qwen2(
         read_weights(folder),
         model.num_attention_heads,
         model.num_query_groups,
@@ -229,8 +229,8 @@ def good_megatron(good, tmp_path_factory):
 
 
 def run_tool(capsys, *words) -> tuple[int, str]:
-    """Runs tools/convert_checkpoint.py in this process. Returns its exit status and what it said on stderr."""
-    status = convert_checkpoint.main([str(word) for word in words])
+    """Runs `megatron-dtrpo convert` in this process. Returns its exit status and what it said on stderr."""
+    status = convert.main([str(word) for word in words])
     return status, capsys.readouterr().err
 
 

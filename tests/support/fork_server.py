@@ -1,11 +1,11 @@
-"""Runs the trainer, or a tool, many times without importing torch and megatron-core, six seconds a process, each time.
+"""Runs the trainer, or another verb, many times without importing torch and megatron-core each time: six seconds.
 
 Imports them once and forks the ranks of every run from there, with the environment that torchrun would give them. Reads
 one job a line, ``{"arguments": [...], "processes": 2, "log": FILE}``, and answers with the ranks' process ids, and at
 their end with their exit statuses. As torchrun does, it asks the others to end when one has failed, and kills them
 half a minute later.
 
-A job may name a ``tool``, e.g. ``tools/generate.py``, and ``events``: what happens to which ranks in the middle of it,
+A job may name another ``verb``, e.g. ``generate``, and ``events``: what happens to which ranks in the middle of it,
 each ``[before, call, action, ranks]``: before that call, from 1, of the function ``module:name``.
 """
 
@@ -15,7 +15,6 @@ import importlib
 import itertools
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ import threading
 import time
 import traceback
 
-from megatron_dtrpo import train
+from megatron_dtrpo.cli.main import VERBS
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 
@@ -91,14 +90,7 @@ def _fork(rank: int, job: dict, port: int) -> int:
 
 
 def _run(job: dict) -> int:
-    if job.get("tool") is None:
-        return train.main(job["arguments"])
-    sys.argv = [job["tool"], *job["arguments"]]
-    try:
-        runpy.run_path(job["tool"], run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
+    return importlib.import_module(VERBS[job.get("verb", "train")][0]).main(job["arguments"])
 
 
 def _before(name: str, call: int, action) -> None:

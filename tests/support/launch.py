@@ -22,7 +22,6 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TRAINER = "megatron_dtrpo.train"
 
 # Large enough for TP2 x PP2 and for two query groups, small enough that a step takes about 0.1 s.
 TINY_MODEL = {
@@ -37,6 +36,11 @@ TINY_MODEL = {
 
 # Settings of torchrun's that a test process may have inherited.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def verb(name: str) -> list[str]:
+    """Python's arguments for a verb of ``megatron-dtrpo``."""
+    return ["-m", "megatron_dtrpo", name]
 
 
 def flags(settings: dict) -> list[str]:
@@ -115,13 +119,13 @@ def _kill_tree(process: subprocess.Popen) -> None:
 
 
 class Job:
-    """A run of the trainer in processes of its own."""
+    """A run of the trainer, or of another command, in processes of its own."""
 
     def __init__(self, settings: dict, log: Path, processes: int = 1, command: list[str] | None = None):
-        """``command``: the Python arguments to run instead of the trainer's module, e.g. a script."""
+        """``command``: Python's arguments instead of ``verb("train")``, e.g. a script."""
         self.log, self.processes = log, processes
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        words = (launcher if processes > 1 else []) + (command or ["-m", TRAINER]) + flags(settings)
+        words = (launcher if processes > 1 else []) + (command or verb("train")) + flags(settings)
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=_environment(), cwd=REPOSITORY

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.peers.goals import MEMORY, SIZE, SPEED, verdicts
+from tools.benchmarks.peers.goals import MEMORY, SIZE, SPEED, verdicts
 
 
 def test_speed_is_at_least_its_goal_and_memory_at_most():

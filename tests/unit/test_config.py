@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from megatron_dtrpo.config.parser import FIELDS, TYPES, build_parser, parse, parse_tool, read_yaml, tool_parser
+from megatron_dtrpo.config.command_line import command_parser
+from megatron_dtrpo.config.parser import FIELDS, TYPES, add_settings, parse, parse_command, read_yaml, settings_parser
 from megatron_dtrpo.config.rules import (
     validate,
     validate_data,
@@ -59,7 +60,7 @@ def test_every_setting_is_one_key_one_flag_and_one_help_text():
     names = [f.name for kind in GROUPS.values() for f in dataclasses.fields(kind)]
     assert len(names) == len(set(names)) == len(TYPES) == len(FIELDS)
     assert all(FIELDS[name].metadata["help"] for name in names)
-    help_text = build_parser("train", "Trains.").format_help()
+    help_text = settings_parser("train", "Trains.").format_help()
     for name in names:
         assert "--" + name.replace("_", "-") in help_text
     assert set(Config().to_flat()) == set(names)
@@ -499,7 +500,9 @@ def test_names_of_trl_lead_to_ours(theirs, ours):
 
 def test_a_tool_without_that_setting_does_not_name_it():
     with pytest.raises(UserError, match="unknown flag --ref-model: ") as error:
-        parse_tool(tool_parser("tool", "Is a tool."), ["--ref-model", "1"], ["parallel"])
+        parser = command_parser("tool", "Is a tool.")
+        add_settings(parser, ["parallel"])
+        parse_command(parser, ["--ref-model", "1"])
     assert not str(error.value).endswith(" --reference")
 
 

@@ -39,7 +39,7 @@ def test_reference_cache(tmp_path, name, damage):
     writer.finish()
     ReferenceCache(tmp_path / "cache").require({"seed": 1})
     DAMAGES[damage](tmp_path / "cache" / name)
-    with pytest.raises(UserError, match="precompute_reference") as error:
+    with pytest.raises(UserError, match="megatron-dtrpo reference") as error:
         ReferenceCache(tmp_path / "cache")
     assert str(tmp_path / "cache") in str(error.value) and "\n" not in str(error.value)
 

@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.decoding import Decoding, DecodingOptions
+from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.diffusion.decoding import Decoding
 
 MASK, END = 99, 98
 

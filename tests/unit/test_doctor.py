@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.config.parser import parse
 from megatron_dtrpo.doctor.checks import PACKAGES, TRANSFORMER_ENGINE, can_run, examine
 from megatron_dtrpo.doctor.machine import Facts, Gpu
 from megatron_dtrpo.doctor.requirements import GIB, Needs, read_needs
-from megatron_dtrpo.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERSIONS = {package.name: "9.9" for package in PACKAGES}
+
+
+def needs_of(argv: list[str], nproc: int | None = None, gpus: int = 0) -> Needs:
+    config, given = parse(argv, "doctor", "Looks.")
+    return read_needs(config, bool(given), nproc, gpus)
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +227,7 @@ def test_needs_are_read_from_the_settings(tmp_path):
         "tensor_model_parallel_size: 2\nbf16: true\ntokenizer_type: ByteLevelTokenizer\n"
     )
     argv = ["--config", str(tmp_path / "run.yaml"), "--fp8-format", "hybrid", "--save", str(tmp_path / "new" / "run")]
-    needs = read_needs([*argv, "--data-path", "nowhere.parquet"], nproc=None, gpus=0)
+    needs = needs_of([*argv, "--data-path", "nowhere.parquet"])
     assert (needs.layout, needs.bf16, needs.fp8_recipe) == ((2, 1, 1), True, "tensorwise")
     assert (needs.tokenizer, needs.data_format) == ("ByteLevelTokenizer", ".parquet")
     assert needs.paths == (("data_path", "nowhere.parquet", False),)
@@ -235,19 +240,17 @@ def test_what_the_trainer_refuses_is_said_in_its_words(tmp_path):
     (tmp_path / "pairs.jsonl").touch()
     argv = ["--config", str(REPOSITORY / "examples" / "dtrpo_tiny.yaml"), "--data-path", str(tmp_path / "pairs.jsonl")]
     argv += ["--save", str(tmp_path / "run")]
-    needs = read_needs(argv, nproc=None, gpus=0)
+    needs = needs_of(argv)
     assert needs.mistake is None and needs.checkpoint > 0
     assert failing(laptop(), **vars(needs)) == set()
-    assert "num_query_groups" in read_needs([*argv, "--tensor-model-parallel-size", "4"], None, 0).mistake
-    with pytest.raises(UserError, match="nearest known one is --save"):
-        read_needs([*argv, "--sve", "x"], None, 0)
+    assert "num_query_groups" in needs_of([*argv, "--tensor-model-parallel-size", "4"]).mistake
 
 
 def test_how_many_processes_there_are(monkeypatch):
     flags = ["--tensor-model-parallel-size", "2"]
 
     def counted(nproc=None, gpus=0):
-        needs = read_needs(flags, nproc, gpus)
+        needs = needs_of(flags, nproc, gpus)
         return needs.processes, needs.local
 
     assert counted() == (2, 2)

@@ -61,8 +61,8 @@ def test_a_taken_port_is_noticed(monkeypatch):
 
 
 def doctor(*argv: str, python: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    command = [*python, str(REPOSITORY / "tools" / "doctor.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [*python, "-m", "megatron_dtrpo", "doctor", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
 
 
 @pytest.mark.end_to_end
@@ -79,12 +79,14 @@ def test_this_machine_is_examined_and_a_run_that_cannot_work_is_refused(tmp_path
     assert ended.returncode == 1
     assert "missing  data_path" in ended.stdout and not ended.stderr
     assert doctor("--lr", "fast").stderr.startswith("error: argument --lr")
+    assert doctor("--nprc", "8").stderr == "error: unknown flag --nprc: the nearest known one is --nproc\n"
+    assert doctor("--nproc", "0").stderr == "error: argument --nproc: must be at least 1\n"
 
 
 @pytest.mark.end_to_end
 def test_it_works_where_nothing_is_installed():
     # -S: without site-packages, and so without torch, megatron-core and PyYAML.
-    ended = doctor("--config", "run.yaml", python=(sys.executable, "-I", "-S"))
+    ended = doctor("--config", "run.yaml", python=(sys.executable, "-E", "-s", "-S"))
     assert ended.returncode == 1 and not ended.stderr
     assert "not read: No module named" in ended.stdout
     assert "missing  torch" in ended.stdout

@@ -30,7 +30,7 @@ def test_the_users_own_values_win():
 def test_they_are_set_before_torch_is_imported():
     check = """
 import os, sys
-from megatron_dtrpo import train
+from megatron_dtrpo.cli import train
 from megatron_dtrpo.runtime import environment
 add = environment.set_defaults
 def watched():

@@ -455,7 +455,7 @@ def test_a_packed_exchange_masks_and_reads_what_the_assistant_writes(fast_dllm, 
 
 def test_pairs_keep_the_prompt_and_not_the_answer(fast_dllm):
     """A pair that was built from a conversation with its answer has the question as its prompt."""
-    from tools.build_preferences import _row
+    from megatron_dtrpo.cli.pairs import _row
 
     row = {"messages": [*QUESTION, assistant("Yes.")], "answer": "Yes."}
     prompt = make_prompt(row, "row", fast_dllm, 4096)

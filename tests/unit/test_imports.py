@@ -25,7 +25,8 @@ FLOORS = (
     ("checkpoint", "inference"),
     ("conversion", "training"),
     ("evaluation", "online", "serving"),
-    ("cli", "train", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 # Rooms of one floor that know each other, in this direction only.
 BESIDE = {("data", "model"), ("planning", "model"), ("checkpoint", "conversion")}
@@ -53,7 +54,7 @@ INSIDE = {
     ("training/metric_log.py", "torch.utils.tensorboard"): OPTIONAL,
     ("training/metric_log.py", "wandb"): OPTIONAL,
 }
-INSIDE_ROOMS = {"cli": STARTUP, "train.py": STARTUP}
+INSIDE_ROOMS = {"cli": STARTUP}
 
 
 @functools.cache

@@ -253,7 +253,7 @@ def test_token_ids_beside_inputs_of_a_template_are_refused(tokenizer, store_of, 
         lambda: make_prompt({"prompt_ids": [5, 6], **column}, "row", tokenizer, 4096),
     ):
         assert f"{next(iter(column))}: prompt_ids are taken as they are" in refused(build)
-    # As build_preferences.py writes pairs: the messages that the ids were made of are there.
+    # As megatron-dtrpo pairs writes pairs: the messages that the ids were made of are there.
     assert len(store_of([{**ids, **column, "prompt": QUESTION}], tokenizer, kind)) == 1
     for nothing in (None, [], {}, ""):
         assert len(store_of([{**ids, **dict.fromkeys(column, nothing)}], tokenizer, kind)) == 1

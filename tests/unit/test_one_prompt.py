@@ -151,7 +151,7 @@ def _stored(path, kind, tokenizer, cache):
 
 
 def _scored(path, kind, tokenizer, cache):
-    """As `score_preferences.py` and a run open their data."""
+    """As `megatron-dtrpo score` and a run open their data."""
     config = Config()
     config.objective.objective = kind
     fill_objective_defaults(config.objective)

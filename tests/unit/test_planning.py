@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import copy
 import json
-import runpy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_dtrpo.cli import plan
 from megatron_dtrpo.config.parser import read_yaml
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
@@ -308,13 +308,12 @@ def test_no_layout_is_one_line():
 
 
 def test_plan_prints_a_table(capsys):
-    plan = runpy.run_path(str(REPOSITORY / "tools" / "plan.py"))
     words = ["--config", str(REPOSITORY / "examples" / "dtrpo_7b.yaml"), "--gpus", "8"]
-    assert plan["run_command"](plan["_plan"], [*words, "--gpu-memory", "80", "--top", "3"]) == 0
+    assert plan.main([*words, "--gpu-memory", "80", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "layouts fit" in lines[0] and len(lines) == 2 + 3
     assert lines[2].split()[:6] == ["fits", "2", "1", "1", "4", "none"]
-    assert plan["run_command"](plan["_plan"], [*words, "--gpus", "0"]) == 2
+    assert plan.main([*words, "--gpus", "0"]) == 2
     assert capsys.readouterr().err == "error: --gpus is 0: it must be a positive number\n"
 
 

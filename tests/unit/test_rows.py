@@ -40,7 +40,7 @@ def test_settings_are_read_and_checked_without_torch(tmp_path):
     script = f"""
         import sys
         from megatron_dtrpo.config import parser, rules, settings
-        config, given = parser.parse(["--config", sys.argv[1], "--beta", "0.25"], prog="test", description="")
+        config, given = parser.parse(["--config", sys.argv[1], "--beta", "0.25"], prog="test", about="")
         assert rules.validate(config, 4) == 4
         assert (config.objective.num_views, config.objective.beta) == (8, 0.25)
         print([name for name in {HEAVY} if name in sys.modules])
@@ -108,7 +108,7 @@ from megatron_dtrpo.config.rows import options_of
 sizes = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --vocab-size 9".split()
 
 def read(*flags):
-    config, _ = parser.parse([*sizes, *flags], prog="test", description="")
+    config, _ = parser.parse([*sizes, *flags], prog="test", about="")
     rules.validate(config, 1)
     return config.objective
 

@@ -49,12 +49,12 @@ IN_A_CHILD = "import subprocess, sys; from megatron_dtrpo.runtime import stop; s
     "sys.exit(child.wait())"
 )
 AT_EXIT = """
-import atexit, os, signal
-from megatron_dtrpo import train
+import atexit, os, signal, sys
+from megatron_dtrpo.cli import main, train
 train._train = lambda argv: None
 for number in (signal.SIGTERM, signal.SIGUSR1):
     atexit.register(os.kill, os.getpid(), number)
-train.program([])
+sys.exit(main.main(['train']))
 """
 
 
@@ -64,11 +64,11 @@ def test_programs(code):
 
 
 def test_the_trainer_listens_before_torch_is_imported():
-    code = "import sys; import megatron_dtrpo.train; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys; import megatron_dtrpo.cli.train; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=_environment(), cwd=REPOSITORY).returncode == 0
 
 
-# What `train` imports first sends a signal and asks whether it waits.
+# What the command imports first, after `__main__` itself, sends a signal and asks whether it waits.
 ASKS_FOR_THE_MASK = """
 import os, signal, sys
 for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -78,11 +78,11 @@ sys.exit(0 if signal.sigpending() == {signal.SIGTERM, signal.SIGUSR1} else 1)
 
 
 def test_signals_wait_before_the_trainer_imports_anything(tmp_path):
-    (tmp_path / "argparse.py").write_text(ASKS_FOR_THE_MASK)
+    (tmp_path / "__future__.py").write_text(ASKS_FOR_THE_MASK)
     environment = _environment()
     environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
-    for options in ([], ["-u"]):  # as by hand, as torchrun starts it
-        command = [sys.executable, *options, "-m", "megatron_dtrpo.train", "--help"]
+    for options in (["-S"], ["-S", "-u"]):  # as by hand, as torchrun starts it; packages of the site would ask first
+        command = [sys.executable, *options, "-m", "megatron_dtrpo", "train", "--help"]
         assert subprocess.run(command, env=environment, cwd=REPOSITORY).returncode == 0
 
 
@@ -91,7 +91,7 @@ OTHERS = {
     "word": [
         "-c",
         "import megatron_dtrpo, signal, sys; sys.exit(bool(signal.pthread_sigmask(0, ())))",
-        "megatron_dtrpo.train",
+        "train",
     ],
 }
 

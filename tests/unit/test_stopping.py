@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dtrpo.diffusion.decoding import Decoding, DecodingOptions
+from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.diffusion.decoding import Decoding
 
 BLOCK, MASK = 4, 99
 

@@ -34,7 +34,7 @@ def test_what_is_sent_arrives():
 def test_a_decoding_pass_is_one_message_there_and_one_back(monkeypatch):
     initialize.start(ParallelSettings(), seed=1)
     try:
-        from megatron_dtrpo.diffusion.decoding import DecodingOptions
+        from megatron_dtrpo.config.decoding import DecodingOptions
         from megatron_dtrpo.inference.decoder import BlockDecoder, Vocabulary
         from megatron_dtrpo.model.initialization import initialize_weights
         from megatron_dtrpo.model.provider import build_model

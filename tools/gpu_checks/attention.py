@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
 from gpu_checks.common import Result, Size, has_gpu, verdict
 
 HEADS, GROUPS, WIDTH = 14, 2, 128  # a 7B model's on one of two tensor-parallel ranks
@@ -40,13 +39,12 @@ def compare(size: Size, folder: Path) -> Result:
 
 
 def _at_length(tokens: int, seed: int) -> dict:
-    from benchmark_layers import SIZES, packed
-
     from megatron_dtrpo.config.backends import BACKENDS, few_lengths
     from megatron_dtrpo.config.settings import ModelSettings
     from megatron_dtrpo.diffusion.layout import visible
     from megatron_dtrpo.model.attention import plan_attention
     from megatron_dtrpo.runtime.transfer import to_device
+    from tools.benchmarks.layers import SIZES, packed
 
     device = torch.device("cuda" if has_gpu() else "cpu")
     sequence = packed(ModelSettings(num_layers=1, **SIZES["tiny"]), few_lengths(tokens), seed)

@@ -22,7 +22,7 @@ OVERLAPPED = {
 def doctor(size: Size, folder: Path) -> Result:
     """The machine and its packages."""
     try:
-        output = run_python(["tools/doctor.py"], folder / "log")
+        output = run_python(["-m", "megatron_dtrpo", "doctor"], folder / "log")
     except CommandFailed as error:
         return Result("failed", f"{error} (see {folder.name}/log)")
     lines = output.splitlines()
@@ -75,12 +75,13 @@ def fp8(size: Size, folder: Path) -> Result:
 
 
 def layers(size: Size, folder: Path) -> Result:
-    """tools/benchmark_layers.py: speed, error and memory in bf16 and FP8."""
+    """tools/benchmarks/layers.py: speed, error and memory in bf16 and FP8."""
     reason = why_no_fp8()
     formats = ["bf16"] if reason is not None else ["bf16", "tensorwise"]
     words = ["--size", size.layers[0], "--layers", "2", "--tokens", str(size.tokens), "--repetitions", "5"]
     target = folder / "layers.json"
-    run_python(["tools/benchmark_layers.py", *words, "--formats", *formats, "--output", str(target)], folder / "log")
+    words += ["--formats", *formats, "--output", str(target)]
+    run_python(["-m", "tools.benchmarks.layers", *words], folder / "log")
     rows = json.loads(target.read_text())["rows"]
     told = [
         f"{row['format']} {row['seconds'] * 1e3:.1f} ms, MFU {row['model_flop_utilisation']:.1%}, "
@@ -125,5 +126,5 @@ def _train(settings: dict, folder: Path, on_cpu: bool = False) -> list[dict]:
         words += (
             ([flag] if value else [flag.replace("--", "--no-", 1)]) if isinstance(value, bool) else [flag, str(value)]
         )
-    run_python(["-m", "megatron_dtrpo.train", *words], folder / "log", on_cpu)
+    run_python(["-m", "megatron_dtrpo", "train", *words], folder / "log", on_cpu)
     return [json.loads(line) for line in (Path(settings["save"]) / "metrics.jsonl").read_text().splitlines()]

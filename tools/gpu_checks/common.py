@@ -13,9 +13,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Size(NamedTuple):
-    """``model``: settings of the runs' and the decoder's model; ``layers``: shape (of benchmark_layers) and number of
-    the layers whose memory and profile are taken; ``tokens``: packed tokens there; ``lengths``: packed tokens that
-    FlexAttention is compared at; ``batches``: prompts that are decoded at once."""
+    """``model``: settings of the runs' and the decoder's model; ``layers``: shape (of tools/benchmarks/layers.py) and
+    number of the layers whose memory and profile are taken; ``tokens``: packed tokens there; ``lengths``: packed tokens
+    that FlexAttention is compared at; ``batches``: prompts that are decoded at once."""
 
     model: dict
     layers: tuple[str, int]
@@ -88,6 +88,6 @@ def run_python(words: list[str], log: Path, on_cpu: bool = False) -> str:
     output = log.read_bytes()[start:].decode(errors="replace")
     if done.returncode != 0:
         lines = [line for line in output.splitlines() if line.strip()]
-        said = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "nothing")
-        raise CommandFailed(f"{Path(words[0]).name} ended with {done.returncode}: {said}")
+        last = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "nothing")
+        raise CommandFailed(f"{' '.join(words[:3])} ended with {done.returncode}: {last}")
     return output

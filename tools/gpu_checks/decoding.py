@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-
 from gpu_checks.common import Result, Size, has_gpu, run_python, verdict
 
 VOCABULARY = 2048
@@ -44,7 +43,7 @@ _decoders: dict = {}
 
 def decode(size: Size, batch: int, bf16: bool, count: int = 16) -> list[list[int]]:
     """The responses to ``count`` random prompts."""
-    from megatron_dtrpo.diffusion.decoding import DecodingOptions
+    from megatron_dtrpo.config.decoding import DecodingOptions
 
     if bf16 not in _decoders:
         _decoders[bf16] = _decoder(size, bf16)

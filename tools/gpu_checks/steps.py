@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import torch
-
 from gpu_checks.common import Result, Size, has_gpu, verdict
 
 GIB = 2**30
@@ -18,12 +17,11 @@ class Steps:
     device, which is quick; numbers do not matter here."""
 
     def __init__(self, config, sequences: int):
-        from benchmark_layers import packed
-
         from megatron_dtrpo.config.objectives import OBJECTIVES
         from megatron_dtrpo.data.batches import MicroBatch
         from megatron_dtrpo.training.engine import Engine
         from megatron_dtrpo.training.reference import ReferencePolicy
+        from tools.benchmarks.layers import packed
 
         self.engine = Engine.new(config, tokenizer=None)  # nothing is decoded
         self.reference = ReferencePolicy(self.engine.chunks)
@@ -125,11 +123,10 @@ def _waits(step) -> list[str]:
 
 
 def _config(size: Size, layers: int):
-    from benchmark_layers import SIZES
-
     from megatron_dtrpo.config.rules import validate
     from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
     from megatron_dtrpo.runtime.precision import fused_gradients, fuses_rotary
+    from tools.benchmarks.layers import SIZES
 
     # What is left to the machine is said, so that the plan knows it.
     parallel = ParallelSettings(bf16=True, use_distributed_optimizer=True)

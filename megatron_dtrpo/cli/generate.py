@@ -1,15 +1,11 @@
-#!/usr/bin/env python3
 """Writes responses to prompts with a checkpoint, block by block.
 
-    python tools/generate.py --checkpoint RUN --prompt "Tom has 3 apples, buys 4. How many now? "
-    python tools/generate.py --checkpoint RUN --prompts prompts.jsonl --output answers.jsonl --batch-size 16
-
 Prompt rows (JSONL, Parquet) hold `prompt` (text or messages), `messages` or `prompt_ids`, or are rows of training data,
-whose prompt is decoded as it is trained (docs/data.md). Each output row is the input
-row with `completion`, `completion_ids` and `completion_passes` (forward passes it took), and with --record-trajectory
-also `completion_steps` (the decoding step that wrote each token), `completion_confidence` and `completion_discarded`
-(what was thrown away behind an end token). --trace writes a page that replays the decoding. RUN is a checkpoint or run
-folder, or an exported Hugging Face folder. Runs under torchrun too: tensor, pipeline and data parallel.
+whose prompt is decoded as it is trained (docs/data.md). Each output row is the input row with `completion`,
+`completion_ids` and `completion_passes` (the forward passes that it took). With --record-trajectory it also has
+`completion_steps` (the decoding step that wrote each token), `completion_confidence` and `completion_discarded`
+(tokens that were thrown away behind an end token). --trace writes a page that replays the decoding. RUN is a checkpoint
+or run folder, or an exported Hugging Face folder. Runs under torchrun too: tensor, pipeline and data parallel.
 """
 
 from __future__ import annotations
@@ -20,17 +16,21 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_dtrpo.config.parser import parse_tool, tool_parser
+from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, add_prompt_file_flags, decoding_options
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser
+from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file_flags, decoding_options
-from megatron_dtrpo.inference.recording import discarded_rows
-from megatron_dtrpo.train import run_command
 
+EXAMPLES = """
+  megatron-dtrpo generate --checkpoint RUN --prompt "Tom has 3 apples, buys 4. How many now? "
+  megatron-dtrpo generate --checkpoint RUN --prompts prompts.jsonl --output answers.jsonl --batch-size 16
+"""
 TRACED = 20  # decodings on one page: enough to choose from, small enough to open anywhere
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("generate.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("megatron-dtrpo generate", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
     parser.add_argument("--prompt", metavar="TEXT", help="One prompt; the response is printed.")
     parser.add_argument("--prompts", metavar="FILE", help="Many prompts.")
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", metavar="FILE.html", help=f"Write a page that replays the first {TRACED} prompts.")
     parser.add_argument("--no-progress", action="store_true", help="No progress bar.")
     add_decoding_flags(parser)
+    add_settings(parser, ["parallel"])
     return parser
 
 
@@ -73,8 +74,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {path}: its folder does not exist")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_command(_generate, argv)
+
+
 def _generate(argv: list[str]) -> None:
-    arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
+    arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
     from megatron_dtrpo.data.prompts import make_prompt, prompt_notes, read_prompts
     from megatron_dtrpo.data.tally import Tally
@@ -135,6 +140,7 @@ def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | Non
 def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
     from megatron_dtrpo.data.json_line import json_line
     from megatron_dtrpo.files import write_atomically
+    from megatron_dtrpo.inference.recording import discarded_rows
 
     lines = []
     for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True):
@@ -167,7 +173,3 @@ def _trace_page(tokenizer, prompts, completions, arguments) -> str:
     end_ids, traced = token_ids(tokenizer, arguments.stop_token), zip(prompts[:TRACED], completions, strict=False)
     traces = [trace_of(prompt.text, completion, tokenizer, end_ids) for prompt, completion in traced]
     return trace_page(traces, f"Decoding with {Path(arguments.checkpoint).name}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(_generate))

@@ -1,8 +1,4 @@
-#!/usr/bin/env python3
 """Runs benchmarks of the lm-evaluation-harness on a checkpoint.
-
-    python tools/evaluate.py --checkpoint RUN --tasks gsm8k --output gsm8k.json
-    torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint RUN --tasks ifeval --apply-chat-template
 
 RUN is a checkpoint or run folder, or an exported Hugging Face folder. Tasks are the harness's, by name or pattern, and
 your own: --include-path. Prints the harness's table; --output has everything else. Under torchrun the processes share
@@ -18,15 +14,19 @@ import argparse
 import difflib
 import json
 import os
-import sys
 from pathlib import Path
 
+from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.parser import parse_tool, tool_parser
+from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError, one_line
-from megatron_dtrpo.inference.options import add_decoding_flags, decoding_options
-from megatron_dtrpo.train import run_command
 
+EXAMPLES = """
+  megatron-dtrpo evaluate --checkpoint RUN --tasks gsm8k --output gsm8k.json
+  torchrun --nproc-per-node 8 -m megatron_dtrpo evaluate --checkpoint RUN --tasks ifeval --apply-chat-template
+"""
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
 SCORING = [name for name, one in ESTIMATORS.items() if one.objective == "preference" and not one.needs_steps]
 
@@ -45,8 +45,8 @@ TASKS_OWN = {"max_new_tokens": _TasksOwn(256), "temperature": _TasksOwn(0.0), "t
 GENERATION_NAMES = {"max_new_tokens": "max_gen_toks", "temperature": "temperature", "top_p": "top_p"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("evaluate.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("megatron-dtrpo evaluate", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
     parser.add_argument("--tasks", required=True, metavar="NAMES", help="Tasks, separated by commas.")
     parser.add_argument("--include-path", metavar="DIR", help="Folder with YAML files of your own tasks.")
@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="For metrics that ask whether an answer is what greedy decoding writes: decode and compare.",
     )
+    add_settings(parser, ["parallel"])
     return parser
 
 
@@ -129,8 +130,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(message)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_command(_evaluate, argv)
+
+
 def _evaluate(argv: list[str]) -> None:
-    arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
+    arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
     overrides = _take_overrides(arguments)
     objective = config.objective
@@ -178,7 +183,7 @@ def _load_tasks(arguments: argparse.Namespace) -> dict:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"tools/evaluate.py needs the lm-evaluation-harness ({error}): {INSTALL}") from None
+        raise UserError(f"megatron-dtrpo evaluate needs the lm-evaluation-harness ({error}): {INSTALL}") from None
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty: name a task, e.g. gsm8k")
@@ -256,7 +261,3 @@ def _report(results: dict, completions: list, source, options, arguments: argpar
         print(make_table(results, "groups"))
     for name, value in results.get("efficiency", {}).items():
         print(f"{name:<28} {value:.3f}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(_evaluate))

@@ -1,8 +1,4 @@
-#!/usr/bin/env python3
 """How fast batches are built, beside the step they are built for, and whether memory stays flat over a million pairs.
-
-    python tools/benchmark_batches.py                       # 1,000,000 generated arithmetic pairs
-    python tools/benchmark_batches.py --stream 100000
 
 Batches are the trainer's own: noised, laid out, balanced and packed, on one core, from a tokenized store on disk.
 """
@@ -19,22 +15,23 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.config.parser import new_file, tool_parser
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser, new_file, parse_flags
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.train import run_command
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the peers are tests' own
-
-from tests.peers.sizes import SIZES  # noqa: E402
+from tools.benchmarks.peers.sizes import SIZES
 
 BLOCK_SIZE, SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 8, 4096, 32, 256
 TIMED_PAIRS = 16  # of a step: a large model takes no more of them a second in larger ones
 WRITTEN_AT_ONCE = 10000
+EXAMPLES = """
+  python -m tools.benchmarks.batches                       # 1,000,000 generated arithmetic pairs
+  python -m tools.benchmarks.batches --stream 100000
+"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("benchmark_batches.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("python -m tools.benchmarks.batches", __doc__, EXAMPLES)
     parser.add_argument("--stream", type=int, default=1_000_000, help="Pairs that pass by. Default: %(default)s.")
     parser.add_argument("--size", choices=SIZES, default="135m", help="Model of the step. Default: %(default)s.")
     parser.add_argument("--steps", type=int, default=5, help="Steps that are timed. Default: %(default)s.")
@@ -43,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _benchmark(argv: list[str]) -> None:
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_flags(build_parser(), argv)
     if arguments.stream < 10 * GLOBAL_BATCH or arguments.steps < 1:
         raise UserError(f"--stream must be at least {10 * GLOBAL_BATCH}, --steps at least 1")
     from megatron_dtrpo.config.settings import ParallelSettings
@@ -81,8 +78,8 @@ def _open(folder: Path, count: int):
     from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
     from megatron_dtrpo.data.token_store import build_token_store
     from megatron_dtrpo.data.tokenizer import build_tokenizer
-    from tests.peers.ours import noising
-    from tests.peers.pairs import arithmetic_rows
+    from tools.benchmarks.peers.ours import noising
+    from tools.benchmarks.peers.pairs import arithmetic_rows
 
     with (folder / "pairs.jsonl").open("w") as file:
         for first in range(0, count, WRITTEN_AT_ONCE):
@@ -110,9 +107,9 @@ def _open(folder: Path, count: int):
 
 def _pairs_per_second_of_steps(arguments: argparse.Namespace) -> float:
     """Of the whole preference step on all cores, on pairs of the same kind."""
-    from tests.peers import pairs
-    from tests.peers.ours import Ours, noising, sample_of
-    from tests.peers.weights import Learner
+    from tools.benchmarks.peers import pairs
+    from tools.benchmarks.peers.ours import Ours, noising, sample_of
+    from tools.benchmarks.peers.weights import Learner
 
     shape = SIZES[arguments.size]
     vocabulary = shape["vocab_size"] - 1

@@ -1,44 +1,46 @@
-#!/usr/bin/env python3
 """Scores preference pairs under a checkpoint, relative to a reference checkpoint.
-
-    python tools/score_preferences.py --checkpoint RUN --reference BASE --data pairs.jsonl [--output scores.jsonl]
 
 Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likelihood`` rows compare the two responses
 under the checkpoint alone. With --estimator exact_trajectory the last line says how far any log-likelihood is from what
 the decoder itself recorded: rounding, if the checkpoint is the one that decoded.
 
 What a preference run was trained with (reference, estimator, steps_per_block, beta, seq_length ...) is read from its
-folder; every such setting is a flag here too (--num-views 8 for less noise), as `python -m megatron_dtrpo.train --help`
-lists them. Without a reference there are no rewards. Runs under torchrun as well.
+folder; every such setting is a flag here too (--num-views 8 for less noise). Without a reference there are no rewards.
+Runs under torchrun as well.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import refuse_fp8
-from megatron_dtrpo.config.parser import parse
+from megatron_dtrpo.config.parser import parse_command, settings_parser
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.train import run_command
+
+EXAMPLES = """
+  megatron-dtrpo score --checkpoint RUN --reference BASE --data pairs.jsonl --output scores.jsonl
+"""
 
 
-def _score(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="score_preferences.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    parser = settings_parser("megatron-dtrpo score", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, help="Run folder whose policy is scored.")
     parser.add_argument("--data", required=True, help="Preference pairs, as for training.")
     parser.add_argument("--output", help="JSONL file: one object per pair.")
-    arguments, rest = parser.parse_known_args(argv)
-    config, given = parse(rest, parser.prog, __doc__)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(_score, argv)
+
+
+def _score(argv: list[str]) -> None:
+    arguments, config, given = parse_command(build_parser(), argv)
     refuse_fp8(config.parallel, "scoring")
     config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
@@ -141,7 +143,3 @@ def _report(rows: list[dict], reference: str | None, output: str | None) -> None
         print(f"from the decoder's   {max(recorded):.2g} at most, of {len(recorded)} recorded log-likelihoods")
     if output:
         write_atomically(Path(output), "".join(json.dumps(row) + "\n" for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(_score))

@@ -1,11 +1,11 @@
-"""The command-line flags of decoding, shared by the tools that decode."""
+"""The command-line flags of decoding, shared by the verbs that decode."""
 
 from __future__ import annotations
 
 import argparse
 
+from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.parser import FIELDS
-from megatron_dtrpo.diffusion.decoding import DecodingOptions
 from megatron_dtrpo.errors import UserError
 
 

@@ -1,8 +1,4 @@
-#!/usr/bin/env python3
 """Times decoding beside the same decoder in plain transformers: same weights, same prompts, one run.
-
-    python tools/benchmark_decoding.py                              # a model of 135M parameters
-    python tools/benchmark_decoding.py --size tiny --prompts 48
 
 Runs alternate (ours at batch 1, the peer, ours at larger batches, and again); the medians and their spread are printed.
 Weights are random, so every response has the same length and no end token. Greedy answers are compared first.
@@ -18,17 +14,19 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dtrpo.config.parser import tool_parser
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.train import run_command
+from tools.benchmarks.peers.sizes import SIZES
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the peers are tests' own
+EXAMPLES = """
+  python -m tools.benchmarks.decoding                              # a model of 135M parameters
+  python -m tools.benchmarks.decoding --size tiny --prompts 48
+"""
 
-from tests.peers.sizes import SIZES  # noqa: E402
 
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("benchmark_decoding.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("python -m tools.benchmarks.decoding", __doc__, EXAMPLES)
     parser.add_argument("--size", choices=SIZES, default="135m", help="Model. Default: %(default)s.")
     parser.add_argument("--block-size", type=int, default=32, help="Default: %(default)s.")
     parser.add_argument("--prompts", type=int, default=16, help="Prompts, 32 to 96 tokens long. Default: %(default)s.")
@@ -41,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _benchmark(argv: list[str]) -> None:
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_flags(build_parser(), argv)
     if min(arguments.prompts, arguments.repetitions, *arguments.batch_sizes) < 1:
         raise UserError("--prompts, --repetitions and --batch-sizes must be at least 1")
     from megatron_dtrpo.config.settings import ParallelSettings
@@ -55,10 +53,10 @@ def _benchmark(argv: list[str]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from megatron_dtrpo.diffusion.decoding import DecodingOptions
+    from megatron_dtrpo.config.decoding import DecodingOptions
     from megatron_dtrpo.inference.decoder import BlockDecoder, Vocabulary
-    from tests.peers import transformers_decoder
-    from tests.peers.weights import random_pair
+    from tools.benchmarks.peers import transformers_decoder
+    from tools.benchmarks.peers.weights import random_pair
 
     shape = SIZES[arguments.size]
     peer, model = random_pair(shape)

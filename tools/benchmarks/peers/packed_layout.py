@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from megatron_dtrpo.diffusion.layout import PackedSequence, visible
-from tests.peers.pairs import Pair
-from tests.peers.weights import Learner
+from tools.benchmarks.peers.pairs import Pair
+from tools.benchmarks.peers.weights import Learner
 
 
 class PackedLayout:

@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
 """Makes preference pairs of a checkpoint's own right and wrong answers.
-
-    python tools/build_preferences.py --checkpoint RUN --prompts problems.jsonl --output pairs.jsonl --samples 8
 
 Samples responses to every prompt, has each judged, and writes pairs of a right (chosen) and a wrong one (rejected) with
 their exact token ids and recorded decodings, so that --estimator trajectory and exact_trajectory can replay them. The
 verifier `numeric` compares the final number of a response with the row's `answer`; give `module:function` for your own:
-function(row, text) -> bool. Prompt rows are those of tools/generate.py. Runs under torchrun as well.
+function(row, text) -> bool. Prompt rows are those of `megatron-dtrpo generate`. Runs under torchrun as well.
 """
 
 from __future__ import annotations
@@ -15,19 +12,26 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_dtrpo.config.parser import parse_tool, tool_parser
-from megatron_dtrpo.diffusion.decoding import Completion
+from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, add_prompt_file_flags, decoding_options
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser
+from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.inference.options import add_decoding_flags, add_prompt_file_flags, decoding_options
-from megatron_dtrpo.inference.recording import discarded_rows
-from megatron_dtrpo.train import run_command
 
-Response = tuple[Completion, str]  # with its text
+if TYPE_CHECKING:
+    from megatron_dtrpo.diffusion.decoding import Completion
+
+    Response = tuple[Completion, str]  # with its text
+
+EXAMPLES = """
+  megatron-dtrpo pairs --checkpoint RUN --prompts problems.jsonl --output pairs.jsonl --samples 8
+"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("build_preferences.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("megatron-dtrpo pairs", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="Prompts, with what the verifier needs.")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file of pairs to write.")
@@ -47,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64, help="Responses decoded at once. Default: %(default)s.")
     parser.add_argument("--no-progress", action="store_true", help="No progress bar.")
     add_decoding_flags(parser, temperature=1.0, top_p=1.0)
+    add_settings(parser, ["parallel"])
     return parser
 
 
@@ -69,8 +74,12 @@ def _warn(arguments: argparse.Namespace) -> None:
         )
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_command(_build, argv)
+
+
 def _build(argv: list[str]) -> None:
-    arguments, config, _ = parse_tool(build_parser(), argv, ["parallel"])
+    arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
     from megatron_dtrpo.data.prompts import prompt_notes, read_prompts
     from megatron_dtrpo.data.tally import Tally
@@ -150,6 +159,8 @@ def _different(samples: list[Completion]) -> list[Completion]:
 def _row(prompt, chosen: Response, rejected: Response) -> dict:
     """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded, with the
     log-likelihood of everything that was written."""
+    from megatron_dtrpo.inference.recording import discarded_rows
+
     row = {key: value for key, value in prompt.row.items() if key not in ("messages", "completion")}
     row |= {"prompt": prompt.asked, "prompt_ids": prompt.ids}
     for name, (completion, text) in (("chosen", chosen), ("rejected", rejected)):
@@ -158,7 +169,3 @@ def _row(prompt, chosen: Response, rejected: Response) -> dict:
         row[f"{name}_discarded"] = discarded_rows(completion)
         row[f"{name}_log_likelihood"] = completion.log_likelihood()
     return row
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(_build))

@@ -16,8 +16,8 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_dtrpo.diffusion.estimators import Noise
 from megatron_dtrpo.diffusion.layout import Blocks
-from tests.peers.pairs import Pair
-from tests.peers.weights import Learner
+from tools.benchmarks.peers.pairs import Pair
+from tools.benchmarks.peers.weights import Learner
 
 IGNORED = -100
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.peers.pairs import Pair
-from tests.peers.weights import Learner
+from tools.benchmarks.peers.pairs import Pair
+from tools.benchmarks.peers.weights import Learner
 
 
 class TrlDpo:

@@ -1,4 +1,4 @@
-"""Who takes part in tools/benchmark.py: how each is built, checked against ours, and measured."""
+"""Who takes part in tools/benchmarks/training.py: how each is built, checked against ours, and measured."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.diffusion.estimators import Noise, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, lay_out
 from megatron_dtrpo.errors import UserError
-from tests.peers.fast_dllm_layout import FastDllmLayout, every_step
-from tests.peers.ours import Ours, noising, sample_of
-from tests.peers.packed_layout import PackedLayout
-from tests.peers.pairs import Pair
-from tests.peers.trl_dpo import TrlDpo
-from tests.peers.weights import Learner, multiply_as_ours
+from tools.benchmarks.peers.fast_dllm_layout import FastDllmLayout, every_step
+from tools.benchmarks.peers.ours import Ours, noising, sample_of
+from tools.benchmarks.peers.packed_layout import PackedLayout
+from tools.benchmarks.peers.pairs import Pair
+from tools.benchmarks.peers.trl_dpo import TrlDpo
+from tools.benchmarks.peers.weights import Learner, multiply_as_ours
 
 BETA = 0.1
 TOLERANCE = 2e-3  # of a loss near 1: fp32 sums over some thousand weighted tokens

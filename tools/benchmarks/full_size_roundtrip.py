@@ -1,7 +1,4 @@
-#!/usr/bin/env python3
 """Converts a synthetic checkpoint of a model's full size in and out, and measures time, memory and exactness.
-
-    python tools/full_size_roundtrip.py --reference DIR --work DIR
 
 REFERENCE is a Hugging Face folder without weights: config.json, model.safetensors.index.json and a tokenizer. The
 weights are made up in WORK, which needs three times their size. Each conversion runs as the command a user types; a
@@ -12,7 +9,6 @@ the time until the written files are flushed. Exits with 1 unless everything is 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -27,13 +23,16 @@ import psutil
 import torch
 from safetensors import safe_open
 
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, read_config, read_json
 from megatron_dtrpo.conversion.safetensors_reader import INDEX
 from megatron_dtrpo.conversion.safetensors_writer import Planned, write_shard
-from megatron_dtrpo.train import run_command
 
-CONVERTER = Path(__file__).with_name("convert_checkpoint.py")
+EXAMPLES = """
+  python -m tools.benchmarks.full_size_roundtrip --reference Fast_dLLM_v2_7B --work /scratch/roundtrip
+"""
 PIECE = 1 << 25  # values made at a time
 
 
@@ -124,17 +123,21 @@ def checksums(folder: Path) -> dict[str, str]:
     return merged
 
 
-def _run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = command_parser("python -m tools.benchmarks.full_size_roundtrip", __doc__, EXAMPLES)
     parser.add_argument("--reference", type=Path, required=True, metavar="DIR", help="Folder without weights.")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="Folder to make, and to remove again.")
     parser.add_argument("--max-memory", type=float, default=6.0, metavar="GIB", help="Default: 6.")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="Of the export. Default: 5GB.")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _run(argv: list[str]) -> None:
+    arguments = parse_flags(build_parser(), argv)
     work = arguments.work
     source, copy, megatron, back = (work / name for name in ("source", "copy", "megatron", "back"))
     work.mkdir(parents=True)
-    convert = [sys.executable, str(CONVERTER)]
+    convert = [sys.executable, "-m", "megatron_dtrpo", "convert"]
     try:
         parameters = make_checkpoint(arguments.reference, source)
         nbytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))

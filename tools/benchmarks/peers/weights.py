@@ -12,7 +12,7 @@ from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.cpu import linear as cpu_linear
 from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.provider import build_model
-from tests.support import oracles
+from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 ROTARY_BASE = 1000000.0
 
@@ -43,9 +43,7 @@ def settings_of(shape: dict) -> ModelSettings:
 def copy_into(model: BlockDiffusionGPTModel, peer: Qwen2ForCausalLM) -> None:
     """Gives ``model``, of one process, the weights of ``peer``."""
     config = peer.config
-    values = oracles.megatron_from_qwen2(
-        peer.state_dict(), config.num_attention_heads, config.num_key_value_heads, tied=True
-    )
+    values = megatron_from_qwen2(peer.state_dict(), config.num_attention_heads, config.num_key_value_heads, tied=True)
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])
 

@@ -1,8 +1,4 @@
-#!/usr/bin/env python3
 """Times forward and backward passes of a few layers on one GPU, per number format, and says how far each is from fp32.
-
-    python tools/benchmark_layers.py                              # 4 layers of the 7B shape, 8k and 16k packed tokens
-    python tools/benchmark_layers.py --size tiny --tokens 512     # anywhere, to see that it runs
 
 Layers, attention, packing and head are the trainer's. Every repetition runs another packed sequence of one length: what
 is compiled after the warm-up is counted and should be nothing. The oracle is megatron-core's own layers in fp32 under
@@ -21,14 +17,14 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags
 from megatron_dtrpo.config.fp8 import RECIPES
-from megatron_dtrpo.config.parser import tool_parser
 from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.compiler import compilations
 from megatron_dtrpo.runtime.precision import check_machine
-from megatron_dtrpo.train import run_command
 
 SIZES = {
     "7b": dict(
@@ -72,8 +68,14 @@ class Measured(NamedTuple):
     peak_bytes: int | None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("benchmark_layers.py", __doc__)
+EXAMPLES = """
+  python -m tools.benchmarks.layers                              # 4 layers of the 7B shape, 8k and 16k packed tokens
+  python -m tools.benchmarks.layers --size tiny --tokens 512     # anywhere, to see that it runs
+"""
+
+
+def build_parser() -> Parser:
+    parser = command_parser("python -m tools.benchmarks.layers", __doc__, EXAMPLES)
     parser.add_argument("--size", choices=SIZES, default="7b", help="Shape of a layer. Default: %(default)s.")
     parser.add_argument("--layers", type=int, default=4, help="Default: %(default)s.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384], help="Packed. Default: 8192 16384.")
@@ -91,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _benchmark(argv: list[str]) -> None:
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_flags(build_parser(), argv)
     if min(arguments.layers, arguments.repetitions) < 1 or any(
         tokens % 128 or tokens < 128 for tokens in arguments.tokens
     ):

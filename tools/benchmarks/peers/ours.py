@@ -21,8 +21,8 @@ from megatron_dtrpo.training.device_batch import DeviceBatch
 from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dtrpo.training.passes import score, train_pass
 from megatron_dtrpo.training.reference import ReferencePolicy
-from tests.peers.pairs import Pair
-from tests.peers.weights import Learner, copy_into, settings_of
+from tools.benchmarks.peers.pairs import Pair
+from tools.benchmarks.peers.weights import Learner, copy_into, settings_of
 
 
 def noising(estimator: str, views: int, *, block_size: int, mask_id: int, steps_per_block: int) -> Noising:
@@ -66,7 +66,7 @@ class Ours:
         self.tokens = 0
 
     def cache_reference(self, pairs: Sequence[Pair]) -> None:
-        """Scores ``pairs`` under the reference once, as tools/precompute_reference.py does; `step` then looks them
+        """Scores ``pairs`` under the reference once, as `megatron-dtrpo reference` does; `step` then looks them
         up. They stay until `forget_cache`."""
         for pair in pairs:
             self.cached[pair.index] = self._reference_scores(self._batches([pair]))[0]

@@ -1,8 +1,4 @@
-#!/usr/bin/env python3
 """Times a full preference step (reference, policy forward and backward, optimizer) beside its peers, in one run.
-
-    python tools/benchmark.py                                                  # generated arithmetic pairs
-    python tools/benchmark.py --data pairs.jsonl --output benchmark.json       # your own
 
 Contenders alternate; medians, their spread and ratios are printed. All have the same random weights (fp32; the learning
 rate is 0, so that they stay the same) and run the same pairs; those that run a pair many times get the first few
@@ -26,18 +22,20 @@ from pathlib import Path
 
 import torch
 
-from megatron_dtrpo.config.parser import new_file, tool_parser
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser, new_file, parse_flags
 from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.train import run_command
+from tools.benchmarks.peers.sizes import SIZES
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the peers are tests' own
+EXAMPLES = """
+  python -m tools.benchmarks.training                                                  # generated arithmetic pairs
+  python -m tools.benchmarks.training --data pairs.jsonl --output benchmark.json       # your own
+"""
 
-from tests.peers.sizes import SIZES  # noqa: E402
 
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("benchmark.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("python -m tools.benchmarks.training", __doc__, EXAMPLES)
     parser.add_argument("--data", metavar="FILE", help="Preference pairs, texts or messages. Default: sums.")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="Hugging Face tokenizer. Default: a BPE trained on the data's own texts."
@@ -65,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _benchmark(argv: list[str]) -> None:
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_flags(build_parser(), argv)
     sizes = ("pairs", "slow_pairs", "micro_batch_size", "repetitions", "block_size", "steps_per_block")
     for name in sizes:
         if getattr(arguments, name) < 1:
@@ -73,14 +71,14 @@ def _benchmark(argv: list[str]) -> None:
     if arguments.slow_pairs > arguments.pairs:
         raise UserError("--slow-pairs must be at most --pairs")
     if torch.cuda.is_available():
-        raise UserError("the peers run on a CPU: set CUDA_VISIBLE_DEVICES= (a GPU: tools/benchmark_layers.py)")
+        raise UserError("the peers run on a CPU: set CUDA_VISIBLE_DEVICES= (a GPU: tools.benchmarks.layers)")
     from megatron_dtrpo.config.settings import ParallelSettings
 
     initialize.start(ParallelSettings(), seed=0)
     try:
         # Only now: what imports megatron-core needs the runtime.
-        from tests.peers.contenders import CONTENDERS, World, check, peak_memory
-        from tests.peers.goals import SPEED, where_time_goes
+        from tools.benchmarks.peers.contenders import CONTENDERS, World, check, peak_memory
+        from tools.benchmarks.peers.goals import SPEED, where_time_goes
 
         chosen = list(arguments.contenders or CONTENDERS)
         for name in chosen:
@@ -125,7 +123,7 @@ def _benchmark(argv: list[str]) -> None:
 
 def _pairs(arguments: argparse.Namespace):
     """``(pairs, tokenizer)``: pairs drawn at random from all."""
-    from tests.peers import pairs
+    from tools.benchmarks.peers import pairs
 
     vocabulary = SIZES[arguments.size]["vocab_size"]
     rows = pairs.preference_rows(Path(arguments.data)) if arguments.data else pairs.arithmetic_rows(1000)
@@ -181,7 +179,7 @@ def _time(steps: dict, repetitions: int) -> tuple[dict[str, list[float]], dict[s
 
 
 def _memory_in_own_process(argv: list[str], name: str) -> int:
-    command = [sys.executable, __file__, *argv, "--peak-memory-of", name]
+    command = [sys.executable, "-m", "tools.benchmarks.training", *argv, "--peak-memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else ["killed, perhaps for want of memory"]
@@ -193,8 +191,8 @@ def _memory_in_own_process(argv: list[str], name: str) -> int:
 
 def _compare(size: str, results: dict) -> dict:
     """Ours over each peer, in speed and in memory, and what is said of it where there is a goal."""
-    from tests.peers.contenders import CONTENDERS
-    from tests.peers.goals import verdicts
+    from tools.benchmarks.peers.contenders import CONTENDERS
+    from tools.benchmarks.peers.goals import verdicts
 
     def over(ours: str, other: str, key: str = "pairs_per_second") -> float:
         return results[ours][key] / results[other][key]
@@ -208,7 +206,7 @@ def _compare(size: str, results: dict) -> dict:
 
 
 def _report(arguments: argparse.Namespace, world, results: dict, comparison: dict) -> None:
-    from tests.peers.contenders import CONTENDERS
+    from tools.benchmarks.peers.contenders import CONTENDERS
 
     ratios, goals = comparison["ratios"], comparison["goals"]
 

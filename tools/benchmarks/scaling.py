@@ -1,8 +1,4 @@
-#!/usr/bin/env python3
 """Time of a preference step against response length and against pairs per micro-batch: linear in work, or not?
-
-    python tools/benchmark_scaling.py --plot scaling.png --output scaling.json
-    python tools/benchmark_scaling.py --lengths 64 256 1024 --pairs-per-micro-batch 1 8
 
 Work is what the packed layout asks for: tokens through the layers, and pairs of tokens that the mask lets see each
 other. Time is fitted as ``a * tokens + b * visible pairs``. The power is that of time over the multiply-adds of the two
@@ -21,21 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dtrpo.config.parser import new_file, tool_parser
+from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.config.command_line import Parser, command_parser, new_file, parse_flags
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.train import run_command
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the peers are tests' own
-
-from tests.peers.sizes import SIZES  # noqa: E402
+from tools.benchmarks.peers.sizes import SIZES
 
 PROMPT = 64
 BLOCK_SIZE = 32
+EXAMPLES = """
+  python -m tools.benchmarks.scaling --plot scaling.png --output scaling.json
+  python -m tools.benchmarks.scaling --lengths 64 256 1024 --pairs-per-micro-batch 1 8
+"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("benchmark_scaling.py", __doc__)
+def build_parser() -> Parser:
+    parser = command_parser("python -m tools.benchmarks.scaling", __doc__, EXAMPLES)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="Model. Default: %(default)s.")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="Of responses, one pair a step."
@@ -55,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _benchmark(argv: list[str]) -> None:
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_flags(build_parser(), argv)
     if min(*arguments.lengths, *arguments.pairs_per_micro_batch, arguments.response, arguments.repetitions) < 1:
         raise UserError("all numbers must be at least 1")
     from megatron_dtrpo.config.settings import ParallelSettings
@@ -86,9 +83,9 @@ def _benchmark(argv: list[str]) -> None:
 
 def _measure(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     from megatron_dtrpo.diffusion.sharding import work
-    from tests.peers.ours import Ours, noising, sample_of
-    from tests.peers.pairs import Pair
-    from tests.peers.weights import Learner
+    from tools.benchmarks.peers.ours import Ours, noising, sample_of
+    from tools.benchmarks.peers.pairs import Pair
+    from tools.benchmarks.peers.weights import Learner
 
     shape = SIZES[arguments.size]
     mask_id = shape["vocab_size"] - 1

@@ -1,0 +1,1 @@
+"""Run from the checkout; not installed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.runtime import stop
 
 VERBS = {
@@ -36,15 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line as all that this process does; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
-    if verb in ("-h", "--help", "--version"):
-        print(help_text() if verb != "--version" else version())
-        return 0
     if verb not in VERBS:
-        print(f"error: {_unknown(verb)}", file=sys.stderr)
-        return 2
+        return run_command(_without_verb, [verb])
     if verb == "train":
         stop.block()  # to the end of the process, so that signals cannot spoil its exit either
     return import_module(VERBS[verb][0]).main(rest)
+
+
+def _without_verb(words: list[str]) -> None:
+    (word,) = words
+    if word in ("-h", "--help"):
+        print(help_text())
+    elif word == "--version":
+        print(version())
+    else:
+        from megatron_dtrpo.config.command_line import unknown
+
+        raise unknown("verb", word, VERBS)
 
 
 def help_text() -> str:
@@ -58,9 +66,3 @@ def version() -> str:
         return f"megatron-dtrpo {metadata.version('megatron-dtrpo')}"
     except metadata.PackageNotFoundError:
         return "megatron-dtrpo, not installed: it runs from its checkout"
-
-
-def _unknown(verb: str) -> UserError:
-    from megatron_dtrpo.config.command_line import unknown
-
-    return unknown("verb", verb, VERBS)

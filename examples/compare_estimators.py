@@ -103,8 +103,9 @@ def warm_up() -> None:
     from megatron_dtrpo.runtime import initialize
 
     initialize.enable_device()
-    import megatron_dtrpo.training.loop  # noqa: F401
     from megatron.core import dist_checkpointing  # noqa: F401
+
+    import megatron_dtrpo.training.trainer  # noqa: F401
 
 
 def command(program: str, words: list, log: Path) -> float:

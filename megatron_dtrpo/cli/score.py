@@ -98,7 +98,7 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
         base = score_pairs(engine, data.reference_batches(config, engine.replica, data_parallel), indices)
     rows = []
     for index in indices:
-        row = {
+        row: dict = {
             "source": data.store.location(index),
             "logps/chosen": policy[index][0],
             "logps/rejected": policy[index][1],

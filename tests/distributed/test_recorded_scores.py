@@ -44,14 +44,14 @@ def pairs(folder, server) -> list[dict]:
     server.train({**training, "lr": 5e-3, "save": folder / "run"})
     files = {"checkpoint": folder / "run", "prompts": data, "output": folder / "pairs.jsonl"}
     options = {"samples": 8, "verifier": VERIFIER, "max_new_tokens": 40, "threshold": 0.1}
-    tool(server, "build_preferences", {**files, **options}, folder / "pairs.log")
+    verb(server, "pairs", {**files, **options}, folder / "pairs.log")
     found = [json.loads(line) for line in files["output"].read_text().splitlines()]
     assert sum(len(row[f"{name}_discarded"]) for row in found for name in NAMES) > 20
     return found
 
 
-def tool(server, name: str, settings: dict, log, processes: int = 1) -> str:
-    statuses, output = server.run({}, log, processes, tool=f"tools/{name}.py", arguments=flags(settings))
+def verb(server, name: str, settings: dict, log, processes: int = 1) -> str:
+    statuses, output = server.run({}, log, processes, verb=name, arguments=flags(settings))
     assert statuses == [0] * processes, output
     return output
 
@@ -62,7 +62,7 @@ def test_a_score_is_the_decoders_own(folder, server, pairs, layout):
     scores = folder / f"{layout}.jsonl"
     files = {"checkpoint": folder / "run", "data": folder / "pairs.jsonl", "output": scores}
     settings = {**files, **settings, "estimator": "exact_trajectory"}
-    printed = tool(server, "score_preferences", settings, folder / f"{layout}.log", processes)
+    printed = verb(server, "score", settings, folder / f"{layout}.log", processes)
     rows = [json.loads(line) for line in scores.read_text().splitlines()]
     differences = []
     for row, pair in zip(rows, pairs, strict=True):

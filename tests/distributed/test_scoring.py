@@ -137,6 +137,6 @@ def test_trajectory_needs_recorded_decodings(folder, tool, capfd):
 def test_a_reference_that_was_asked_for_must_be_there(folder, tool, capfd):
     files = {"checkpoint": folder / "run", "data": folder / "pairs.jsonl", "reference": folder / "nowhere"}
     capfd.readouterr()
-    assert tool("score_preferences", files) == 2
+    assert tool("score", files) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "nowhere: no such folder" in line

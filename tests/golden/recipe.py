@@ -25,10 +25,10 @@ CACHE = "reference_scores"
 PLACEHOLDER = "GOLDEN"  # stands for the folder in committed text files
 # A command's name -> what the fork server runs.
 COMMANDS = {
-    "train": {},
-    "score": {"tool": "tools/score_preferences.py"},
-    "reference": {"tool": "tools/precompute_reference.py"},
-    "export": {"tool": "tools/convert_checkpoint.py", "verb": ["export"]},
+    "train": ["train"],
+    "score": ["score"],
+    "reference": ["reference"],
+    "export": ["convert", "export"],
 }
 
 
@@ -40,10 +40,9 @@ class Commands:
 
     def run(self, name: str, settings: dict) -> str:
         """The command's output; it must end well."""
-        job = dict(COMMANDS[name])
-        words = job.pop("verb", []) + flags(settings)
+        verb, *words = COMMANDS[name]
         log = self.folder / "log"
-        statuses, output = self.server.run({}, log, arguments=words, **job)
+        statuses, output = self.server.run({}, log, verb=verb, arguments=[*words, *flags(settings)])
         assert statuses == [0], output
         return output
 

@@ -1,34 +1,43 @@
-"""Every model family. A new one is a new file and a row here."""
+"""Every model family. A new one is a new file and a row here, which names it: reading settings imports no family."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families import qwen2
 from megatron_dtrpo.families.family import Family
 
 if TYPE_CHECKING:
     from megatron_dtrpo.config.settings import ModelSettings
 
-FAMILIES: dict[str, Family] = {row.name: row for row in (qwen2.FAST_DLLM_V2, qwen2.QWEN2)}
+# The name, as `ModelSettings.family` records it -> module:row.
+FAMILIES: dict[str, str] = {
+    "fast_dllm_v2": "megatron_dtrpo.families.qwen2:FAST_DLLM_V2",
+    "qwen2": "megatron_dtrpo.families.qwen2:QWEN2",
+}
 
 # Of a model that is trained from random weights, and of checkpoints from before the family was recorded.
-DEFAULT_FAMILY = qwen2.FAST_DLLM_V2.name
+DEFAULT_FAMILY = "fast_dllm_v2"
 DEFAULT_BLOCK_SIZE = 32  # where neither config.json nor the user says one
+
+
+def families() -> list[Family]:
+    """The rows of all families."""
+    return [resolve_name(row) for row in FAMILIES.values()]
 
 
 def family_of(model: ModelSettings) -> Family:
     """The row of a model's family."""
-    return FAMILIES[model.family]
+    return resolve_name(FAMILIES[model.family])
 
 
 def family_of_config(config: dict, where: str | Path) -> Family:
     """The one family whose architecture a config.json names. Raises UserError listing the known ones."""
     names = config.get("architectures") or []
     names = names if isinstance(names, list) else [names]
-    known = {row.architecture: row for row in FAMILIES.values()}
+    known = {row.architecture: row for row in families()}
     if len(names) == 1 and names[0] in known:
         return known[names[0]]
     raise UserError(
@@ -38,4 +47,4 @@ def family_of_config(config: dict, where: str | Path) -> Family:
 
 def mask_tokens() -> tuple[str, ...]:
     """The names of all families' mask tokens: a tokenizer that has one of them needs not declare it."""
-    return tuple(dict.fromkeys(row.mask_token for row in FAMILIES.values()))
+    return tuple(dict.fromkeys(row.mask_token for row in families()))

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_check
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.parameters import SHAPES
-from megatron_dtrpo.families.registry import FAMILIES, family_of_config
+from megatron_dtrpo.families.registry import FAMILIES, families, family_of_config
 from tests.conftest import REPOSITORY
 from tests.support import conversion_folders as folders
 
@@ -43,10 +44,9 @@ def test_reading_families_needs_neither_torch_nor_settings():
     assert done.stdout.strip() == "[]", done
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_agrees_with_itself(name):
-    family = FAMILIES[name]
-    assert family.name == name
+@pytest.mark.parametrize("family", families(), ids=FAMILIES)
+def test_a_row_agrees_with_itself(family):
+    name = family.name
     for parameter, rule in family.parameters.items():
         sources = rule.sources(3)
         assert len(sources) == len(SHAPES[parameter].rows), parameter
@@ -74,6 +74,10 @@ def test_a_row_agrees_with_itself(name):
     assert config[family.block_size_key] == 4
 
 
+def test_a_row_has_the_name_that_it_is_found_by():
+    assert [family.name for family in families()] == list(FAMILIES)
+
+
 def test_the_table_of_models_is_the_registry():
     lines = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if "| `" in line]
@@ -86,7 +90,7 @@ def test_the_table_of_models_is_the_registry():
             family.attention,
             family.mask_token.replace("|", "\\|"),
         ]
-        for family in FAMILIES.values()
+        for family in families()
     ]
     assert rows == expected
 
@@ -113,11 +117,11 @@ def pebble(monkeypatch):
     """The family of docs/extending.md, registered."""
     page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     section = page[page.index("## A model family") :]
-    namespace: dict = {}
-    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], namespace)
-    family = namespace["PEBBLE"]
-    monkeypatch.setitem(FAMILIES, family.name, family)
-    return family
+    module = types.ModuleType("pebble")
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], vars(module))
+    monkeypatch.setitem(sys.modules, "pebble", module)
+    monkeypatch.setitem(FAMILIES, "pebble", "pebble:PEBBLE")
+    return vars(module)["PEBBLE"]
 
 
 OTHER_NAMES = {

@@ -17,9 +17,10 @@ from torch import Tensor
 from megatron_dtrpo.config.estimators import ESTIMATORS, Estimator, EstimatorOptions, total_views
 from megatron_dtrpo.config.rows import options_of
 from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
-from megatron_dtrpo.data.sampler import Sample, SampleOrder
+from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.stored_examples import TokenStore, turn_block_counts
 from megatron_dtrpo.diffusion.estimators import KEPT, POLICY, REFERENCE, Noise, NoiseRequest, Recording, noise_generator
 from megatron_dtrpo.diffusion.layout import (
@@ -31,16 +32,6 @@ from megatron_dtrpo.diffusion.layout import (
     packed_length,
     turn_blocks,
 )
-
-
-@dataclass
-class MicroBatch:
-    """One packed sequence and what it was made of: ``samples`` in packed order and how many tokens of every response
-    the assistant writes, int64 ``[responses]``."""
-
-    sequence: PackedSequence
-    samples: list[Sample]
-    response_length: Tensor
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,11 @@ of ranks, sees the same examples in the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.stored_examples import TokenStore
 from megatron_dtrpo.errors import UserError
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One visit to an example: the epoch, from 0, and the example's number in the store."""
-
-    epoch: int
-    index: int
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

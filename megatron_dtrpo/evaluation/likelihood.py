@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from megatron_dtrpo.data.batches import MicroBatch, Noising
+from megatron_dtrpo.data.batches import Noising
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.data.packing import balance, pack
-from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate, share_prompt
 from megatron_dtrpo.seeds import stable_seed
 from megatron_dtrpo.training.engine import Engine

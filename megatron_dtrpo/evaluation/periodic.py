@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.prompts import Prompt
-from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts, efficiency

@@ -11,8 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dtrpo.config.backends import BACKENDS
-from megatron_dtrpo.data.batches import MicroBatch
-from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
 from megatron_dtrpo.model.attention import PackedAttention, plan_attention

@@ -28,7 +28,7 @@ from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.data.batches import MicroBatch
+from megatron_dtrpo.data.micro_batch import MicroBatch
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.inference.decoder import BlockDecoder, make_decoder
 from megatron_dtrpo.model.attention import attention_width

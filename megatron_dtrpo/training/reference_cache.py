@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import reference_format
 from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.data.sampler import Sample, SampleOrder
+from megatron_dtrpo.data.micro_batch import Sample
+from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.files import partial_name, publish_folder, write_json

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dtrpo.data.batches import BatchBuilder, MicroBatch
-from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.batches import BatchBuilder
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.training.engine import Engine
 

@@ -18,8 +18,7 @@ from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import validate_decoding
 from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.data.batches import MicroBatch
-from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import SharedError, StopRequest
 from megatron_dtrpo.objectives.objective import Outcome

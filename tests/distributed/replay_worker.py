@@ -17,7 +17,7 @@ from tests.support import oracles
 def replayed(model, noising, prompt: list[int], completion) -> list[tuple[int, float]]:
     """(position, log-probability) of everything that the decoding wrote, from one forward pass."""
     from megatron_dtrpo.data.batches import Decoded
-    from megatron_dtrpo.data.sampler import Sample
+    from megatron_dtrpo.data.micro_batch import Sample
     from megatron_dtrpo.model.attention import attention_width, plan_attention
 
     discarded = torch.tensor([token[:4] for token in completion.discarded], dtype=torch.long).view(-1, 4)

@@ -148,8 +148,8 @@ def same(results: dict, others: dict) -> None:
 
 def one_at_a_time(folder: Path, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
     """Every continuation alone in its packed sequence."""
-    from megatron_dtrpo.data.batches import MicroBatch, Noising
-    from megatron_dtrpo.data.sampler import Sample
+    from megatron_dtrpo.data.batches import Noising
+    from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
     from megatron_dtrpo.evaluation.likelihood import content_key
     from megatron_dtrpo.evaluation.session import locate_checkpoint
 

@@ -14,7 +14,8 @@ import torch
 
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.data.batches import Noising
-from megatron_dtrpo.data.sampler import Sample, epoch_order
+from megatron_dtrpo.data.micro_batch import Sample
+from megatron_dtrpo.data.sampler import epoch_order
 from tests.support.launch import ForkServer, flags, read_metrics
 
 GOLDEN = Path(__file__).parent

@@ -11,8 +11,9 @@ import torch
 
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
+from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.packing import balance, pack
-from megatron_dtrpo.data.sampler import Sample, SampleOrder
+from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 

@@ -299,7 +299,7 @@ def test_token_multiple(settings, multiple):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("multiple", [1, 16, 48, 128])
 def test_micro_batches_are_padded(ranks, multiple):
-    from megatron_dtrpo.data.batches import MicroBatch
+    from megatron_dtrpo.data.micro_batch import MicroBatch
     from megatron_dtrpo.diffusion.layout import PADDING_DOCUMENT, lay_out
     from megatron_dtrpo.runtime import simulated_rank as pretend
     from megatron_dtrpo.training.device_batch import DeviceBatch

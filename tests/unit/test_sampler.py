@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_dtrpo.data.sampler import Sample, SampleOrder, epoch_order, select_by_length
+from megatron_dtrpo.data.micro_batch import Sample
+from megatron_dtrpo.data.sampler import SampleOrder, epoch_order, select_by_length
 from megatron_dtrpo.errors import UserError
 
 

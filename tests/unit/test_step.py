@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.config.settings import ModelSettings, ObjectiveSettings, ParallelSettings
-from megatron_dtrpo.data.batches import MicroBatch, Noising
-from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.batches import Noising
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.diffusion.layout import concatenate
 from megatron_dtrpo.runtime import initialize
 

@@ -16,8 +16,8 @@ from megatron_dtrpo.config.losses import LOSSES
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.data.batches import MicroBatch, Noising
-from megatron_dtrpo.data.sampler import Sample
+from megatron_dtrpo.data.batches import Noising
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.diffusion.layout import concatenate
 from megatron_dtrpo.objectives.objective import Outcome
 from megatron_dtrpo.objectives.targets import Targets

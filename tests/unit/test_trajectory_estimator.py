@@ -15,8 +15,8 @@ import torch
 from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.data.batches import Decoded, Noising
+from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.recordings import noisy_copies
-from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.diffusion.estimators import (

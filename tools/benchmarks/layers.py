@@ -138,7 +138,7 @@ def packed(model: ModelSettings, tokens: int, seed: int):
     """Pairs of random tokens under dTRPO's noise, as many as fit, padded to ``tokens``."""
     from megatron_dtrpo.config.estimators import EstimatorOptions
     from megatron_dtrpo.data.batches import Noising
-    from megatron_dtrpo.data.sampler import Sample
+    from megatron_dtrpo.data.micro_batch import Sample
     from megatron_dtrpo.diffusion.layout import concatenate, pad_to
 
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +176,7 @@ def _measure(model_settings: ModelSettings, parallel: ParallelSettings, sequence
     """Log-probabilities and gradients on the first sequence, then ``repetitions`` timed passes over all in turn."""
     from megatron_dtrpo.config.backends import choose_backend
     from megatron_dtrpo.config.fp8 import token_multiple
-    from megatron_dtrpo.data.batches import MicroBatch
+    from megatron_dtrpo.data.micro_batch import MicroBatch
     from megatron_dtrpo.model.attention import attention_width
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model

@@ -18,7 +18,7 @@ class Steps:
 
     def __init__(self, config, sequences: int):
         from megatron_dtrpo.config.objectives import OBJECTIVES
-        from megatron_dtrpo.data.batches import MicroBatch
+        from megatron_dtrpo.data.micro_batch import MicroBatch
         from megatron_dtrpo.training.engine import Engine
         from megatron_dtrpo.training.reference import ReferencePolicy
         from tools.benchmarks.layers import packed

@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.config.settings import Config, ObjectiveSettings, OptimizerSettings
-from megatron_dtrpo.data.batches import MicroBatch, Noising
+from megatron_dtrpo.data.batches import Noising
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.data.packing import pack
-from megatron_dtrpo.data.sampler import Sample
 from megatron_dtrpo.diffusion.layout import PackedSequence, concatenate
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.provider import build_model

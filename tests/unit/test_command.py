@@ -158,5 +158,5 @@ def test_every_module_of_the_room_is_a_verb_or_serves_them():
 
 
 def test_the_page_of_commands_is_in_step():
-    """python -m megatron_dtrpo.cli.reference_page > docs/commands.md"""
-    assert (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8") == reference_page.page()
+    written = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert written == reference_page.page(), "python -m megatron_dtrpo.cli.reference_page > docs/commands.md"

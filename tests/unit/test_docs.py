@@ -162,5 +162,5 @@ def test_every_page_can_be_reached_from_the_readme():
 
 
 def test_the_drawing_of_the_layout_is_in_step():
-    """python -m tools.draw_layout > docs/layout.svg"""
-    assert (REPOSITORY / "docs" / "layout.svg").read_text(encoding="utf-8") == draw_layout.svg()
+    drawn = (REPOSITORY / "docs" / "layout.svg").read_text(encoding="utf-8")
+    assert drawn == draw_layout.svg(), "python -m tools.draw_layout > docs/layout.svg"

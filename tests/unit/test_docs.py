@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.cli.main import VERBS
+from megatron_dtrpo.config.estimators import ESTIMATORS
+from megatron_dtrpo.config.losses import LOSSES
+from megatron_dtrpo.config.settings import ObjectiveSettings
+from megatron_dtrpo.objectives.objective import preference_objective
 from tests.conftest import REPOSITORY
 from tools import draw_layout
 
@@ -164,3 +169,47 @@ def test_every_page_can_be_reached_from_the_readme():
 def test_the_drawing_of_the_layout_is_in_step():
     drawn = (REPOSITORY / "docs" / "layout.svg").read_text(encoding="utf-8")
     assert drawn == draw_layout.svg(), "python -m tools.draw_layout > docs/layout.svg"
+
+
+def test_the_readme_is_short_and_names_every_verb_estimator_and_loss():
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    table = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
+    verbs = {name for first in table for name in re.findall("`([a-z]+)`", first)} & VERBS.keys()
+    assert verbs == VERBS.keys()
+    for row, choices in (
+        ("likelihoods, `--estimator`", ESTIMATORS.keys() - {"sft"}),
+        ("losses, `--loss-type`", LOSSES),
+    ):
+        assert set(re.findall(r"`(\w+)`", table[row].split("|")[2])) == set(choices)
+
+
+def test_every_number_that_is_logged_has_a_line():
+    """The page's ``loss/NAME`` stands for each loss of several."""
+    text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
+    objective = preference_objective(ObjectiveSettings(estimator="dtrpo", loss_type=["sigmoid"]))
+    assert set(objective.metric_names) <= named
+    for module, call in (("training/trainer.py", "step"), ("evaluation/generation.py", None)):
+        tree = ast.parse((REPOSITORY / "megatron_dtrpo" / module).read_text(encoding="utf-8"))
+        logged = keys_given_to(tree, call) if call else {k for k in keys_of_dicts(tree) if k.startswith("completions/")}
+        assert len(logged) >= 4
+        assert {name if call else f"eval/{name}" for name in logged} <= named
+
+
+def keys_of_dicts(tree: ast.AST) -> set[str]:
+    dicts = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+    return {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}
+
+
+def keys_given_to(tree: ast.AST, method: str) -> set[str]:
+    """Keys of the dictionaries that ``self.log.METHOD`` is called with."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return {
+        key
+        for call in calls
+        if ast.unparse(call.func) == f"self.log.{method}"
+        for a in call.args
+        for key in keys_of_dicts(a)
+    }

@@ -41,6 +41,8 @@ matplotlib.use("Agg")  # a file is all we draw; no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 import yaml  # noqa: E402
 
+from megatron_dtrpo.files import write_atomically  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 # mean_field has no noise that more views would average.
 ESTIMATORS = {
@@ -141,9 +143,7 @@ def _call(program: str, words: Words) -> int:
 def once(path: Path, make) -> dict | list:
     """What ``make()`` returns; from the file, where an earlier start of this script wrote it."""
     if not path.exists():
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(make()))
-        aside.replace(path)
+        write_atomically(path, json.dumps(make()))
     return json.loads(path.read_text())
 
 

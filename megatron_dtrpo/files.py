@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -46,6 +47,24 @@ def publish_folder(partial: Path, path: Path) -> None:
         os.rename(replaced, path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def first_to_finish(path: Path) -> Iterator[Path]:
+    """A folder to write in, which gets the name ``path`` at the end. Several processes may do so at once: the first to
+    finish wins, and what the others wrote goes. OSError where no folder can be made beside ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".building-{path.name[:8]}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's folders are private to their user
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if not path.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -35,6 +34,7 @@ from megatron_dtrpo.data.stored_examples import (
 from megatron_dtrpo.data.tally import Tally, bad_rows_error
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.files import first_to_finish
 from megatron_dtrpo.runtime import stop
 
 _BATCH = 512  # rows tokenized in one call
@@ -73,26 +73,19 @@ def build_token_store(
             store.require_whole()
         return _accepted(store, bad_rows)
     rows = open_rows(path, split)
-    try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".building-{target.name[:8]}-", dir=cache_dir))
-    except OSError as error:
-        raise UserError(f"{cache_dir}: the cache folder cannot be written ({error.strerror}); give another") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            building = stack.enter_context(first_to_finish(target))
+        except OSError as error:
+            raise UserError(
+                f"{cache_dir}: the cache folder cannot be written ({error.strerror}); give another"
+            ) from None
         bad = Tally()
         examples = _examples(rows, kind, tokenizer, apply_chat_template, assistant_turns, bad, progress)
         _write(building, (str(path), split), rows, kind, examples, bad)
         if bad.rows and (bad_rows == "error" or bad.rows == len(rows)):
             raise bad_rows_error(bad, len(rows))
-        building.chmod(0o755)  # mkdtemp's folders are private to their user; a cache is shared
-        try:
-            building.rename(target)
-        except OSError:
-            if not target.exists():  # otherwise another process finished the same store first
-                raise
-        return _accepted(TokenStore(target), bad_rows)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    return _accepted(TokenStore(target), bad_rows)
 
 
 def _accepted(store: TokenStore, bad_rows: str) -> TokenStore:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from gpu_checks.common import CommandFailed, Result, Size, has_gpu, run_python, verdict, why_no_fp8
 
+from megatron_dtrpo.checkpoint.folder import METRICS_FILE
+
 LN2 = math.log(2)
 OVERLAPPED = {
     "bf16": True,
@@ -127,4 +129,4 @@ def _train(settings: dict, folder: Path, on_cpu: bool = False) -> list[dict]:
             ([flag] if value else [flag.replace("--", "--no-", 1)]) if isinstance(value, bool) else [flag, str(value)]
         )
     run_python(["-m", "megatron_dtrpo", "train", *words], folder / "log", on_cpu)
-    return [json.loads(line) for line in (Path(settings["save"]) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(settings["save"]) / METRICS_FILE).read_text().splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from megatron_dtrpo.config.choices import leave_out_misfits
 from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags, unknown
-from megatron_dtrpo.config.settings import GROUPS, Config
+from megatron_dtrpo.config.settings import FIELDS, GROUPS, Config
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime.environment import rank
 
 
 def _base_type(kind: type) -> dict:
@@ -29,7 +32,6 @@ def _base_type(kind: type) -> dict:
 TYPES = {key: hint for kind in GROUPS.values() for key, hint in _base_type(kind).items()}
 # Two ways to say one thing: a flag replaces what the file says in the other way.
 _ALTERNATIVES = (("train_iters", "num_epochs"), ("num_epochs", "train_iters"))
-FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind)}
 
 
 def settings_parser(prog: str, about: str, examples: str = "") -> Parser:
@@ -152,7 +154,8 @@ def parse(argv: list[str], prog: str, about: str) -> tuple[Config, set[str]]:
 
 
 def parse_command(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Config, set[str]]:
-    """Reads the flags of a parser that has settings among them.
+    """Reads the flags of a parser that has settings among them. What the file says and an objective, an estimator or
+    losses given as flags do not read is left out, and named on stderr.
 
     Returns:
         The command's own flags; a configuration, not yet validated, whose other settings have their defaults; the
@@ -167,4 +170,8 @@ def parse_command(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, 
         if key in given and other not in given:
             values.pop(other, None)
     values |= given
-    return argparse.Namespace(**flags), Config.from_flat(values), set(values)
+    config = Config.from_flat(values)
+    for line in leave_out_misfits(config, given, config_file):
+        if rank() == 0:
+            print(line, file=sys.stderr)
+    return argparse.Namespace(**flags), config, set(values)

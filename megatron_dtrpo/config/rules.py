@@ -114,7 +114,7 @@ def validate(config: Config, world_size: int) -> int:
     _demand(
         objective.block_start in estimator.block_starts,
         f"estimator {objective.estimator} with block_start {objective.block_start} is biased: it would read a block's "
-        "first token from a block that is itself half masked, which no decoding does: leave block_start at clean",
+        "first token from a block that is itself half masked, which no decoding does: give --block-start clean",
     )
     _demand(
         estimator.is_random or objective.num_views == 1,
@@ -196,7 +196,7 @@ def validate_training(config: Config, data_parallel: int) -> None:
     for key in ("reference", "reference_cache"):
         _demand(
             config.objective.has_reference or getattr(config.run, key) is None,
-            f"{key}: {_no_reference(config.objective)}: leave it out",
+            f"{key}: {no_reference(config.objective)}: leave it out",
         )
     if config.run.reference_cache is not None:
         check_cached_reference(config.parallel)
@@ -236,16 +236,17 @@ def validate_decoding(config: Config) -> None:
     )
 
 
-def _no_reference(objective: ObjectiveSettings) -> str:
+def no_reference(objective: ObjectiveSettings) -> str:
+    """Why nothing is compared with a reference."""
     if not OBJECTIVES[objective.objective].may_read_reference:
         return f"objective {objective.objective} has no reference"
-    return f"loss_type {', '.join(objective.losses())} has no reference"
+    return f"loss_type {', '.join(objective.loss_type or ['sigmoid'])} has no reference"
 
 
 def validate_precomputing(config: Config, data_parallel: int) -> None:
     """Checks what only the reference's scores of a coming run need; after `validate`. Raises UserError."""
     objective = config.objective
-    _demand(objective.has_reference, f"{_no_reference(objective)}: there is nothing to precompute")
+    _demand(objective.has_reference, f"{no_reference(objective)}: there is nothing to precompute")
     check_cached_reference(config.parallel)
     _check_length(config, data_parallel)
 

@@ -332,6 +332,8 @@ GROUPS = {
     "evaluation": EvaluationSettings,
     "run": RunSettings,
 }
+FIELDS = {f.name: f for kind in GROUPS.values() for f in dataclasses.fields(kind)}
+_GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
 
 
 @dataclass
@@ -349,11 +351,14 @@ class Config:
     @classmethod
     def from_flat(cls, values: dict) -> Config:
         """Builds the groups from ``{key: value}``; keys must be known."""
-        group_of = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
         grouped: dict[str, dict] = {group: {} for group in GROUPS}
         for key, value in values.items():
-            grouped[group_of[key]][key] = value
+            grouped[_GROUP_OF[key]][key] = value
         return cls(**{group: kind(**grouped[group]) for group, kind in GROUPS.items()})
+
+    def group_of(self, key: str):
+        """The group of settings that ``key`` is one of."""
+        return getattr(self, _GROUP_OF[key])
 
     def to_flat(self) -> dict:
         return {key: value for group in GROUPS for key, value in dataclasses.asdict(getattr(self, group)).items()}

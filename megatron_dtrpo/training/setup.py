@@ -19,9 +19,10 @@ import yaml
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.backends import require_trainable
+from megatron_dtrpo.config.choices import leave_out_misfits
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.rules import unread_options, validate, validate_data, validate_training
-from megatron_dtrpo.config.settings import Config, ObjectiveSettings
+from megatron_dtrpo.config.rules import validate, validate_data, validate_training
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.batches import BatchBuilder, Noising
 from megatron_dtrpo.data.recordings import require_recordings, require_steps
 from megatron_dtrpo.data.sampler import SampleOrder, select_by_length
@@ -89,16 +90,12 @@ def follow_run(config: Config, given: set[str], folder: str | Path) -> None:
             if key not in given and first.get(key) is not None:
                 setattr(group, key, first[key])
     # Of a run's options those are followed that the estimator and the losses asked for read.
-    chosen = config.objective
-    if "loss_type" in given and "loss_weights" not in given:
-        chosen.loss_weights = None
-    for option in unread_options(chosen).keys() - given:
-        setattr(chosen, option, getattr(ObjectiveSettings(), option))
+    for line in leave_out_misfits(config, given, folder):
+        if initialize.rank() == 0:
+            print(line, file=sys.stderr)
     own = resume.run_reference(folder)
     if "reference" not in given and config.objective.has_reference and own is not None:
         config.run.reference = own[1]
-    if "num_views" not in given and config.objective.estimator and not ESTIMATORS[config.objective.estimator].is_random:
-        config.objective.num_views = 1
 
 
 def open_tokenizer(config: Config) -> Tokenizer:

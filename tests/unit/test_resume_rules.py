@@ -128,6 +128,7 @@ OWN = {"steps_per_block": 4, "loss_type": ["simpo", "sft"], "loss_weights": [1.0
         ({}, OWN),
         ({"estimator": "vrpo"}, {**OWN, "steps_per_block": 8}),
         ({"loss_type": ["hinge"]}, {**OWN, "loss_type": ["hinge"], "loss_weights": None, "simpo_gamma": 0.5}),
+        ({"loss_type": ["hinge", "sft"]}, {**OWN, "loss_type": ["hinge", "sft"], "simpo_gamma": 0.5}),
         ({"estimator": "dtrpo", "steps_per_block": 3}, {**OWN, "steps_per_block": 3}),
     ],
 )
@@ -145,6 +146,19 @@ def test_a_score_follows_the_options_that_its_estimator_and_losses_read(run, alo
     follow_run(config, {"estimator", "steps_per_block"}, run)
     with pytest.raises(UserError, match="steps_per_block belongs to estimator dtrpo: leave it out with vrpo"):
         validate(config, 1)
+
+
+def test_a_score_by_dtrpo_reads_a_blocks_first_token_where_it_is_unbiased(run, alone, capsys):
+    """Whatever the run did, whose estimator allows either; and it says so."""
+    from megatron_dtrpo.training.setup import follow_run
+
+    record = yaml.safe_load((run / RUN_CONFIG).read_text())
+    (run / RUN_CONFIG).write_text(yaml.safe_dump({**record, "estimator": "vrpo", "block_start": "noisy"}))
+    config = Config.from_flat({**MODEL, "estimator": "dtrpo"})
+    follow_run(config, {"estimator"}, run)
+    assert f"note: {run}: left out: block_start noisy (estimator dtrpo would be biased)" in capsys.readouterr().err
+    validate(config, 1)
+    assert config.objective.block_start == "clean"
 
 
 @pytest.mark.parametrize("asked, reference", [({}, "base"), ({"reference": "better"}, "better")])

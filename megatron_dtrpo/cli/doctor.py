@@ -14,7 +14,7 @@ from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.doctor.checks import Line, can_run, examine
 from megatron_dtrpo.doctor.machine import gather
-from megatron_dtrpo.doctor.requirements import Needs, read_needs, with_processes
+from megatron_dtrpo.doctor.requirements import Requirements, read_requirements, with_processes
 from megatron_dtrpo.errors import UserError, one_line
 
 try:
@@ -51,26 +51,28 @@ def main(argv: list[str] | None = None) -> int:
 def _doctor(argv: list[str]) -> int:
     warnings.filterwarnings("ignore")
     machine = gather()
-    lines = examine(machine, _needs(argv, len(machine.gpus)))
+    lines = examine(machine, _requirements(argv, len(machine.gpus)))
     print("\n".join(map(_text, lines)))
     print("this run works here" if can_run(lines) else "this run does not work here: fix the lines above")
     return 0 if can_run(lines) else 1
 
 
-def _needs(argv: list[str], gpus: int) -> Needs:
+def _requirements(argv: list[str], gpus: int) -> Requirements:
     """Raises UserError for an unknown flag or key, and for a file that cannot be read."""
     if UNREAD is not None:
         own, settings = build_parser().parse_known_args(argv)
-        return with_processes(Needs(configured=bool(settings), unread=UNREAD if settings else None), own.nproc, gpus)
+        return with_processes(
+            Requirements(configured=bool(settings), unread=UNREAD if settings else None), own.nproc, gpus
+        )
     own, config, given = parse_command(build_parser(), argv)
     try:
-        return read_needs(config, bool(given), own.nproc, gpus)
+        return read_requirements(config, bool(given), own.nproc, gpus)
     except UserError:
         raise
     except Exception as error:
-        return Needs(unread=one_line(error))
+        return Requirements(unread=one_line(error))
 
 
 def _text(line: Line) -> str:
-    advice = f"\n{'':30}-> {line.mend}" if line.mend and line.status != "ok" else ""
-    return f"{line.status:<9}{line.name:<20} {line.said}{advice}"
+    advice = f"\n{'':30}-> {line.fix}" if line.fix and line.status != "ok" else ""
+    return f"{line.status:<9}{line.name:<20} {line.detail}{advice}"

@@ -158,9 +158,9 @@ def _evaluate(argv: list[str]) -> None:
             options = HarnessOptions(decoding, arguments.batch_size, arguments.seed, arguments.check_greedy)
             model = HarnessModel(engine, noising, options)
             if not engine.is_main:
-                model.leader.follow()
+                model.rank_zero.follow()
                 return
-            with model.leader.leading():
+            with model.rank_zero.calling():
                 results = _simple_evaluate(model, tasks, overrides, arguments)
             _report(results, model.completions, source, options, arguments)
 

@@ -118,13 +118,13 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def takes(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether `rms_norm` is for ``x``: lower precisions are torch's, which computes them in fp32."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x [..., h]`` over its root mean square, times ``weight [h]``. Of what it `takes`."""
+    """``x [..., h]`` over its root mean square, times ``weight [h]``. Of what it `supports`."""
     with torch.no_grad():
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()

@@ -12,16 +12,16 @@ from megatron_dtrpo.rounding import ceil_divide
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals positions ``0 .. len(costs) - 1`` into ``parts`` lists of nearly equal cost: the longest first, each to
+    """Assigns positions ``0 .. len(costs) - 1`` to ``parts`` lists of nearly equal cost: the longest first, each to
     the list that has least so far. No list gets more than its share of items, rounded up."""
     size = ceil_divide(len(costs), parts)
-    dealt: list[list[int]] = [[] for _ in range(parts)]
+    assigned: list[list[int]] = [[] for _ in range(parts)]
     totals = [0] * parts
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        target = min((p for p in range(parts) if len(dealt[p]) < size), key=lambda p: (totals[p], p))
-        dealt[target].append(item)
+        target = min((p for p in range(parts) if len(assigned[p]) < size), key=lambda p: (totals[p], p))
+        assigned[target].append(item)
         totals[target] += costs[item]
-    return dealt
+    return assigned
 
 
 def pack(costs: Sequence[int], items: Sequence[int], budget: int, most: int) -> list[list[int]]:

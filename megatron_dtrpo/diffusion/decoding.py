@@ -138,12 +138,12 @@ class Decoding:
         if not self._masked():
             self._finish_block()
 
-    def settled(self) -> list[int] | None:
+    def finished_blocks(self) -> list[int] | None:
         """The response so far if the last pass finished a block of it and another one follows; None in between."""
         return None if self._clean_start is None else self.tokens[self.prompt_length : self.block]
 
     def stop(self) -> None:
-        """Ends the response with the blocks that are finished; only where it is `settled`."""
+        """Ends the response with the blocks that are finished; only where it is `finished_blocks`."""
         self.limit, self.finished = self.block, True
 
     def completion(self) -> Completion:

@@ -1,8 +1,8 @@
-"""How one packed sequence is dealt to the ranks of context parallelism.
+"""How one packed sequence is divided among the ranks of context parallelism.
 
-A rank holds some of the packed rows and attends to all of them, so what it has to do is the number of keys that its
-queries see, which differs many times over between the first and the last block of a document. Rows are dealt in units
-of a few diffusion blocks, as many to each rank, so that the work is even too.
+A rank holds some of the packed rows and attends to all of them. Its work is the number of keys that its queries see,
+which differs many times over between the first and the last block of a document. Rows are assigned in units of a few
+diffusion blocks, as many to each rank, so that the work is even too.
 
 Legend: S packed tokens, B block size, s = S / ranks. Nothing here touches a device or a process group.
 """
@@ -49,11 +49,11 @@ def work(coordinates: Coordinates, block_size: int) -> Tensor:
     return torch.cat(counts)
 
 
-def deal(coordinates: Coordinates, block_size: int, unit: int, ranks: int) -> Tensor:
+def assign_rows(coordinates: Coordinates, block_size: int, unit: int, ranks: int) -> Tensor:
     """Packed rows of each rank, in packed order: int64 ``[ranks, s]``, all together a permutation of ``0 .. S-1``.
 
     Units go round by round from the one with most work to the one with least, and in a round the rank that has least
-    so far gets most. No two ranks then differ by more than two units dealt in one round do.
+    so far gets most. No two ranks then differ by more than two units assigned in one round do.
 
     Args:
         coordinates: ``[S]``; S is a multiple of ``ranks * unit``, and ``unit`` one of ``block_size``.

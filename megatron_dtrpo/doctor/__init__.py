@@ -1,1 +1,1 @@
-"""What this machine has (`facts`), what a configuration asks for (`needs`), and how the two agree (`checks`)."""
+"""What this machine has (`machine`), what a run asks for (`requirements`), and how the two agree (`checks`)."""

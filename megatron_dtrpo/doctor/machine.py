@@ -38,7 +38,7 @@ class Gpu(NamedTuple):
 
 
 @dataclass
-class Facts:
+class Machine:
     """Plain values, so that a test can invent a machine. None: could not be found out."""
 
     python: tuple[int, ...] = sys.version_info[:3]
@@ -49,7 +49,7 @@ class Facts:
     gpus: tuple[Gpu, ...] = ()
     driver: bool = False  # NVIDIA's, on this machine
     bf16: bool = True
-    flex: str | None = None  # "compiles", "imports", or what its compilation said
+    flex: str | None = None  # "compiles", "imports", or the error of its compilation
     apex: str | None = None  # "nvidia", "other"
     apex_extensions: tuple[str, ...] = ()
     cores: int = 1
@@ -64,130 +64,130 @@ class Facts:
     failures: dict[str, str] = field(default_factory=dict)  # probe -> why it had nothing to say
 
 
-def gather() -> Facts:
+def gather() -> Machine:
     """Asks this machine; never raises."""
-    facts = Facts()
+    machine = Machine()
     for probe in PROBES:
         try:
-            probe(facts)
+            probe(machine)
         except Exception as error:
-            facts.failures[probe.__name__.strip("_")] = one_line(error)
-    return facts
+            machine.failures[probe.__name__.strip("_")] = one_line(error)
+    return machine
 
 
-def _packages(facts: Facts) -> None:
+def _packages(machine: Machine) -> None:
     for name in DISTRIBUTIONS:
         try:
-            facts.versions[name] = metadata.version(name)
+            machine.versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
 
 
-def _apex(facts: Facts) -> None:
+def _apex(machine: Machine) -> None:
     found = util.find_spec("apex")
     if found is None:
         return
     folders = [Path(folder) for folder in found.submodule_search_locations or ()]
     # PyPI has a web toolkit of that name.
-    facts.apex = "nvidia" if any((folder / "optimizers").is_dir() for folder in folders) else "other"
+    machine.apex = "nvidia" if any((folder / "optimizers").is_dir() for folder in folders) else "other"
     names = ("amp_C", "fused_weight_gradient_mlp_cuda")
-    facts.apex_extensions = tuple(name for name in names if util.find_spec(name))
+    machine.apex_extensions = tuple(name for name in names if util.find_spec(name))
 
 
-def _torch(facts: Facts) -> None:
+def _torch(machine: Machine) -> None:
     if util.find_spec("torch") is None:
         return
     try:
         import torch
     except Exception as error:  # a library that it is linked to may be missing
-        facts.broken["torch"] = one_line(error)
+        machine.broken["torch"] = one_line(error)
         return
-    facts.versions["torch"] = torch.__version__
-    facts.torch_cuda = torch.version.cuda
+    machine.versions["torch"] = torch.__version__
+    machine.torch_cuda = torch.version.cuda
     if torch.cuda.is_available():
-        facts.nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        machine.nccl = ".".join(map(str, torch.cuda.nccl.version()))
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            facts.gpus += (Gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)),)
+            machine.gpus += (Gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)),)
         # torch's own answer counts emulation.
-        facts.bf16 = all(gpu.capability >= (8, 0) for gpu in facts.gpus)
+        machine.bf16 = all(gpu.capability >= (8, 0) for gpu in machine.gpus)
 
 
-def _flex(facts: Facts) -> None:
-    if "torch" not in facts.versions or "torch" in facts.broken or not util.find_spec("torch.nn.attention"):
+def _flex(machine: Machine) -> None:
+    if "torch" not in machine.versions or "torch" in machine.broken or not util.find_spec("torch.nn.attention"):
         return
     try:
         import torch
         from torch.nn.attention.flex_attention import flex_attention
     except ImportError:
         return
-    facts.flex = "imports"
-    if facts.gpus:
+    machine.flex = "imports"
+    if machine.gpus:
         try:
             tensor = torch.randn(1, 1, 128, 64, device="cuda", requires_grad=True)
             torch.compile(flex_attention)(tensor, tensor, tensor).sum().backward()
-            facts.flex = "compiles"
+            machine.flex = "compiles"
         except Exception as error:
-            facts.flex = one_line(error)
+            machine.flex = one_line(error)
 
 
-def _imports(facts: Facts) -> None:
+def _imports(machine: Machine) -> None:
     for name, module in IMPORTS.items():
-        if name not in facts.versions:
+        if name not in machine.versions:
             continue
         command = [sys.executable, "-c", f"import {module}"]
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=300, errors="replace")
         except subprocess.TimeoutExpired:
-            facts.broken[name] = "its import does not come back"
+            machine.broken[name] = "its import does not come back"
             continue
         if ended.returncode:
             lines = ended.stderr.strip().splitlines() or [f"its import ends with status {ended.returncode}"]
-            facts.broken[name] = one_line(lines[-1])
+            machine.broken[name] = one_line(lines[-1])
 
 
-def _driver(facts: Facts) -> None:
-    facts.driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
+def _driver(machine: Machine) -> None:
+    machine.driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
 
 
-def _processor(facts: Facts) -> None:
+def _processor(machine: Machine) -> None:
     affinity = getattr(os, "sched_getaffinity", None)
-    facts.cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    facts.threads = os.environ.get("OMP_NUM_THREADS")
+    machine.cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    machine.threads = os.environ.get("OMP_NUM_THREADS")
 
 
-def _shared_memory(facts: Facts) -> None:
-    facts.shm = shutil.disk_usage("/dev/shm").total
+def _shared_memory(machine: Machine) -> None:
+    machine.shm = shutil.disk_usage("/dev/shm").total
 
 
-def _open_files(facts: Facts) -> None:
+def _open_files(machine: Machine) -> None:
     import resource
 
-    facts.files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    machine.files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _port(facts: Facts) -> None:
-    facts.port = int(os.environ.get("MASTER_PORT") or 29500)
+def _port(machine: Machine) -> None:
+    machine.port = int(os.environ.get("MASTER_PORT") or 29500)
     with socket.socket() as probe:
         # As torch's store does: a port that a finished run left waiting counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", facts.port))
-            facts.port_free = True
+            probe.bind(("", machine.port))
+            machine.port_free = True
         except OSError:
-            facts.port_free = False
+            machine.port_free = False
 
 
-def _hostname(facts: Facts) -> None:
-    facts.hostname = socket.gethostname()
+def _hostname(machine: Machine) -> None:
+    machine.hostname = socket.gethostname()
     try:
-        socket.getaddrinfo(facts.hostname, None)
+        socket.getaddrinfo(machine.hostname, None)
     except OSError:
-        facts.hostname_resolves = False
+        machine.hostname_resolves = False
 
 
-def _browser(facts: Facts) -> None:
-    facts.browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+def _browser(machine: Machine) -> None:
+    machine.browser = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 PROBES = (

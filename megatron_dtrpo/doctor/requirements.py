@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 @dataclass
-class Needs:
+class Requirements:
     """Without a configuration: a run of one process in fp32 that nobody has described yet."""
 
     configured: bool = False
@@ -54,23 +54,23 @@ class Needs:
         return tensor * pipeline * context
 
 
-def read_needs(config: Config, configured: bool, nproc: int | None, gpus: int) -> Needs:
-    """The needs of a run of ``config`` on this machine, ``nproc`` processes of it; ``configured``: it was described."""
-    needs = with_processes(_of(config, configured), nproc, gpus)
+def read_requirements(config: Config, configured: bool, nproc: int | None, gpus: int) -> Requirements:
+    """What a run of ``config`` asks for, of which ``nproc`` processes are here. ``configured``: settings were given."""
+    requirements = with_processes(_of(config, configured), nproc, gpus)
     if configured:
-        needs.mistake = _mistake(config, needs.processes)
-        needs.checkpoint = _checkpoint_bytes(config.model)
-    return needs
+        requirements.mistake = _mistake(config, requirements.processes)
+        requirements.checkpoint = _checkpoint_bytes(config.model)
+    return requirements
 
 
-def _of(config: Config, configured: bool) -> Needs:
+def _of(config: Config, configured: bool) -> Requirements:
     parallel, data, run = config.parallel, config.data, config.run
     sizes = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    needs = Needs(
+    requirements = Requirements(
         configured=configured,
         layout=sizes,
         bf16=parallel.bf16,
@@ -88,8 +88,8 @@ def _of(config: Config, configured: bool) -> Needs:
         save=run.save,
     )
     if run.save:
-        needs.save_free, needs.save_writable = _room(Path(run.save))
-    return needs
+        requirements.save_free, requirements.save_writable = _room(Path(run.save))
+    return requirements
 
 
 def _paths(config) -> tuple[tuple[str, str, bool], ...]:
@@ -120,14 +120,14 @@ def _room(folder: Path) -> tuple[int | None, bool]:
         return None, False
 
 
-def with_processes(needs: Needs, nproc: int | None, gpus: int) -> Needs:
+def with_processes(requirements: Requirements, nproc: int | None, gpus: int) -> Requirements:
     """As torchrun's environment says, else --nproc, else one for each GPU, else the fewest that the layout takes."""
     number = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     world, local = (int(text) if text.isdigit() else None for text in number.values())
-    needs.local = nproc or local or gpus or needs.least_processes
-    needs.processes = world or needs.local
-    needs.local = min(needs.local, needs.processes)
-    return needs
+    requirements.local = nproc or local or gpus or requirements.least_processes
+    requirements.processes = world or requirements.local
+    requirements.local = min(requirements.local, requirements.processes)
+    return requirements
 
 
 def _mistake(config, processes: int) -> str | None:
@@ -143,7 +143,7 @@ def _mistake(config, processes: int) -> str | None:
             for key, value in read_yaml(saved).items():
                 setattr(config.model, key, value)
         elif config.run.load:
-            return None  # said by the line about paths
+            return None  # the line about paths says so
         data_parallel = validate(config, processes)
         validate_data(config)
         validate_training(config, data_parallel)

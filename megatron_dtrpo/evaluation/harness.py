@@ -3,14 +3,14 @@
     with source.open() as engine:
         model = HarnessModel(engine, noising, HarnessOptions())
         if engine.is_main:
-            with model.leader.leading():
+            with model.rank_zero.calling():
                 results = lm_eval.simple_evaluate(model, tasks=["gsm8k"])
         else:
-            model.leader.follow()
+            model.rank_zero.follow()
 
-The harness itself runs on the first process only, which builds the requests, judges the answers and reports; the others
-take part where the model is called (`leader`). So data sets are fetched once, code that a model wrote is run once, and
-all processes are certain to work on the same requests.
+The harness itself runs on rank zero only, which builds the requests, judges the answers and reports. The others take
+part where the model is called (`rank_zero`). Data sets are fetched once, code that a model wrote is run once, and all
+processes work on the same requests.
 
 The harness (0.4) has no hook by which another package could offer it a model: its own command ``lm_eval`` does not
 know this one. `megatron-dtrpo evaluate` is the command.
@@ -38,7 +38,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.likelihood import Continuation, content_key, score_continuations
-from megatron_dtrpo.evaluation.rank_zero import Leader
+from megatron_dtrpo.evaluation.rank_zero import RankZero
 from megatron_dtrpo.training.engine import Engine
 
 MODEL_NAME = "megatron_dtrpo"
@@ -70,7 +70,7 @@ class Generation(NamedTuple):
 
 @register_model(MODEL_NAME)
 class HarnessModel(TemplateLM):
-    """All processes of a run make one; the first gives it to the harness, the others follow its ``leader``."""
+    """All processes of a run make one. Rank zero gives it to the harness, the others follow."""
 
     def __init__(self, engine: Engine, noising: Noising, options: HarnessOptions):
         super().__init__()
@@ -80,7 +80,7 @@ class HarnessModel(TemplateLM):
         self.truncated = 0
         self.unknown: set[str] = set()
         self.completions: list[Completion] = []  # of all requests to generate, on the first process
-        self.leader = Leader({"decode": self._decode, "score": self._score})
+        self.rank_zero = RankZero({"decode": self._decode, "score": self._score})
 
     # What the harness asks of the tokenizer.
 
@@ -112,7 +112,7 @@ class HarnessModel(TemplateLM):
             generations.append(generation._replace(key=(content_key(generation.prompt), seen[generation])))
             seen[generation] += 1
         self._warn()
-        completions = self.leader.call("decode", generations)
+        completions = self.rank_zero.call("decode", generations)
         self.completions += completions
         return [
             postprocess_generated_text(self.text.decode(completion.tokens), list(generation.until), None)
@@ -145,7 +145,7 @@ class HarnessModel(TemplateLM):
 
     def _scores(self, continuations: Sequence[Continuation]) -> list[float]:
         places = [place for place, continuation in enumerate(continuations) if continuation.tokens]
-        found = dict(zip(places, self.leader.call("score", [continuations[p] for p in places]), strict=True))
+        found = dict(zip(places, self.rank_zero.call("score", [continuations[p] for p in places]), strict=True))
         return [found.get(place, 0.0) for place in range(len(continuations))]  # of nothing: log 1
 
     def _are_greedy(self, continuations: Sequence[Continuation]) -> list[bool]:
@@ -160,7 +160,7 @@ class HarnessModel(TemplateLM):
             )
             for continuation in continuations
         ]
-        written = self.leader.call("decode", greedy)
+        written = self.rank_zero.call("decode", greedy)
         return [not c.tokens or tuple(w.tokens) == c.tokens for w, c in zip(written, continuations, strict=True)]
 
     # From requests to tokens.

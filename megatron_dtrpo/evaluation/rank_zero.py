@@ -1,4 +1,4 @@
-"""One process leads: it calls functions that all processes then run together, with the arguments that it gave.
+"""Rank zero calls functions that all processes then run together, with the arguments that it gave.
 
 For programs that are to run once, on the first process, and now and then need the model that all processes hold.
 """
@@ -12,15 +12,15 @@ from typing import Any
 from megatron_dtrpo.runtime import objects
 
 
-class Leader:
-    """``calls``: what can be called, by name; every process makes one `Leader` of the same."""
+class RankZero:
+    """``calls``: what can be called, by name; every process makes one `RankZero` of the same."""
 
     def __init__(self, calls: Mapping[str, Callable[[Any], Any]]):
         self.calls = dict(calls)
         self._listening = False
 
     def call(self, name: str, argument: Any) -> Any:
-        """On the first process, inside `leading`: runs ``calls[name](argument)`` on all; returns its own result."""
+        """On the first process, inside `calling`: runs ``calls[name](argument)`` on all; returns its own result."""
         self._listening = False  # should this raise, the others are in the middle of it and hear nothing
         objects.broadcast((name, argument))
         result = self.calls[name](argument)
@@ -28,7 +28,7 @@ class Leader:
         return result
 
     @contextmanager
-    def leading(self) -> Iterator[None]:
+    def calling(self) -> Iterator[None]:
         """On the first process: lets the others go in the end."""
         self._listening = True
         try:

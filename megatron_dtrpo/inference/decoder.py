@@ -110,8 +110,8 @@ class BlockDecoder:
                 self._round(active, cache, predict)
                 for number in range(len(active) - 1, -1, -1):
                     slot = active[number]
-                    settled = slot.decoding.settled()
-                    if settled and stop(slot.index, settled):
+                    finished_blocks = slot.decoding.finished_blocks()
+                    if finished_blocks and stop(slot.index, finished_blocks):
                         slot.decoding.stop()
                     if slot.decoding.finished:
                         completions[slot.index] = slot.decoding.completion()

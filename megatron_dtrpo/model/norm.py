@@ -26,6 +26,6 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to ``[..., h]``."""
-        if speed.is_on() and cpu_kernels.takes(x):
+        if speed.is_on() and cpu_kernels.supports(x):
             return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return super().forward(x)

@@ -1,4 +1,4 @@
-"""One process that pretends to be any rank of any number, and to have any memory.
+"""One process in the place of any rank of any number, with tensors that use no memory.
 
 torch's "fake" process group answers every collective at once with what it was given; tensors on the meta device have
 shapes and no storage.

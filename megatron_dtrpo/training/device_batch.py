@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
-from megatron_dtrpo.diffusion.sharding import deal, padded_length, take_rows, unit_length
+from megatron_dtrpo.diffusion.sharding import assign_rows, padded_length, take_rows, unit_length
 from megatron_dtrpo.model.attention import PackedAttention, plan_attention
 from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.transfer import pinned, to_device
@@ -90,5 +90,5 @@ def _share(sequence: PackedSequence, rank: int, ranks: int, multiple: int) -> tu
     block_size, length = sequence.block_size, len(sequence)
     sequence = pad_to(sequence, padded_length(length, block_size, ranks, multiple), pad_id=0)
     coordinates = sequence.coordinates()
-    rows = deal(coordinates, block_size, unit_length(length, block_size, ranks), ranks)
+    rows = assign_rows(coordinates, block_size, unit_length(length, block_size, ranks), ranks)
     return take_rows(sequence, rows[rank]), coordinates.at(rows.flatten())

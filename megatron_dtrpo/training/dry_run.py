@@ -17,8 +17,7 @@ from megatron_dtrpo.planning.memory import GIB
 from megatron_dtrpo.planning.report import gib, memory_table
 from megatron_dtrpo.planning.step_time import examples_of_step, micro_batches_of_step
 from megatron_dtrpo.rounding import round_up
-from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.runtime import simulated_rank as pretend
+from megatron_dtrpo.runtime import initialize, simulated_rank
 from megatron_dtrpo.training.setup import check_reference_architecture, resolve_start
 
 # What a run must be given and a look at one need not: any name does.
@@ -71,7 +70,10 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     here_buildable = dataclasses.replace(unfused, transformer_impl="local", fp8_format=None, fp8_param_gather=False)
     for stage in range(stages):
         # Pipeline stages are the slowest dimension of megatron-core's order of ranks.
-        with pretend.rank_of(here_buildable, stage * world_size // stages, world_size), pretend.without_memory():
+        with (
+            simulated_rank.rank_of(here_buildable, stage * world_size // stages, world_size),
+            simulated_rank.without_memory(),
+        ):
             chunks = build_chunks(model, here_buildable)
             layers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
             count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

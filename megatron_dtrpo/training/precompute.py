@@ -13,7 +13,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.training.reference import reference_engine
-from megatron_dtrpo.training.reference_cache import CacheWriter, run_facts
+from megatron_dtrpo.training.reference_cache import CacheWriter, score_inputs
 from megatron_dtrpo.training.scoring import gathered_scores
 from megatron_dtrpo.training.setup import open_data
 
@@ -33,12 +33,12 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     epochs = -(-steps * batch // len(data.order))
     engine = reference_engine(config, tokenizer)
     builder = data.reference_batches(config, engine.replica, data_parallel_size)
-    facts = run_facts(config, tokenizer) | {
+    inputs = score_inputs(config, tokenizer) | {
         "data": data.store.content,
         "weights": weights_fingerprint(engine.chunks),
     }
 
-    writer = CacheWriter(output, facts, epochs, len(data.store)) if is_main else None
+    writer = CacheWriter(output, inputs, epochs, len(data.store)) if is_main else None
     try:
         show_bar = config.run.progress and is_main and sys.stderr.isatty()
         with engine.as_reference():

@@ -36,7 +36,7 @@ SCORES, META = "scores.npy", "meta.json"
 _FINGERPRINTS = {"data": "the data", "tokenizer": "the tokenizer", "weights": "the reference checkpoint's weights"}
 
 
-def run_facts(config: Config, tokenizer: Tokenizer) -> dict:
+def score_inputs(config: Config, tokenizer: Tokenizer) -> dict:
     """What reference scores depend on, as far as settings tell: everything but the ``data`` and the ``weights``."""
     objective = config.objective
     options = ("estimator", "num_views", *ESTIMATORS[objective.estimator].options, "block_start")
@@ -61,13 +61,13 @@ class ReferenceCache:
         try:
             meta = json.loads((self.directory / META).read_text(encoding="utf-8"))
             self._scores = np.load(self.directory / SCORES, mmap_mode="r")
-            self._facts, version, shape = meta["facts"], meta["format_version"], meta["shape"]
+            self._inputs, version, shape = meta["facts"], meta["format_version"], meta["shape"]
         except OSError as error:
             missing = Path(error.filename or self.directory).name
             raise self._refusal(f"{missing} cannot be read: it is not a folder of reference scores") from None
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # numpy's own words for bad files
             raise self._refusal("the reference scores are damaged") from None
-        if not isinstance(self._facts, dict) or not isinstance(self._scores, np.ndarray):
+        if not isinstance(self._inputs, dict) or not isinstance(self._scores, np.ndarray):
             raise self._refusal("the reference scores are damaged")
         if version != FORMAT_VERSION:
             raise self._refusal(f"its format is {version}, this program reads {FORMAT_VERSION}")
@@ -79,10 +79,10 @@ class ReferenceCache:
             f"reference_cache {self.directory}: {reason}; run megatron-dtrpo reference with this run's settings"
         )
 
-    def require(self, facts: dict) -> None:
-        """Raises UserError naming the first of ``facts`` that is another one here."""
-        for key, mine in facts.items():
-            theirs = self._facts.get(key)
+    def require(self, inputs: dict) -> None:
+        """Raises UserError naming the first of ``inputs`` that is another one here."""
+        for key, mine in inputs.items():
+            theirs = self._inputs.get(key)
             if theirs == mine:
                 continue
             if key in _FINGERPRINTS:
@@ -116,12 +116,12 @@ class ReferenceCache:
 class CacheWriter:
     """Writes a cache; nothing has its name before it is complete. One process only."""
 
-    def __init__(self, directory: str | Path, facts: dict, epochs: int, examples: int):
+    def __init__(self, directory: str | Path, inputs: dict, epochs: int, examples: int):
         self._final = Path(directory)
         self._partial = partial_name(self._final)
         shutil.rmtree(self._partial, ignore_errors=True)  # of an attempt that was killed
         self._partial.mkdir(parents=True)
-        self._facts, self._shape = facts, (epochs, examples, 2)
+        self._inputs, self._shape = inputs, (epochs, examples, 2)
         self._scores = np.lib.format.open_memmap(self._partial / SCORES, mode="w+", dtype=np.float64, shape=self._shape)
         self._scores[:] = np.nan
 
@@ -131,7 +131,7 @@ class CacheWriter:
 
     def finish(self) -> None:
         self._scores.flush()
-        meta = {"format_version": FORMAT_VERSION, "shape": list(self._shape), "facts": self._facts}
+        meta = {"format_version": FORMAT_VERSION, "shape": list(self._shape), "facts": self._inputs}
         write_json(self._partial / META, meta)
         publish_folder(self._partial, self._final)
 

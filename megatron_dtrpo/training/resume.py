@@ -26,7 +26,7 @@ _PINNED = (
 _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
 # What a checkpoint records of the data, and how a message says it.
-_DATA_FACTS = {
+_DATA_RECORD = {
     "data": "trains on other data",
     "tokenizer": "has another tokenizer",
     "usable_examples": "visits another number of examples an epoch (seq_length decides which are skipped)",
@@ -142,14 +142,14 @@ def _resolved(config: Config) -> dict:
     return config.to_flat()
 
 
-def data_facts(content: str, tokenizer: str, usable_examples: int) -> dict:
+def data_record(content: str, tokenizer: str, usable_examples: int) -> dict:
     """What a checkpoint records of the data: fingerprints of tokens and tokenizer, and the length of an epoch."""
     return {"data": content, "tokenizer": tokenizer, "usable_examples": usable_examples}
 
 
 def check_data(directory: str | Path, progress: dict, now: dict) -> None:
-    """Raises UserError where ``now`` (see `data_facts`) is not what the checkpoint's ``progress`` records."""
-    for key, words in _DATA_FACTS.items():
+    """Raises UserError where ``now`` (see `data_record`) is not what the checkpoint's ``progress`` records."""
+    for key, words in _DATA_RECORD.items():
         if key in progress and progress[key] != now[key]:
             raise UserError(
                 f"{directory}: this run {words}: give what it was started with, or --load {directory} into a new run"

@@ -36,7 +36,7 @@ from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
 from megatron_dtrpo.training import resume
 from megatron_dtrpo.training.metric_log import check_logging
-from megatron_dtrpo.training.reference_cache import ReferenceCache, run_facts
+from megatron_dtrpo.training.reference_cache import ReferenceCache, score_inputs
 
 
 def resolve_start(config: Config, given: set[str]) -> None:
@@ -108,7 +108,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token, data.eos_token)
 
 
-def settle_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     model = config.model
     if model.vocab_size is None:
         model.vocab_size = tokenizer.vocab_size
@@ -252,10 +252,10 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
             raise UserError("optimizer_cpu_offload needs a GPU and Transformer Engine: leave it out here")
         check_logging(config.run)
     tokenizer = open_tokenizer(config)
-    settle_vocabulary(config, tokenizer)
+    resolve_vocabulary(config, tokenizer)
     check_reference(config, tokenizer)
     if training and config.run.reference_cache is not None:
-        ReferenceCache(config.run.reference_cache).require(run_facts(config, tokenizer))
+        ReferenceCache(config.run.reference_cache).require(score_inputs(config, tokenizer))
     return tokenizer, data_parallel
 
 

@@ -86,10 +86,10 @@ class Trainer:
         self.iteration = self.consumed = 0
         self.saved_at = resume_from
         self.sources = resume.source_iterations(run)
-        self.data_facts = resume.data_facts(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
+        self.data_record = resume.data_record(self.data.store.content, tokenizer.fingerprint(), len(self.data.order))
         if resume_from is not None:
             progress = self.engine.resume(run.save, resume_from)
-            resume.check_data(run.save, progress, self.data_facts)
+            resume.check_data(run.save, progress, self.data_record)
             self.iteration, self.consumed = progress["iteration"], progress["consumed_samples"]
         if self.cache is not None:
             batch = config.data.global_batch_size
@@ -292,7 +292,7 @@ class Trainer:
 
     def _save(self) -> None:
         progress = {"iteration": self.iteration, "consumed_samples": self.consumed}
-        progress |= self.data_facts | self.sources
+        progress |= self.data_record | self.sources
         self.engine.save(self.writer, self.iteration, progress)
         self.saved_at = self.iteration
 

@@ -247,7 +247,7 @@ def test_greedy_is_what_is_decoded(folder):
         right = [("", context, ids) for context, ids in zip(contexts, written, strict=True)]
         wrong = [("", context, [*ids[:-1], ids[-1] ^ 1]) for _, context, ids in right]
         nothing = [("", contexts[0], [])]
-        with model.leader.leading():
+        with model.rank_zero.calling():
             answers = model._loglikelihood_tokens(right + wrong + nothing)
     assert [greedy for _, greedy in answers] == [True] * len(right) + [False] * len(wrong) + [True]
     assert answers[-1][0] == 0.0 and all(score < 0 for score, _ in answers[:-1])

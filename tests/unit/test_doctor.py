@@ -8,16 +8,16 @@ import pytest
 
 from megatron_dtrpo.config.parser import parse
 from megatron_dtrpo.doctor.checks import PACKAGES, TRANSFORMER_ENGINE, can_run, examine
-from megatron_dtrpo.doctor.machine import Facts, Gpu
-from megatron_dtrpo.doctor.requirements import GIB, Needs, read_needs
+from megatron_dtrpo.doctor.machine import Gpu, Machine
+from megatron_dtrpo.doctor.requirements import GIB, Requirements, read_requirements
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERSIONS = {package.name: "9.9" for package in PACKAGES}
 
 
-def needs_of(argv: list[str], nproc: int | None = None, gpus: int = 0) -> Needs:
+def requirements_of(argv: list[str], nproc: int | None = None, gpus: int = 0) -> Requirements:
     config, given = parse(argv, "doctor", "Looks.")
-    return read_needs(config, bool(given), nproc, gpus)
+    return read_requirements(config, bool(given), nproc, gpus)
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,12 @@ def alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def laptop(**changes) -> Facts:
-    facts = {"versions": VERSIONS, "flex": "imports", "cores": 4, "shm": 8 * GIB, "files": 4096, "port_free": True}
-    return Facts(**{**facts, **changes})
+def laptop(**changes) -> Machine:
+    machine = {"versions": VERSIONS, "flex": "imports", "cores": 4, "shm": 8 * GIB, "files": 4096, "port_free": True}
+    return Machine(**{**machine, **changes})
 
 
-def server(capability=(9, 0), gpus=8, **changes) -> Facts:
+def server(capability=(9, 0), gpus=8, **changes) -> Machine:
     machine = {
         "versions": {**VERSIONS, "transformer-engine": "2.10.0+abc"},
         "gpus": (Gpu("H100", 80 * GIB, capability),) * gpus,
@@ -47,13 +47,13 @@ def server(capability=(9, 0), gpus=8, **changes) -> Facts:
     return laptop(**{**machine, **changes})
 
 
-def judged(facts: Facts, **needs) -> dict[str, str]:
+def judged(machine: Machine, **requirements) -> dict[str, str]:
     """Name -> status."""
-    return {line.name: line.status for line in examine(facts, Needs(**needs))}
+    return {line.name: line.status for line in examine(machine, Requirements(**requirements))}
 
 
-def failing(facts: Facts, **needs) -> set[str]:
-    lines = examine(facts, Needs(**needs))
+def failing(machine: Machine, **requirements) -> set[str]:
+    lines = examine(machine, Requirements(**requirements))
     failed = {line.name for line in lines if line.status in ("missing", "too old", "wrong")}
     assert can_run(lines) == (not failed)
     return failed
@@ -67,22 +67,22 @@ def without(versions: dict, *names: str) -> dict:
 
 
 def test_a_laptop_runs_what_asks_for_nothing_and_lacks_only_notes():
-    facts = laptop(versions=without(VERSIONS, "wandb", "lm-eval", "transformers", "sentencepiece"))
-    assert failing(facts) == set()
-    said = judged(facts)
+    machine = laptop(versions=without(VERSIONS, "wandb", "lm-eval", "transformers", "sentencepiece"))
+    assert failing(machine) == set()
+    detail = judged(machine)
     for name in ("wandb", "lm-eval", "transformers", "Transformer Engine", "Apex", "FP8", "GPU", "browser"):
-        assert said[name] == "note", name
+        assert detail[name] == "note", name
 
 
 def test_a_server_is_all_ok():
-    facts = server(browser="/usr/bin/chromium")
-    needs = {
+    machine = server(browser="/usr/bin/chromium")
+    requirements = {
         "bf16": True,
         "fp8_recipe": "tensorwise",
         "transformer_impl": "transformer_engine",
         "fuses_gradients": True,
     }
-    lines = examine(facts, Needs(configured=True, processes=8, local=8, layout=(4, 2, 1), **needs))
+    lines = examine(machine, Requirements(configured=True, processes=8, local=8, layout=(4, 2, 1), **requirements))
     assert {line.status for line in lines} == {"ok"}
 
 
@@ -102,9 +102,9 @@ def test_a_server_is_all_ok():
     ],
 )
 def test_a_package_that_the_run_needs_is_missed(package, need):
-    lines = examine(laptop(versions=without(VERSIONS, package)), Needs(**need))
+    lines = examine(laptop(versions=without(VERSIONS, package)), Requirements(**need))
     (line,) = [line for line in lines if line.name == package]
-    assert line.status == "missing" and "pip install" in line.mend
+    assert line.status == "missing" and "pip install" in line.fix
     assert package not in failing(laptop(), **need)
 
 
@@ -128,9 +128,9 @@ def test_fp8_fails_without_transformer_engine_or_a_gpu():
     [("2.8.0", "too old"), ("2.9.0", "ok"), ("2.11.0+70f53666", "ok"), ("2.12.0", "wrong"), ("3.0", "wrong")],
 )
 def test_the_versions_of_transformer_engine_that_megatron_core_takes(version, status):
-    facts = server(versions={**VERSIONS, "transformer-engine": version})
-    assert judged(facts, fp8_recipe="delayed")["Transformer Engine"] == status
-    assert judged(facts)["Transformer Engine"] == ("ok" if status == "ok" else "note")
+    machine = server(versions={**VERSIONS, "transformer-engine": version})
+    assert judged(machine, fp8_recipe="delayed")["Transformer Engine"] == status
+    assert judged(machine)["Transformer Engine"] == ("ok" if status == "ok" else "note")
 
 
 def test_the_range_is_that_of_the_extra():
@@ -148,8 +148,8 @@ def test_the_range_is_that_of_the_extra():
     ],
 )
 def test_the_recipes_that_a_gpu_runs(capability, runs):
-    facts = server(capability)
-    assert {r for r in ("delayed", "tensorwise", "blockwise", "mxfp8") if not failing(facts, fp8_recipe=r)} == runs
+    machine = server(capability)
+    assert {r for r in ("delayed", "tensorwise", "blockwise", "mxfp8") if not failing(machine, fp8_recipe=r)} == runs
 
 
 def test_a_recipe_needs_its_cuda_too():
@@ -227,31 +227,31 @@ def test_needs_are_read_from_the_settings(tmp_path):
         "tensor_model_parallel_size: 2\nbf16: true\ntokenizer_type: ByteLevelTokenizer\n"
     )
     argv = ["--config", str(tmp_path / "run.yaml"), "--fp8-format", "hybrid", "--save", str(tmp_path / "new" / "run")]
-    needs = needs_of([*argv, "--data-path", "nowhere.parquet"])
-    assert (needs.layout, needs.bf16, needs.fp8_recipe) == ((2, 1, 1), True, "tensorwise")
-    assert (needs.tokenizer, needs.data_format) == ("ByteLevelTokenizer", ".parquet")
-    assert needs.paths == (("data_path", "nowhere.parquet", False),)
-    assert needs.save_writable and needs.save_free > 0
-    assert "num_layers is missing" in needs.mistake
-    assert {"configuration", "data_path"} <= failing(laptop(), **vars(needs))
+    requirements = requirements_of([*argv, "--data-path", "nowhere.parquet"])
+    assert (requirements.layout, requirements.bf16, requirements.fp8_recipe) == ((2, 1, 1), True, "tensorwise")
+    assert (requirements.tokenizer, requirements.data_format) == ("ByteLevelTokenizer", ".parquet")
+    assert requirements.paths == (("data_path", "nowhere.parquet", False),)
+    assert requirements.save_writable and requirements.save_free > 0
+    assert "num_layers is missing" in requirements.mistake
+    assert {"configuration", "data_path"} <= failing(laptop(), **vars(requirements))
 
 
 def test_what_the_trainer_refuses_is_said_in_its_words(tmp_path):
     (tmp_path / "pairs.jsonl").touch()
     argv = ["--config", str(REPOSITORY / "examples" / "dtrpo_tiny.yaml"), "--data-path", str(tmp_path / "pairs.jsonl")]
     argv += ["--save", str(tmp_path / "run")]
-    needs = needs_of(argv)
-    assert needs.mistake is None and needs.checkpoint > 0
-    assert failing(laptop(), **vars(needs)) == set()
-    assert "num_query_groups" in needs_of([*argv, "--tensor-model-parallel-size", "4"]).mistake
+    requirements = requirements_of(argv)
+    assert requirements.mistake is None and requirements.checkpoint > 0
+    assert failing(laptop(), **vars(requirements)) == set()
+    assert "num_query_groups" in requirements_of([*argv, "--tensor-model-parallel-size", "4"]).mistake
 
 
 def test_how_many_processes_there_are(monkeypatch):
     flags = ["--tensor-model-parallel-size", "2"]
 
     def counted(nproc=None, gpus=0):
-        needs = needs_of(flags, nproc, gpus)
-        return needs.processes, needs.local
+        requirements = requirements_of(flags, nproc, gpus)
+        return requirements.processes, requirements.local
 
     assert counted() == (2, 2)
     assert counted(gpus=8) == (8, 8)

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_dtrpo.doctor import machine as probing
 from megatron_dtrpo.doctor.checks import examine, version_of
-from megatron_dtrpo.doctor.machine import Facts
-from megatron_dtrpo.doctor.requirements import Needs
+from megatron_dtrpo.doctor.machine import Machine
+from megatron_dtrpo.doctor.requirements import Requirements
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,13 +26,13 @@ def test_versions_are_compared_as_numbers():
 
 
 def test_a_probe_that_fails_becomes_a_note(monkeypatch):
-    def _shared_memory(facts):
+    def _shared_memory(machine):
         raise PermissionError("not\nallowed")
 
     monkeypatch.setattr(probing, "PROBES", (_shared_memory,))
-    facts = probing.gather()
-    assert facts.failures == {"shared_memory": "not allowed"}
-    lines = examine(facts, Needs())
+    machine = probing.gather()
+    assert machine.failures == {"shared_memory": "not allowed"}
+    lines = examine(machine, Requirements())
     assert ("note", "shared memory") in [line[:2] for line in lines]
 
 
@@ -42,9 +42,9 @@ def test_the_two_packages_called_apex_are_told_apart(tmp_path, monkeypatch, fold
         (tmp_path / "apex" / folder).mkdir(parents=True)
     (tmp_path / "apex" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    facts = Facts()
-    probing._apex(facts)
-    assert facts.apex == kind
+    machine = Machine()
+    probing._apex(machine)
+    assert machine.apex == kind
 
 
 def test_a_taken_port_is_noticed(monkeypatch):
@@ -52,7 +52,7 @@ def test_a_taken_port_is_noticed(monkeypatch):
         listener.bind(("", 0))
         listener.listen()
         monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
-        taken = Facts()
+        taken = Machine()
         probing._port(taken)
     assert taken.port_free is False
 

@@ -28,31 +28,31 @@ def test_balance_deals_everything_once_and_evenly(seed):
     rng = random.Random(seed)
     parts = rng.randint(1, 8)
     costs = random_costs(seed, parts * rng.randint(1, 9))
-    dealt = balance(costs, parts)
-    assert len(dealt) == parts
-    assert sorted(i for part in dealt for i in part) == list(range(len(costs)))
-    assert {len(part) for part in dealt} == {len(costs) // parts}
-    totals = [sum(costs[i] for i in part) for part in dealt]
+    assigned = balance(costs, parts)
+    assert len(assigned) == parts
+    assert sorted(i for part in assigned for i in part) == list(range(len(costs)))
+    assert {len(part) for part in assigned} == {len(costs) // parts}
+    totals = [sum(costs[i] for i in part) for part in assigned]
     assert max(totals) - min(totals) <= max(costs)
-    assert balance(list(costs), parts) == dealt
+    assert balance(list(costs), parts) == assigned
 
 
 def test_balance_is_better_than_dealing_in_order():
     gaps = []
     for seed in range(50):
         costs = random_costs(seed, 64)
-        for deal in (balance(costs, 8), [list(range(i, 64, 8)) for i in range(8)]):
-            totals = [sum(costs[i] for i in part) for part in deal]
+        for parts_of in (balance(costs, 8), [list(range(i, 64, 8)) for i in range(8)]):
+            totals = [sum(costs[i] for i in part) for part in parts_of]
             gaps.append(max(totals) / (sum(costs) / 8))
     assert sum(gaps[::2]) / 50 < 1.05 < sum(gaps[1::2]) / 50
 
 
 @pytest.mark.parametrize("count, parts", [(7, 3), (1, 4), (9, 2), (0, 3)])
 def test_balance_of_what_does_not_divide(count, parts):
-    dealt = balance(random_costs(0, count), parts)
-    assert len(dealt) == parts
-    assert sorted(i for part in dealt for i in part) == list(range(count))
-    assert max(len(part) for part in dealt) <= -(-count // parts)
+    assigned = balance(random_costs(0, count), parts)
+    assert len(assigned) == parts
+    assert sorted(i for part in assigned for i in part) == list(range(count))
+    assert max(len(part) for part in assigned) <= -(-count // parts)
 
 
 @pytest.mark.parametrize("seed", range(30))

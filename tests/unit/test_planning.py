@@ -57,11 +57,11 @@ def layout(tp=1, pp=1, **settings) -> ParallelSettings:
 )
 def test_parameters_are_the_models_own(model, parallel):
     from megatron_dtrpo.model.provider import build_chunks
-    from megatron_dtrpo.runtime import simulated_rank as pretend
+    from megatron_dtrpo.runtime import simulated_rank
 
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for stage in range(pp):
-        with pretend.rank_of(parallel, stage * tp, tp * pp), pretend.without_memory():
+        with simulated_rank.rank_of(parallel, stage * tp, tp * pp), simulated_rank.without_memory():
             chunks = build_chunks(model, parallel)
             count = sum(p.numel() for chunk in chunks for p in chunk.parameters())
             assert all(p.is_meta for chunk in chunks for p in chunk.parameters())
@@ -82,13 +82,13 @@ def test_states_are_as_large_as_their_tensors(parallel, processes):
     so that a small model's shards are somewhat larger than their formula."""
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_chunks
-    from megatron_dtrpo.runtime import simulated_rank as pretend
+    from megatron_dtrpo.runtime import simulated_rank
     from megatron_dtrpo.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_dtrpo.training.reference import ReferencePolicy
 
     config = Config(model=copy.copy(SMALL), parallel=parallel, data=DataSettings(seq_length=64))
     config.optimizer = OptimizerSettings(lr=1e-3)
-    with pretend.rank_of(parallel, 0, processes):
+    with simulated_rank.rank_of(parallel, 0, processes):
         data_parallel = validate(config, processes)
         chunks = build_chunks(config.model, parallel)
         for chunk in chunks:
@@ -240,11 +240,11 @@ def test_the_head_needs_what_it_allocates(bf16, chunks, monkeypatch, tmp_path):
 def test_chunks_in_flight_are_those_of_the_schedule(pp, virtual):
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-    from megatron_dtrpo.runtime import simulated_rank as pretend
+    from megatron_dtrpo.runtime import simulated_rank
 
     parallel = layout(pp=pp, num_virtual_stages_per_pipeline_rank=virtual)
     for stage in range(pp):
-        with pretend.rank_of(parallel, stage, pp):
+        with simulated_rank.rank_of(parallel, stage, pp):
             _, _, warm_up, _ = get_pp_rank_microbatches(64, virtual, pp, forward_only=False)
         assert memory.chunks_in_flight(pp, virtual, stage, 64) == warm_up + 1
 

@@ -301,7 +301,7 @@ def test_token_multiple(settings, multiple):
 def test_micro_batches_are_padded(ranks, multiple):
     from megatron_dtrpo.data.micro_batch import MicroBatch
     from megatron_dtrpo.diffusion.layout import PADDING_DOCUMENT, lay_out
-    from megatron_dtrpo.runtime import simulated_rank as pretend
+    from megatron_dtrpo.runtime import simulated_rank
     from megatron_dtrpo.training.device_batch import DeviceBatch
 
     masked = torch.ones(1, 3, 8, dtype=torch.bool)
@@ -311,7 +311,7 @@ def test_micro_batches_are_padded(ranks, multiple):
     length, targets = len(sequence), sequence.target_row.numel()
     seen = 0
     for rank in range(ranks):
-        with pretend.rank_of(ParallelSettings(context_parallel_size=ranks), rank, ranks):
+        with simulated_rank.rank_of(ParallelSettings(context_parallel_size=ranks), rank, ranks):
             batch = DeviceBatch(MicroBatch(sequence, [], torch.tensor([20])), torch.device("cpu"), "sdpa", 32, multiple)
             part = batch.part
             assert len(part) % multiple == 0 and len(part) % 8 == 0

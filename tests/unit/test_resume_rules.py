@@ -11,7 +11,7 @@ from megatron_dtrpo.checkpoint.folder import RUN_CONFIG
 from megatron_dtrpo.config.rules import fill_objective_defaults, validate
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.training.resume import changes_since, check_data, data_facts, return_to_first_start
+from megatron_dtrpo.training.resume import changes_since, check_data, data_record, return_to_first_start
 
 FIRST = {"load": "base", "data_path": "pairs.jsonl", "train_iters": 10, "estimator": "dtrpo", "lr": 1e-4}
 
@@ -111,7 +111,7 @@ def test_the_rest_may_change_and_is_named(run):
 
 
 def test_the_data_stay(run):
-    now = data_facts("tokens", "tokenizer", 20)
+    now = data_record("tokens", "tokenizer", 20)
     check_data(run, {"iteration": 3, **now}, now)
     check_data(run, {"iteration": 3}, now)  # of a run that did not record them
     for key, words in (("data", "other data"), ("tokenizer", "another tokenizer"), ("usable_examples", "seq_length")):

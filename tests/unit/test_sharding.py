@@ -1,4 +1,4 @@
-"""Dealing a packed sequence to the ranks of context parallelism, and the attention of what was dealt."""
+"""Rows of a packed sequence assigned to the ranks of context parallelism, and the attention of those."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.diffusion.layout import Coordinates, empty_sequence, pad_to
-from megatron_dtrpo.diffusion.sharding import GRAIN, deal, padded_length, take_rows, unit_length, work
+from megatron_dtrpo.diffusion.sharding import GRAIN, assign_rows, padded_length, take_rows, unit_length, work
 from megatron_dtrpo.model.attention import plan_attention
 from tests.support import oracles
 from tests.unit.test_attention import WIDE, document, oracle_mask, random_qkv, random_sequence
@@ -15,12 +15,12 @@ from tests.unit.test_attention import WIDE, document, oracle_mask, random_qkv, r
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-def dealt(sequence, ranks: int, unit: int | None = None):
+def assigned(sequence, ranks: int, unit: int | None = None):
     """The padded sequence and the rows of every rank ``[ranks, s]``."""
     length, block_size = len(sequence), sequence.block_size
     unit = unit or unit_length(length, block_size, ranks)
     padded = pad_to(sequence, -(-length // (unit * ranks)) * unit * ranks, pad_id=0)
-    return padded, deal(padded.coordinates(), block_size, unit, ranks)
+    return padded, assign_rows(padded.coordinates(), block_size, unit, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -44,7 +44,7 @@ def test_work_is_what_the_mask_shows(seed):
 @pytest.mark.parametrize("ranks, unit", [(2, 4), (2, 8), (3, 4), (4, 16), (1, 4)])
 def test_every_rank_gets_as_many_units_and_every_row_one_rank(ranks, unit):
     for seed in range(5):
-        sequence, rows = dealt(random_sequence(seed), ranks, unit)
+        sequence, rows = assigned(random_sequence(seed), ranks, unit)
         assert rows.shape == (ranks, len(sequence) // ranks)
         assert torch.equal(rows.flatten().sort().values, torch.arange(len(sequence)))
         assert (rows.diff(dim=1) > 0).all()  # packed order, which keeps runs together
@@ -62,7 +62,7 @@ def loads(sequence, rows) -> torch.Tensor:
 @pytest.mark.parametrize("ranks, unit", [(2, 4), (2, 8), (3, 4), (4, 16)])
 def test_balance_is_within_the_stated_bound(ranks, unit):
     for seed in range(8):
-        sequence, rows = dealt(random_sequence(seed, documents=3), ranks, unit)
+        sequence, rows = assigned(random_sequence(seed, documents=3), ranks, unit)
         units = work(sequence.coordinates(), sequence.block_size).view(-1, unit // sequence.block_size).sum(1)
         rounds = units.sort(descending=True).values.view(-1, ranks)
         of_ranks = loads(sequence, rows)
@@ -71,7 +71,7 @@ def test_balance_is_within_the_stated_bound(ranks, unit):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_long_sequence_is_balanced_to_a_few_percent_where_a_plain_cut_is_not(ranks):
-    sequence, rows = dealt(document(2048, [2048], 32, 1), ranks)
+    sequence, rows = assigned(document(2048, [2048], 32, 1), ranks)
     of_ranks = loads(sequence, rows).double()
     assert of_ranks.max() < 1.03 * of_ranks.mean()
     plain = loads(sequence, torch.arange(len(sequence)).view(ranks, -1)).double()
@@ -88,7 +88,7 @@ def test_a_rank_keeps_its_rows_and_their_predictions():
     sequence.target_weight = torch.rand(N, generator=generator, dtype=torch.float64)
     sequence.target_response = torch.randint(sequence.responses, (N,), generator=generator)
     sequence.target_block, sequence.target_step = torch.arange(N) * 3, torch.arange(N) * 7
-    sequence, rows = dealt(sequence, 3)
+    sequence, rows = assigned(sequence, 3)
     seen = []
     for mine in rows:
         part = take_rows(sequence, mine)
@@ -121,7 +121,7 @@ def attend_as(rank: int, sequence, rows, query, key, value, backend: str, width:
 @pytest.mark.parametrize("backend, width", [("sdpa", 8), ("sdpa", WIDE), ("flex", 8)])
 @pytest.mark.parametrize("ranks, unit, padding", [(2, 4, 0), (3, 8, 1), (4, 4, 3)])
 def test_attention_of_what_was_dealt_equals_the_dense_softmax(backend, width, ranks, unit, padding):
-    sequence, rows = dealt(random_sequence(padding, padding=padding), ranks, unit)
+    sequence, rows = assigned(random_sequence(padding, padding=padding), ranks, unit)
     inputs = [t.detach() for t in random_qkv(len(sequence), 4, 2, width=16)]
     expected = oracles.dense_attention(*inputs, oracle_mask(sequence), 0.3)
     for rank in range(ranks):

@@ -92,18 +92,18 @@ def test_no_micro_batch_waits_for_the_device(objective, estimator, responses):
 def test_rows_are_assigned_before_the_step(monkeypatch):
     """Under context parallelism, on any thread; the step only copies."""
     initialize.enable_device()
-    from megatron_dtrpo.runtime import simulated_rank as pretend
+    from megatron_dtrpo.runtime import simulated_rank
     from megatron_dtrpo.training import device_batch
 
     parallel = ParallelSettings(context_parallel_size=2)
     batch, expected = micro_batch("dtrpo", 2), []
     for rank in range(2):
-        with pretend.rank_of(parallel, rank, 2), ThreadPoolExecutor(1) as pool:
+        with simulated_rank.rank_of(parallel, rank, 2), ThreadPoolExecutor(1) as pool:
             expected.append(device_batch.DeviceBatch(batch, CPU, "sdpa", 32))
             host = pool.submit(device_batch.prepare, batch, CPU, "sdpa").result()
             assert host.tokens == len(batch.sequence) <= 2 * len(host.part)
             with monkeypatch.context() as patch:
-                for name in ("deal", "pad_to", "take_rows", "padded_length"):
+                for name in ("assign_rows", "pad_to", "take_rows", "padded_length"):
                     patch.setattr(device_batch, name, None)
                 sent: list[int] = []
                 patch.setattr(device_batch, "to_device", lambda t, device, sent=sent: sent.append(t.numel()) or t)

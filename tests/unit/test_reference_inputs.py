@@ -14,11 +14,11 @@ OTHER = {"steps_per_block": 3, "num_views": 5, "block_start": "noisy", "seed": 7
 
 @pytest.mark.parametrize("name", [name for name, row in ESTIMATORS.items() if row.objective == "preference"])
 def test_the_facts_of_a_cache_name_all_that_is_drawn_from(alone, name):
-    from megatron_dtrpo.training.reference_cache import run_facts
+    from megatron_dtrpo.training.reference_cache import score_inputs
 
     def facts(**changes) -> dict:
         config = Config.from_flat({"estimator": name, "num_views": 1, "block_start": "clean", **changes})
-        return run_facts(config, SimpleNamespace(fingerprint=lambda: "a tokenizer"))
+        return score_inputs(config, SimpleNamespace(fingerprint=lambda: "a tokenizer"))
 
     first = facts()
     read = {*ESTIMATORS[name].options, "num_views", "block_start", "seed"}

@@ -86,7 +86,7 @@ class Tokenizer:
         added = getattr(self._library, "added_tokens_decoder", {})
         return {number: str(token) for number, token in added.items() if token.special}
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
         """The text that each of ``ids`` adds; joined they are ``decode(ids)``. Tokens without text add ''.
 
         A character belongs to the token that completes it. Tokens cannot be decoded one by one, because the bytes of
@@ -94,13 +94,13 @@ class Tokenizer:
         tokens with text: 0.1 s for a thousand.
         """
         whole, read, end = self.decode(ids), [], 0
-        pieces = [""] * len(ids)
+        texts = [""] * len(ids)
         for place, token in enumerate(map(int, ids)):
             if self._has_text(token):
                 read.append(token)
                 agreed = len(os.path.commonprefix([self.backend.decode(read), whole]))
-                pieces[place], end = whole[end:agreed], max(end, agreed)
-        return pieces
+                texts[place], end = whole[end:agreed], max(end, agreed)
+        return texts
 
     def encode_prompt(self, prompt: str | Messages, apply_chat_template: bool = False) -> list[int]:
         """Token ids of a prompt: text as it is, or messages up to where the assistant begins to speak."""

@@ -15,17 +15,17 @@ for (const each of traces) {  // rounding of a softmax
 let trace, spans, ghosts, bars, counts, means, opens, last, chosen = 0, step = 0, timer = 0, pointed = null;
 
 // What a token that shows nothing by itself is drawn as.
-function signOf(piece, ends) {
-  if (piece === "") return ends ? "end" : "\u00b7";
-  return /[\n\r]/.test(piece) && !piece.trim() ? "\u21b5" : null;
+function signOf(text, ends) {
+  if (text === "") return ends ? "end" : "\u00b7";
+  return /[\n\r]/.test(text) && !text.trim() ? "\u21b5" : null;
 }
 
-function tokenSpan(piece, ends, sureness) {
-  const span = document.createElement("span"), sign = signOf(piece, ends);
+function tokenSpan(text, ends, sureness) {
+  const span = document.createElement("span"), sign = signOf(text, ends);
   span.className = "token masked";
-  span.dataset.piece = piece;
+  span.dataset.text = text;
   if (sign) span.dataset.sign = sign;
-  span.classList.toggle("breaks", /[\n\r]/.test(piece));
+  span.classList.toggle("breaks", /[\n\r]/.test(text));
   if (sign === "end") span.classList.add("end");
   span.style.setProperty("--sureness", sureness);
   span.tabIndex = 0;
@@ -46,20 +46,20 @@ function choose(index, at) {
   trace.blocks.forEach((b, i) => opens.set(b, Math.min(trace.steps[i], opens.get(b) ?? Infinity)));
   const parts = document.createDocumentFragment();
   bars = [];
-  spans = trace.pieces.map((piece, i) => {
+  spans = trace.token_texts.map((text, i) => {
     if (i === 0 || trace.blocks[i] !== trace.blocks[i - 1]) {
       const bar = parts.appendChild(document.createElement("span"));
       bar.className = "block";
       bar.dataset.block = trace.blocks[i];
       bars.push(bar);
     }
-    const span = parts.appendChild(tokenSpan(piece, i === trace.pieces.length - 1, trace.confidence[i]));
+    const span = parts.appendChild(tokenSpan(text, i === trace.token_texts.length - 1, trace.confidence[i]));
     span.dataset.index = i;
     return span;
   });
   // What is thrown away is never text of the page: it is not copied with the response, which does not hold it.
   ghosts = trace.discarded.map((token, i) => {
-    const span = parts.appendChild(tokenSpan(token.piece, token.ends, token.confidence));
+    const span = parts.appendChild(tokenSpan(token.token_text, token.ends, token.confidence));
     span.classList.add("ghost");
     span.dataset.ghost = i;
     return span;
@@ -83,7 +83,7 @@ function show(k) {
   spans.forEach((span, i) => {
     const visible = trace.steps[i] <= step;
     if (visible === span.classList.contains("masked")) {
-      span.textContent = visible ? trace.pieces[i] : "";
+      span.textContent = visible ? trace.token_texts[i] : "";
       span.classList.toggle("masked", !visible);
     }
     span.classList.toggle("new", trace.steps[i] === step);
@@ -239,20 +239,20 @@ function recall() {
 function tokenOf(span) {
   if (span.dataset.ghost) return trace.discarded[+span.dataset.ghost];
   const i = +span.dataset.index;
-  return { piece: trace.pieces[i], step: trace.steps[i], confidence: trace.confidence[i], block: trace.blocks[i] };
+  return { token_text: trace.token_texts[i], step: trace.steps[i], confidence: trace.confidence[i], block: trace.blocks[i] };
 }
 
 function showTip(span) {
   pointed = span;
   const tip = $("tip"), word = document.createElement("b"), token = tokenOf(span);
   const visible = token.step <= step, gone = token.until <= step;
-  word.textContent = !visible ? "masked" : token.piece === "" ? (token.ends ? "end token" : "no text of its own") :
-    "\u201c" + token.piece.replace(/\r?\n|\r/g, "\u21b5") + "\u201d";
-  const facts = [`${visible ? "appeared" : "appears"} in step ${token.step + 1} of ${last + 1}`];
-  if (gone) facts.push(`thrown away in step ${token.until + 1}, which wrote an end token before it`);
-  if (visible) facts.push(`confidence ${percent(token.confidence)}`);
-  facts.push(`block ${token.block}`);
-  tip.replaceChildren(word, ...facts.flatMap((fact, j) => j ? [document.createElement("br"), fact] : [fact]));
+  word.textContent = !visible ? "masked" : token.token_text === "" ? (token.ends ? "end token" : "no text of its own") :
+    "\u201c" + token.token_text.replace(/\r?\n|\r/g, "\u21b5") + "\u201d";
+  const lines = [`${visible ? "appeared" : "appears"} in step ${token.step + 1} of ${last + 1}`];
+  if (gone) lines.push(`thrown away in step ${token.until + 1}, which wrote an end token before it`);
+  if (visible) lines.push(`confidence ${percent(token.confidence)}`);
+  lines.push(`block ${token.block}`);
+  tip.replaceChildren(word, ...lines.flatMap((line, j) => j ? [document.createElement("br"), line] : [line]));
   tip.hidden = false;
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const left = Math.max(8, Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8));

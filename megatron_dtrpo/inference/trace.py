@@ -26,11 +26,11 @@ class DiscardedToken:
     """A token that was written behind the place of a later end token, and was thrown away with it.
 
     ``place``: how many tokens behind the response's first one it stood. ``step`` wrote it, ``until`` wrote the end
-    token. ``piece``, ``confidence`` and ``block``: as `Trace` has them; ``ends``: it is an end token itself.
+    token. ``token_text``, ``confidence`` and ``block``: as `Trace` has them; ``ends``: it is an end token itself.
     """
 
     place: int
-    piece: str
+    token_text: str
     step: int
     until: int
     confidence: float
@@ -40,9 +40,9 @@ class DiscardedToken:
 
 @dataclass(frozen=True)
 class Trace:
-    """How one response of n tokens was decoded. ``pieces``, ``steps``, ``confidence`` and ``blocks`` have n entries.
+    """How one response of n tokens was decoded: ``token_texts``, ``steps``, ``confidence``, ``blocks`` of n entries.
 
-    ``pieces``: the text each token adds; joined they are ``text``. Tokens without text, as the end token, have ''.
+    ``token_texts``: the text each token adds; joined they are ``text``. Tokens without text, as the end token, have ''.
     ``steps``: the decoding step, from 0, in which each token appeared.
     ``confidence``: the probability, 0 to 1, that the model gave each token when it appeared.
     ``blocks``: each token's block on the absolute grid, prompt included; blocks follow each other in the response.
@@ -50,7 +50,7 @@ class Trace:
     """
 
     prompt: str
-    pieces: tuple[str, ...]
+    token_texts: tuple[str, ...]
     steps: tuple[int, ...]
     confidence: tuple[float, ...]
     blocks: tuple[int, ...]
@@ -62,16 +62,16 @@ def trace_of(prompt: str, completion: Completion, tokenizer: Tokenizer, end_ids:
     """How ``completion`` was decoded. ``end_ids``: tokens that end a response beside the tokenizer's own."""
 
     def thrown_away(token: Discarded) -> DiscardedToken:
-        (piece,) = tokenizer.pieces([token.token])
+        (token_text,) = tokenizer.token_texts([token.token])
         ends = token.token in (tokenizer.eos_id, *end_ids)
         # An end token discards within its own block, which is the response's last one.
         return DiscardedToken(
-            token.place, piece, token.step, token.until, token.confidence, completion.blocks[-1], ends
+            token.place, token_text, token.step, token.until, token.confidence, completion.blocks[-1], ends
         )
 
     return Trace(
         prompt=prompt,
-        pieces=tuple(tokenizer.pieces(completion.tokens)),
+        token_texts=tuple(tokenizer.token_texts(completion.tokens)),
         steps=tuple(completion.steps),
         confidence=tuple(completion.confidence),
         blocks=tuple(completion.blocks),
@@ -104,13 +104,13 @@ def _check(trace: Trace, where: str) -> None:
     """Raise UserError where the parts of ``trace`` do not fit together; the page would show something wrong."""
     columns = {"steps": trace.steps, "confidence": trace.confidence, "blocks": trace.blocks}
     for name, column in columns.items():
-        if len(column) != len(trace.pieces):
-            raise UserError(f"{where}: {len(column)} {name} for {len(trace.pieces)} pieces; give one per token")
-    if "".join(trace.pieces) != trace.text:
-        raise UserError(f"{where}: the pieces do not join to the text; take them from Tokenizer.pieces")
+        if len(column) != len(trace.token_texts):
+            raise UserError(f"{where}: {len(column)} {name} for {len(trace.token_texts)} tokens; give one per token")
+    if "".join(trace.token_texts) != trace.text:
+        raise UserError(f"{where}: token_texts do not join to the text; take them from Tokenizer.token_texts")
     if any(step < 0 for step in trace.steps):
         raise UserError(f"{where}: a step is below 0; count steps from 0")
-    if any(token.place < len(trace.pieces) for token in trace.discarded):
+    if any(token.place < len(trace.token_texts) for token in trace.discarded):
         raise UserError(f"{where}: a discarded token stands in the response; its place is behind the last token")
     if any(not 0 <= token.step < token.until for token in trace.discarded):
         raise UserError(f"{where}: a discarded token was thrown away before it was written")

@@ -27,11 +27,13 @@ HOSTILE = (
 )
 
 
-def trace_of(prompt: str, pieces: tuple[str, ...], steps: tuple[int, ...], first_block: int = 2) -> Trace:
+def trace_of(prompt: str, token_texts: tuple[str, ...], steps: tuple[int, ...], first_block: int = 2) -> Trace:
     """A trace of blocks of four tokens."""
-    n = len(pieces)
+    n = len(token_texts)
     confidence = tuple(1 - i / (2 * n) + 1e-6 for i in range(n))
-    return Trace(prompt, pieces, steps, confidence, tuple(first_block + i // 4 for i in range(n)), "".join(pieces))
+    return Trace(
+        prompt, token_texts, steps, confidence, tuple(first_block + i // 4 for i in range(n)), "".join(token_texts)
+    )
 
 
 TRACES = (
@@ -103,7 +105,7 @@ def completion(page: Page) -> str:
 
 
 def shown_by(trace: Trace, step: int) -> str:
-    return "".join(piece for piece, at in zip(trace.pieces, trace.steps, strict=True) if at <= step)
+    return "".join(token_text for token_text, at in zip(trace.token_texts, trace.steps, strict=True) if at <= step)
 
 
 def set_value(page: Page, name: str, value: int, event: str) -> None:
@@ -138,7 +140,7 @@ def test_slider_shows_the_tokens_up_to_its_step(opened, index):
         assert completion(opened) == shown_by(trace, step)
         count = sum(at <= step for at in trace.steps)
         assert number(opened, "where") == f"step {step + 1} of {len(steps)}"
-        assert number(opened, "tokens") == f"{count} of {len(trace.pieces)}"
+        assert number(opened, "tokens") == f"{count} of {len(trace.token_texts)}"
         assert number(opened, "rate") == f"{count / (step + 1):.2f}"
         new = opened.evaluate("[...document.querySelectorAll('.token.new')].map(e => +e.dataset.index)")
         assert new == [i for i, at in enumerate(trace.steps) if at == step]
@@ -173,7 +175,7 @@ def test_what_was_thrown_away_is_shown_as_such_and_is_no_text(opened):
     set_value(opened, "trace", 3, "change")
     assert all(keys.nth(i).is_visible() for i in range(keys.count()))
     assert "thrown away" in keys.last.inner_text()
-    assert opened.evaluate("[...document.querySelectorAll('.token')].map(e => e.dataset.piece)")[3:] == ["later", ""]
+    assert opened.evaluate("[...document.querySelectorAll('.token')].map(e => e.dataset.text)")[3:] == ["later", ""]
     box = "JSON.stringify([...document.querySelectorAll('.ghost')].map(e => e.getBoundingClientRect()))"
     before, trace, states = opened.evaluate(box), TRACES[3], {}
     for step in [0, 1, 2, 3, 4, 3, 2]:
@@ -265,8 +267,8 @@ def test_one_trace_needs_no_chooser_and_a_phone_no_sideways_scrolling(tab, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": (0,)}, "trace 2: 1 steps for 6 pieces"),
-        ({"text": "other"}, "trace 2: the pieces do not join to the text"),
+        ({"steps": (0,)}, "trace 2: 1 steps for 6 tokens"),
+        ({"text": "other"}, "trace 2: token_texts do not join to the text"),
         ({"steps": (0, 0, 0, 0, 0, -1)}, "trace 2: a step is below 0"),
         ({"discarded": (DiscardedToken(5, "x", 0, 1, 0.5, 10),)}, "trace 2: a discarded token stands in the response"),
         ({"discarded": (DiscardedToken(6, "x", 1, 1, 0.5, 10),)}, "trace 2: a discarded token was thrown away before"),
@@ -291,7 +293,7 @@ def test_a_completions_trace_holds_what_it_threw_away():
     ]
     completion = Completion([a, end], [0, 3], [0.9, 0.8], [6, 7], passes=5, ended=True, discarded=thrown)
     trace = trace_of_completion("p", completion, tokenizer, [stop])
-    assert (trace.pieces, trace.text, trace.blocks) == (("a", ""), "a", (6, 7))
+    assert (trace.token_texts, trace.text, trace.blocks) == (("a", ""), "a", (6, 7))
     assert trace.discarded == (
         DiscardedToken(2, "b", 0, 3, 0.4, block=7),
         DiscardedToken(4, ";", 2, 3, 0.3, block=7, ends=True),

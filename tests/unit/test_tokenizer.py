@@ -77,12 +77,12 @@ def each(request):
 
 
 def pieces_of_the_library(tokenizer, ids) -> list[str]:
-    """The oracle of ``Tokenizer.pieces`` for a text that is whole: what each library itself says of its tokens."""
+    """The oracle of ``Tokenizer.token_texts`` for a text that is whole: what each library itself says of its tokens."""
     if tokenizer.tokenizer_type == "HuggingFaceTokenizer":
         stream = DecodeStream([], skip_special_tokens=True)
         return [stream.step(tokenizer._library.backend_tokenizer, i) or "" for i in ids]
     if tokenizer.tokenizer_type == "SentencePieceTokenizer":
-        return [piece.surface for piece in tokenizer._library.decode(ids, return_type="proto").pieces]
+        return [token_text.surface for token_text in tokenizer._library.decode(ids, return_type="proto").pieces]
     decoder = codecs.getincrementaldecoder("utf-8")()
     return [decoder.decode(bytes([i])) for i in ids]
 
@@ -269,21 +269,21 @@ def test_pieces_join_to_the_text_and_each_is_what_its_token_adds(each):
     cases = [each.encode(text) for text in texts]
     for text, ids in zip(texts, cases, strict=True):
         if "\ufffd" not in text:  # which a stream takes for a character that is not whole yet
-            assert each.pieces(ids) == pieces_of_the_library(each, ids), text
+            assert each.token_texts(ids) == pieces_of_the_library(each, ids), text
     cases += [[*ids[:3], each.mask_id, *ids[3:], each.eos_id] for ids in cases]
     # Nonsense too: an untrained model breaks characters off.
     cases += [[generator.randrange(each.vocab_size + 3) for _ in range(60)] for _ in range(50)]
     for ids in cases:
-        pieces = each.pieces(ids)
-        assert "".join(pieces) == each.decode(ids) and len(pieces) == len(ids)
-        assert not any(piece for piece, i in zip(pieces, ids, strict=True) if i in each.special_ids)
+        token_texts = each.token_texts(ids)
+        assert "".join(token_texts) == each.decode(ids) and len(token_texts) == len(ids)
+        assert not any(token_text for token_text, i in zip(token_texts, ids, strict=True) if i in each.special_ids)
 
 
 def test_a_character_belongs_to_the_token_that_completes_it(real, spacious_model):
     for tokenizer in (build_tokenizer("ByteLevelTokenizer"), real):
         ids = tokenizer.encode("\U00013000")
         assert len(ids) > 1
-        assert tokenizer.pieces([*ids, tokenizer.eos_id]) == [*[""] * (len(ids) - 1), "\U00013000", ""]
+        assert tokenizer.token_texts([*ids, tokenizer.eos_id]) == [*[""] * (len(ids) - 1), "\U00013000", ""]
     spacious = build_tokenizer("SentencePieceTokenizer", spacious_model)
-    assert spacious.pieces(spacious.encode("\u4e2d"))[-3:] == ["", "", "\u4e2d"]
-    assert spacious.pieces(spacious.encode("12 plus"))[0].startswith("1")
+    assert spacious.token_texts(spacious.encode("\u4e2d"))[-3:] == ["", "", "\u4e2d"]
+    assert spacious.token_texts(spacious.encode("12 plus"))[0].startswith("1")

@@ -18,7 +18,8 @@ from megatron_dtrpo.doctor.requirements import Requirements, read_requirements, 
 from megatron_dtrpo.errors import UserError, one_line
 
 try:
-    from megatron_dtrpo.config.parser import parse_command, settings_parser
+    from megatron_dtrpo.cli.settings import parse_settings
+    from megatron_dtrpo.config.parser import settings_parser
 except ImportError as error:  # no PyYAML: the rest of the report is wanted all the more
     UNREAD: str | None = str(error)
 else:
@@ -64,7 +65,7 @@ def _requirements(argv: list[str], gpus: int) -> Requirements:
         return with_processes(
             Requirements(configured=bool(settings), unread=UNREAD if settings else None), own.nproc, gpus
         )
-    own, config, given = parse_command(build_parser(), argv)
+    own, config, given = parse_settings(build_parser(), argv)
     try:
         return read_requirements(config, bool(given), own.nproc, gpus)
     except UserError:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import Parser
-from megatron_dtrpo.config.parser import parse_command, settings_parser
+from megatron_dtrpo.config.parser import settings_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.planning.layouts import layouts
 from megatron_dtrpo.planning.memory import GIB
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(argv: list[str]) -> None:
-    own, config, _ = parse_command(build_parser(), argv)
+    own, config, _ = parse_settings(build_parser(), argv)
     for name, value in (("gpus", own.gpus), ("gpu-memory", own.gpu_memory), ("top", own.top)):
         if not 0 < value < math.inf:
             raise UserError(f"--{name} is {value}: it must be a positive number")

@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 
 from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import Parser
-from megatron_dtrpo.config.parser import parse_command, settings_parser
+from megatron_dtrpo.config.parser import settings_parser
 from megatron_dtrpo.config.rules import validate_precomputing
 from megatron_dtrpo.errors import UserError
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _precompute(argv: list[str]) -> None:
-    arguments, config, given = parse_command(build_parser(), argv)
+    arguments, config, given = parse_settings(build_parser(), argv)
     output = Path(arguments.output)
     if output.exists():
         raise UserError(f"--output {output}: exists already: remove it or give another folder")

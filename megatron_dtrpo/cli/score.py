@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 
 from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import Parser
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import refuse_fp8
-from megatron_dtrpo.config.parser import parse_command, settings_parser
+from megatron_dtrpo.config.parser import settings_parser
 from megatron_dtrpo.errors import UserError
 
 EXAMPLES = """
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _score(argv: list[str]) -> None:
-    arguments, config, given = parse_command(build_parser(), argv)
+    arguments, config, given = parse_settings(build_parser(), argv)
     refuse_fp8(config.parallel, "scoring")
     config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():

@@ -7,8 +7,9 @@ checkpoint and end the run with status 0; the same command goes on from there.
 from __future__ import annotations
 
 from megatron_dtrpo.cli.process import run_command
+from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import Parser
-from megatron_dtrpo.config.parser import parse_command, settings_parser
+from megatron_dtrpo.config.parser import settings_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import environment, stop
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> None:
     environment.set_defaults()  # before anything imports torch
-    own, config, given = parse_command(build_parser(), argv)
+    own, config, given = parse_settings(build_parser(), argv)
 
     from megatron_dtrpo.runtime import initialize
 

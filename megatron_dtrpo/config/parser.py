@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dtrpo.config.choices import leave_out_misfits
 from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags, unknown
 from megatron_dtrpo.config.settings import FIELDS, GROUPS, Config
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.runtime.environment import rank
 
 
 def _base_type(kind: type) -> dict:
@@ -153,9 +150,13 @@ def parse(argv: list[str], prog: str, about: str) -> tuple[Config, set[str]]:
     return config, given
 
 
-def parse_command(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Config, set[str]]:
-    """Reads the flags of a parser that has settings among them. What the file says and an objective, an estimator or
-    losses given as flags do not read is left out, and named on stderr.
+def parse_command(
+    parser: Parser, argv: list[str], adapt: Callable[[Config, set[str], object], None] = lambda *_: None
+) -> tuple[argparse.Namespace, Config, set[str]]:
+    """Reads the flags of a parser that has settings among them.
+
+    Args:
+        adapt: called with the configuration, the settings that were given as flags and the file of the others.
 
     Returns:
         The command's own flags; a configuration, not yet validated, whose other settings have their defaults; the
@@ -171,7 +172,5 @@ def parse_command(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, 
             values.pop(other, None)
     values |= given
     config = Config.from_flat(values)
-    for line in leave_out_misfits(config, given, config_file):
-        if rank() == 0:
-            print(line, file=sys.stderr)
+    adapt(config, set(given), config_file)
     return argparse.Namespace(**flags), config, set(values)

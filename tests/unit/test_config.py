@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import command_parser
 from megatron_dtrpo.config.parser import FIELDS, TYPES, add_settings, parse, parse_command, read_yaml, settings_parser
 from megatron_dtrpo.config.rules import (
@@ -127,6 +128,11 @@ def test_flags_win_over_the_file(tmp_path):
     assert parsed("--config", path, "--lr", "5e-7")[0].optimizer.lr == Config().optimizer.lr
 
 
+def fitted(*argv: str) -> Config:
+    """What a command makes of its words."""
+    return parse_settings(settings_parser("train", "Trains."), list(argv))[1]
+
+
 FILE = """\
 estimator: dtrpo
 steps_per_block: 4
@@ -172,7 +178,7 @@ simpo_gamma: 0.2
 )
 def test_a_choice_made_as_a_flag_leaves_out_what_the_file_says_of_another(tmp_path, capsys, flags, left_out):
     path = write(tmp_path, FILE)
-    config, _ = parsed("--config", path, *flags)
+    config = fitted("--config", path, *flags)
     told = capsys.readouterr().err
     assert told.count("\n") == bool(left_out)
     assert told.startswith(f"note: {path}: left out: ") or not left_out
@@ -194,7 +200,7 @@ def test_a_choice_made_as_a_flag_leaves_out_what_the_file_says_of_another(tmp_pa
     ],
 )
 def test_what_a_choice_rules_out_is_left_out_of_the_file_too(tmp_path, capsys, text, flags, note):
-    config, _ = parsed("--config", write(tmp_path, text), *flags)
+    config = fitted("--config", write(tmp_path, text), *flags)
     assert note in capsys.readouterr().err
     config = Config.from_flat({**config.to_flat(), **COMPLETE})
     validate_training(config, validate(config, 1))
@@ -206,7 +212,7 @@ def test_what_does_not_fit_a_choice_is_refused_where_both_are_flags_or_both_in_t
         ["--config", path, "--estimator", "vrpo", "--steps-per-block", "4"],
         ["--config", write(tmp_path, "estimator: vrpo\nsteps_per_block: 4\n")],
     ):
-        config, _ = parsed(*argv)
+        config = fitted(*argv)
         config.model = config_of().model
         with pytest.raises(UserError, match="steps_per_block belongs to estimator dtrpo: leave it out with vrpo"):
             validate(config, 1)
@@ -215,7 +221,7 @@ def test_what_does_not_fit_a_choice_is_refused_where_both_are_flags_or_both_in_t
 
 def test_one_process_of_several_names_what_is_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    config, _ = parsed("--config", write(tmp_path, FILE), "--estimator", "vrpo")
+    config = fitted("--config", write(tmp_path, FILE), "--estimator", "vrpo")
     assert config.objective.steps_per_block == 8 and capsys.readouterr().err == ""
 
 

@@ -16,9 +16,9 @@ ROOT = REPOSITORY / PACKAGE
 
 # From the ground up: a room imports rooms of the floors below it, and its own.
 FLOORS = (
-    ("errors", "rounding", "seeds", "files", "runtime.environment"),
+    ("errors", "rounding", "seeds", "files"),
     ("families",),
-    ("config", "runtime.stop"),
+    ("config", "runtime.environment", "runtime.stop"),
     ("diffusion", "objectives", "cpu"),
     ("runtime", "checkpoint.folder"),
     ("model", "data", "planning", "doctor"),

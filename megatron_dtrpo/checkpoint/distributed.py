@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -34,8 +35,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dtrpo.checkpoint.checksums import DIFFERS, is_as_written
 from megatron_dtrpo.checkpoint.folder import TRACKER, complete_iterations, damaged, iteration_folder
 from megatron_dtrpo.config.settings import RunSettings
 from megatron_dtrpo.conversion.torch_dist_reader import Window, read_metadata
@@ -276,10 +279,40 @@ def _no_code_of_pickles() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _checksums_compared(folder: Path) -> Iterator[None]:
+    """Inside, torch's reader of distributed checkpoints compares the checksum of each piece of a tensor that it reads,
+    once. A process reads its own share only."""
+    reader_class: Any = FileSystemReader
+    unchecked_slice, checked = reader_class._slice_file, set()
+
+    def checked_slice(reader, file, info):
+        if (info.relative_path, info.offset) not in checked:
+            if not is_as_written(io.BufferedReader(Window(file.fileno(), info.offset, info.length))):
+                key = next(index.fqn for index, other in reader.storage_data.items() if other == info)
+                raise damaged(folder, f"{info.relative_path}: {key}: {DIFFERS}")
+            checked.add((info.relative_path, info.offset))
+        return unchecked_slice(reader, file, info)
+
+    reader_class._slice_file = checked_slice
+    try:
+        yield
+    finally:
+        reader_class._slice_file = unchecked_slice
+
+
+def _require_as_written(folder: Path, file: str) -> None:
+    with (folder / file).open("rb") as stream:
+        if not is_as_written(stream):
+            raise damaged(folder, f"{file}: {DIFFERS}")
+
+
 def _explained(folder: Path, read: Callable, file: str = ""):
     """Turns what megatron-core and torch raise into one line: about keys and shapes, or about a damaged ``file``."""
     try:
-        with _no_code_of_pickles():
+        with _no_code_of_pickles(), _checksums_compared(folder):
+            if file and (folder / file).is_file():
+                _require_as_written(folder, file)
             return read()
     except (Exception, CheckpointException) as error:  # a damaged file raises what it likes; torch's is no Exception
         failures = getattr(error, "failures", None)  # torch wraps each rank's error, traceback and all

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_dtrpo.checkpoint.checksums import DIFFERS, is_as_written
+from megatron_dtrpo.checkpoint.folder import damaged
 from megatron_dtrpo.errors import UserError, one_line
 
 _CACHE_BYTES = 256 << 20  # of loaded pieces; more only where one tensor is larger
@@ -187,7 +189,12 @@ class TorchDistReader:
             self._cache.popitem(last=False)
         try:
             window: Any = Window(self._descriptor(info.relative_path), info.offset, info.length)
+            if not is_as_written(window):
+                raise damaged(self.folder, f"{where.name}: {key}: {DIFFERS}")
+            window.seek(0)
             piece = torch.load(window, map_location="cpu", weights_only=True)
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{where}: {error.strerror or error}") from None
         except Exception as error:  # a truncated or damaged record raises what it likes

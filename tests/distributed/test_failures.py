@@ -11,6 +11,8 @@ import signal
 
 import pytest
 
+from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
+from tests.support.damage import flip_a_bit
 from tests.support.launch import TINY_MODEL, Job, latest_iteration, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -85,6 +87,24 @@ def test_a_mistake_that_one_process_meets(server, settings, tmp_path, rank, othe
     )
     assert statuses[rank] == 2 and statuses[1 - rank] in others, output
     assert output.count("error: a mistake of this test") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_damaged_share_of_the_optimizer_ends_all(server, settings, tmp_path, rank):
+    """One bit of the values that one process wrote; each process reads another share of the file."""
+    run = {**settings, "use_distributed_optimizer": True, "save": tmp_path / "run"}
+    assert server.run({**run, "train_iters": 3}, tmp_path / "first", 2)[0] == [0, 0]
+    folder = tmp_path / "run" / "iter_0000003"
+    key, where = next(
+        (index.fqn, info)
+        for index, info in read_metadata(folder).storage_data.items()
+        if index.fqn.startswith("optimizer.") and info.relative_path.startswith(f"__{rank}_")
+    )
+    flip_a_bit(folder / where.relative_path, where.offset, where.length, "archive/data/0")
+    statuses, output = server.run(run, tmp_path / "log", 2)
+    assert statuses == [2, 2] and "Traceback" not in output, output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"{where.relative_path}: {key}: its checksum says that it is not as it was written" in error
 
 
 def test_a_mistake_that_all_meet_is_said_once(server, settings, tmp_path):

@@ -20,6 +20,7 @@ from megatron_dtrpo.cli import convert, generate, train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
 from tests.support import conversion_folders as folders
+from tests.support.damage import flip_a_bit
 from tests.support.launch import flags, latest_iteration, read_metrics, write_lines
 
 pytestmark = pytest.mark.end_to_end
@@ -174,6 +175,50 @@ def test_damage_inside_a_tensor_names_it(run, command, capfd, name, part, begins
     assert command(name, run) == 2
     line = one_line(capfd)
     assert f"{file.name}: {index.fqn}: not what torch.save writes; delete iter_0000004 to go on" in line
+
+
+@pytest.mark.parametrize("name", ["resume", "load", "generate", "export"])
+def test_one_bit_of_a_tensors_values_is_found(run, command, capfd, name):
+    folder = run / "iter_0000004"
+    index, where = next(
+        pair for pair in read_metadata(folder).storage_data.items() if pair[0].fqn == "decoder.final_layernorm.weight"
+    )
+    flip_a_bit(folder / where.relative_path, where.offset, where.length, "archive/data/0")
+    assert command(name, run) == 2
+    line = one_line(capfd)
+    assert f"{where.relative_path}: {index.fqn}: its checksum says that it is not as it was written" in line
+    assert line.endswith("; delete iter_0000004 to go on from iter_0000002")
+
+
+@pytest.mark.parametrize("name", ["resume", "load", "generate"])
+def test_one_bit_of_the_common_state_is_found(run, command, capfd, name):
+    """Plain numbers: the step, the schedule."""
+    file = run / "iter_0000004" / "common.pt"
+    flip_a_bit(file, 0, file.stat().st_size, "common/data.pkl")
+    assert command(name, run) == 2
+    assert "iter_0000004: damaged: common.pt: its checksum says" in one_line(capfd)
+
+
+def test_only_what_is_read_is_checked(run, command):
+    """A policy is decoded without the optimizer's state."""
+    folder = run / "iter_0000004"
+    where = next(
+        info for index, info in read_metadata(folder).storage_data.items() if index.fqn.startswith("optimizer.")
+    )
+    flip_a_bit(folder / where.relative_path, where.offset, where.length, "archive/data/0")
+    assert command("generate", run) == 0
+    assert command("resume", run) == 2
+
+
+def test_a_checkpoint_without_checksums_loads(base, command, tmp_path):
+    """torch writes none where it is told so."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert train.main(settings(base, load=base, save=tmp_path / "plain", train_iters=4)) == 0
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("resume", "generate", "export"):
+        assert command(name, tmp_path / "plain") == 0, name
 
 
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in BORNE.items() for file in files])

@@ -54,10 +54,10 @@ WORDLESS = "warning: {count} rows have a message of the user without words, as a
 LABEL = "warning: {count} rows have a 'label' that says neither that the completion is good nor bad: it is not read"
 NO_PROMPT = "warning: {count} rows begin with the assistant's message: as nothing comes before it, it is not learned"
 JSON_TEXT = "warning: {{count}} rows have JSON in {name!r} that holds no messages: it is taken as it stands, as text"
-# Columns that belong to a prompt in other people's data (Orca, Alpaca) and that no layout reads.
+# Columns that belong to a prompt in other people's data (Orca, Alpaca, retrieval) and that no layout reads.
 UNREAD = {
     name: f"warning: {{count}} rows have a column {name!r}, which is not read: put its text into the prompt or messages"
-    for name in ("system", "system_prompt", "input", "context")
+    for name in ("system", "system_prompt", "input", "context", "documents", "history")
 }
 
 
@@ -244,10 +244,14 @@ _COLUMN_NOTES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
 }
 
 
+def _holds_something(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, list | dict) and bool(value)
+
+
 def _with_notes(row: dict[str, Any], packed: Sequence[str], record: Record | TokenRecord) -> Record | TokenRecord:
-    """``record``, with a note for each of the row's `UNREAD` columns that holds text, and for each that is JSON text of
-    no messages. Token ids are whole as given."""
-    unread = tuple(note for name, note in UNREAD.items() if isinstance(row.get(name), str) and row[name].strip())
+    """``record``, with a note for each of the row's `UNREAD` columns that holds text or objects, and for each that is
+    JSON text of no messages. Token ids are whole as given."""
+    unread = tuple(note for name, note in UNREAD.items() if _holds_something(row.get(name)))
     notes = unread + tuple(JSON_TEXT.format(name=name) for name in packed)
     if isinstance(record.prompt, list) and isinstance(record, Record):
         wordless = any(m["role"] == "user" and not m["content"].strip() for m in record.prompt)

@@ -505,11 +505,12 @@ def test_arguments_that_a_template_writes_in_quotes(fast_dllm, sdar, store_of):
     assert store_of([{**row, "messages": [*QUESTION, call("Oslo")]}], "sft", fast_dllm).notes == ()
 
 
-@pytest.mark.parametrize("name", ["system", "system_prompt", "input", "context"])
-def test_a_column_of_the_prompt_that_is_not_read_is_a_warning(fast_dllm, store_of, name):
-    """Orca's system message and Alpaca's input would be missing from the prompt without a word."""
-    rows = [{"prompt": "1+1=", "completion": "2", name: text} for text in ("Be brief.", "", None)]
-    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3", name: "Be brief."}
+@pytest.mark.parametrize("name", ["system", "system_prompt", "input", "context", "documents", "history"])
+@pytest.mark.parametrize("content", ["Be brief.", [["Hello", "Hello to you"]], {"text": "The sky is blue."}])
+def test_a_column_of_the_prompt_that_is_not_read_is_a_warning(fast_dllm, store_of, name, content):
+    """Orca's system message, Alpaca's input and history would be missing from the prompt without a word."""
+    rows = [{"prompt": "1+1=", "completion": "2", name: value} for value in (content, "", None, [], 3)]
+    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3", name: content}
     words = f"a column {name!r}, which is not read"
     for store in (store_of(rows, "sft", fast_dllm), store_of([pair], "preference", fast_dllm)):
         (note,) = store.notes

@@ -19,7 +19,8 @@ def add_decoding_flags(parser: argparse.ArgumentParser, **defaults) -> None:
         "--threshold",
         type=float,
         default=default["threshold"],
-        help="Unmask tokens surer than this, and always the surest. 1: one at a time. Default: %(default)s.",
+        help="Unmask tokens whose confidence is above this, and always the most confident one. 1: one at a time. "
+        "Default: %(default)s.",
     )
     parser.add_argument(
         "--small-block-size",

@@ -27,7 +27,7 @@ class ModelSettings:
     """The architecture. Saved beside every checkpoint; with ``load`` it is read from there."""
 
     family: str = setting(
-        DEFAULT_FAMILY, "Model family, which an export names weights and config.json after.", FAMILIES
+        DEFAULT_FAMILY, "Model family; an export has its names of weights and its config.json.", FAMILIES
     )
     num_layers: int | None = setting(None, "Transformer layers.", at_least=1)
     hidden_size: int | None = setting(None, "Width of the residual stream.", at_least=1)
@@ -58,7 +58,7 @@ class ModelSettings:
 
 @dataclass
 class ParallelSettings:
-    """How the one program is spread over processes, and in which precision it runs."""
+    """How a run is spread over processes, and in which number formats it computes."""
 
     tensor_model_parallel_size: int = setting(1, "Processes that share each layer.", at_least=1)
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages.", at_least=1)
@@ -69,7 +69,7 @@ class ParallelSettings:
     )
     context_parallel_size: int = setting(
         1,
-        "Processes that share each packed sequence; it is padded to whole units for each, at most 128 tokens long.",
+        "Processes that share each packed sequence, which is padded to whole units of at most 128 tokens for each.",
         at_least=1,
     )
     sequence_parallel: bool = setting(False, "Shard norms and residuals along the sequence; no effect without TP.")
@@ -108,17 +108,20 @@ class ParallelSettings:
         tuple(RECIPES),
     )
     fp8_margin: int = setting(0, "delayed: scales are smaller by 2 to this power.", at_least=0)
-    fp8_amax_history_len: int = setting(1, "delayed: maxima that are remembered.", at_least=1)
+    fp8_amax_history_len: int = setting(1, "delayed: how many past maxima are kept.", at_least=1)
     fp8_amax_compute_algo: str = setting(
-        "most_recent", "delayed: the remembered maximum that sets the scale.", ("max", "most_recent")
+        "most_recent", "delayed: which of the kept maxima sets the scale.", ("max", "most_recent")
     )
     fp8_param_gather: bool = setting(False, "Keep and gather the weights of FP8 matrix products in FP8.")
     fp8_reference: bool = setting(
-        True, "The reference policy too computes in FP8; off: in bf16, and FP8's error is in the likelihood ratio."
+        True,
+        "The reference policy computes in FP8 too. Off: in bf16, and the likelihood ratio has FP8's error in it.",
     )
     first_last_layers_bf16: bool = setting(False, "Keep the first and last layers out of FP8.")
-    num_layers_at_start_in_bf16: int = setting(1, "How many of the first.", at_least=0)
-    num_layers_at_end_in_bf16: int = setting(1, "How many of the last.", at_least=0)
+    num_layers_at_start_in_bf16: int = setting(
+        1, "Layers at the start that first_last_layers_bf16 keeps in bf16.", at_least=0
+    )
+    num_layers_at_end_in_bf16: int = setting(1, "Layers at the end that it keeps in bf16.", at_least=0)
     attention_backend: str = setting(AUTO, "auto: flex on CUDA, sdpa elsewhere.", (AUTO, *BACKENDS))
     gradient_accumulation_fusion: bool | None = setting(
         None,
@@ -291,7 +294,7 @@ class RunSettings:
         False, "Write checkpoints beside the run: processes forked from its own write while training goes on."
     )
     keep_last: int | None = setting(
-        None, "Keep this many checkpoints of the run and delete older ones. Default: keep all.", at_least=1
+        None, "Keep this many of the run's checkpoints and delete older ones. Default: keep all.", at_least=1
     )
     ckpt_format: str = setting("torch_dist", "Checkpoint format.", ("torch_dist",))
     log_interval: int = setting(1, "Steps between lines on the terminal; metrics.jsonl has every step.", at_least=1)
@@ -318,7 +321,10 @@ class EvaluationSettings:
     eval_verifier: str = setting("numeric", "Judges decoded answers: numeric, or module:function.")
     eval_max_new_tokens: int = setting(512, "Longest decoded answer.", at_least=1)
     eval_threshold: float = setting(
-        0.9, "Decoding unmasks what it is surer of than this, and always the surest.", at_least=0, at_most=1
+        0.9,
+        "Decoding unmasks tokens whose confidence is above this, and always the most confident one.",
+        at_least=0,
+        at_most=1,
     )
     eval_batch_size: int = setting(64, "Prompts decoded at once on each data-parallel process.", at_least=1)
 

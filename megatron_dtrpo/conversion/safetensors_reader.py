@@ -143,6 +143,6 @@ def _stored(file: Path, name: str, entry: dict, data: int) -> Stored:
 def _check_index(index: dict[str, str], file: Path, stored: dict[str, Stored], where: Path) -> None:
     listed = {name for name, shard in index.items() if shard == file.name}
     for name in sorted(listed - set(stored)):
-        raise UserError(f"{where}: {name} is said to be in {file.name}, which does not have it")
+        raise UserError(f"{where}: {name} should be in {file.name}, which does not have it")
     for name in sorted(set(stored) - listed):
         raise UserError(f"{where}: {name} of {file.name} is missing from the index")

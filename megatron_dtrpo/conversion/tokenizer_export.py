@@ -26,7 +26,7 @@ _BYTE_SETTINGS = {
     # A text that says "</s>" means those four characters.
     "split_special_tokens": True,
     "tokenizer_class": "PreTrainedTokenizerFast",
-    # Where config.json says qwen2, AutoTokenizer of transformers 5 takes Qwen's own class whatever is said above. That
+    # Where config.json says qwen2, AutoTokenizer of transformers 5 takes Qwen's own class all the same. That
     # class keeps of tokenizer.json the vocabulary alone, unless told to trust the file. No code is run for it.
     "trust_remote_code": True,
 }

@@ -267,8 +267,8 @@ def unwritten_roles(messages: Messages, text: str) -> list[str]:
 
 def _is_written(message: dict[str, Any], text: str) -> bool:
     content = message.get("content") or ""
-    said = content.rpartition("</think>")[2].strip() if message["role"] == "assistant" else content.strip()
-    return said in text or all(word in text for word in re.findall(r"\w+", said))
+    visible = content.rpartition("</think>")[2].strip() if message["role"] == "assistant" else content.strip()
+    return visible in text or all(word in text for word in re.findall(r"\w+", visible))
 
 
 def _write(template: Template, messages: Messages, **how: bool) -> str:

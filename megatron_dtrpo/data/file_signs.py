@@ -72,7 +72,7 @@ def refuse_wide_text(path: Path, head: bytes) -> None:
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read, which is said where it is opened."""
+    """The first bytes of a file; none where it cannot be read: opening it reports that."""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)

@@ -32,7 +32,7 @@ _OTHER_NAMES = {
 }
 MOST = 2**31 - 2  # of an id or a step, so that they, and steps plus one, are 32-bit integers
 
-# What was done to a row that its owner may not expect: notes, said once for a file, with the number of rows.
+# What was done to a row that its owner may not expect: notes, printed once for a file, with the number of rows.
 IMPLICIT_TEXT = (
     "note: {count} rows without a prompt: it is what chosen and rejected share, up to the label of the assistant's turn"
 )

@@ -91,7 +91,7 @@ def _of_folder(folder: Path, split: str | None) -> list[Path]:
     # A repository of the Hugging Face hub keeps its files in data/, or in a folder for each configuration.
     files = _data_in(folder) or _data_in(folder / "data")
     if not files and not any(_has_data(p) for p in folder.iterdir() if p.is_dir()):
-        files = _files_in(folder)  # nothing else is there: what is wrong with these is said when they are read
+        files = _files_in(folder)  # nothing else is there: reading them reports what is wrong
     if not files:
         return _of_subfolders(folder, split)
     chosen = _of_one_kind(folder, _of_split(folder, files, split))

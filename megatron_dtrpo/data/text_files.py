@@ -186,7 +186,7 @@ class Csv(TextRows):
                     raise UserError(f"{path}:{number}: a quote opens in this row and never closes") from None
                 if self._names is None:
                     raise UserError(f"{path}:{number}: not valid CSV ({one_line(error)})") from None
-                cells = ["?"]  # said when the row is read
+                cells = ["?"]  # reading the row reports it
             if self._names is None and cells:
                 self._names = self._header(number, cells)
             elif cells:

@@ -36,7 +36,7 @@ def is_formula(answer: str) -> bool:
 
 
 def same(answer: str, completion: str) -> bool:
-    """Whether the completion's final formula equals ``answer``. Raises UserError where that cannot be said."""
+    """Whether the completion's final formula equals ``answer``. Raises UserError where that cannot be decided."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(f"the answer {answer[:40]!r} is not one number: pip install math-verify to judge formulas")
     boxed = last_boxed(completion)

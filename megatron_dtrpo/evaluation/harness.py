@@ -42,15 +42,15 @@ from megatron_dtrpo.evaluation.rank_zero import RankZero
 from megatron_dtrpo.training.engine import Engine
 
 MODEL_NAME = "megatron_dtrpo"
-# What a request may say of generation.
+# Options of generation that a request may have.
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
 @dataclass(frozen=True)
 class HarnessOptions:
     """``decoding`` holds where a task does not say otherwise. ``check_greedy``: answer the harness's question whether a
-    continuation is what greedy decoding of as many tokens writes, at the price of that decoding; otherwise no is said
-    to all, and metrics made of it, as LAMBADA's accuracy, mean nothing."""
+    continuation is what greedy decoding of as many tokens writes, at the price of that decoding. Otherwise the
+    answer is always no, and metrics made of it, as LAMBADA's accuracy, mean nothing."""
 
     decoding: DecodingOptions = DecodingOptions(max_new_tokens=256)  # the harness's own default
     batch_size: int = 16

@@ -72,7 +72,7 @@ def test_tensor_missing_from_the_index(source, capsys):
 
 def test_index_names_a_tensor_that_its_shard_lacks(source, capsys):
     edit_index(source, lambda index: index.update({"model.layers.9.bias": index[VALUE]}))
-    import_refused(capsys, source, "model.layers.9.bias is said to be in")
+    import_refused(capsys, source, "model.layers.9.bias should be in")
 
 
 @pytest.mark.parametrize("file", ["../hf/model-00001-of-00003.safetensors", "/etc/passwd", 7])

@@ -91,7 +91,7 @@ def _benchmark(argv: list[str]) -> None:
         chosen = [name for name in CONTENDERS if name in chosen or name.startswith("ours")]
         missing = [name for name in chosen if not CONTENDERS[name].available()]
         for name in missing:
-            print(f"skipped {name}: {CONTENDERS[name].needs} is not installed", file=sys.stderr)
+            print(f"skipped {name}: {CONTENDERS[name].requires} is not installed", file=sys.stderr)
         chosen = [name for name in chosen if name not in missing]
         # Before this process holds models of its own: a peer alone may fill the machine.
         memory = {} if arguments.no_memory else {name: _memory_in_own_process(argv, name) for name in chosen}
@@ -190,7 +190,7 @@ def _memory_in_own_process(argv: list[str], name: str) -> int:
 
 
 def _compare(size: str, results: dict) -> dict:
-    """Ours over each peer, in speed and in memory, and what is said of it where there is a goal."""
+    """Ours over each peer, in speed and in memory, with the verdict where there is a goal."""
     from tools.benchmarks.peers.contenders import CONTENDERS
     from tools.benchmarks.peers.goals import verdicts
 
@@ -210,7 +210,7 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
 
     ratios, goals = comparison["ratios"], comparison["goals"]
 
-    def said(name: str, ratio: float) -> str:
+    def with_goal(name: str, ratio: float) -> str:
         return f"{ratio:.2f}" + (f" ({goals[name]})" if name in goals else "")
 
     prompt, response = world.mean_lengths()
@@ -223,16 +223,16 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
     )
     for name, row in results.items():
         gib = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
-        factor = said(name, ratios[name]) if name in ratios else ""
+        factor = with_goal(name, ratios[name]) if name in ratios else ""
         print(
             f"| {CONTENDERS[name].title} | {row['pairs_per_second']:.4f} | {row['spread']:.0%} | "
             f"{row['tokens_per_pair']:.0f} | {gib} | {factor} |"
         )
     if "fast_dllm_layout_cached" in ratios:
-        factor = said("fast_dllm_layout_cached", ratios["fast_dllm_layout_cached"])
+        factor = with_goal("fast_dllm_layout_cached", ratios["fast_dllm_layout_cached"])
         print(f"ours with a cached reference, against Fast-dLLM v2's layout: {factor}")
     for name, ratio in comparison["memory_ratios"].items():
-        print(f"peak memory, ours over {name}: {said(f'peak_memory_{name}', ratio)}")
+        print(f"peak memory, ours over {name}: {with_goal(f'peak_memory_{name}', ratio)}")
     if "profile" in comparison:
         print("a goal of speed was missed; shares of a step of ours, live reference:")
         for operation, share in comparison["profile"]:

@@ -74,7 +74,7 @@ def environment(on_cpu: bool = False) -> dict[str, str]:
 
 
 class CommandFailed(Exception):
-    """What a command said last."""
+    """The last line that a command printed."""
 
 
 def run_python(words: list[str], log: Path, on_cpu: bool = False) -> str:

@@ -128,7 +128,7 @@ def _config(size: Size, layers: int):
     from megatron_dtrpo.runtime.precision import fused_gradients, fuses_rotary
     from tools.benchmarks.layers import SIZES
 
-    # What is left to the machine is said, so that the plan knows it.
+    # What the machine decides is filled in, so that the plan knows it.
     parallel = ParallelSettings(bf16=True, use_distributed_optimizer=True)
     parallel.apply_rope_fusion = fuses_rotary(parallel)
     parallel.gradient_accumulation_fusion = fused_gradients(parallel) is not None

@@ -184,10 +184,10 @@ class Contender(NamedTuple):
     build: Callable[[World], Step]
     expected: Callable[[World], float]
     against: str | None = "ours"
-    needs: str | None = None
+    requires: str | None = None
 
     def available(self) -> bool:
-        return self.needs is None or find_spec(self.needs) is not None
+        return self.requires is None or find_spec(self.requires) is not None
 
 
 def _expected(draw: Callable[[World], Callable[[Pair], Sequence[Noise]]], slow: bool = False):
@@ -225,7 +225,7 @@ CONTENDERS = {
                 )
             ),
             _causal_loss,
-            needs="trl",
+            requires="trl",
         ),
         Contender(
             "ours_few",

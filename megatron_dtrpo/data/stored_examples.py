@@ -81,18 +81,18 @@ class TokenStore:
             self._steps = np.memmap(steps, dtype=np.int32, mode="r") if meta["steps"] else None
             self._discarded = _mapped(self.directory / DISCARDED).reshape(-1, DISCARDED_COLUMNS)
             self._discarded_by = np.array(self._discarded[:, 0])  # searched for every example: a copy, close together
+            self.kind: str = meta["kind"]
+            self.source: tuple[str, str | None] = (meta["source"], meta["split"])
+            self.content: str = meta["content"]
+            self.first_incomplete: int | None = meta["first_incomplete"]
+            self.bad_rows = Tally(meta["bad_rows"])
+            self.source_rows: int = meta["rows"]
+            self.notes: tuple[str, ...] = tuple(meta["notes"])
+            self._crc32: dict[str, int] = meta["crc32"]
+            self._size: int = meta["examples"]
+            self._parts = 1 + len(RESPONSES[self.kind])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.directory}: not a finished token store; delete the folder and run again") from None
-        self.kind: str = meta["kind"]
-        self.source: tuple[str, str | None] = (meta["source"], meta["split"])
-        self.content: str = meta["content"]
-        self.first_incomplete: int | None = meta["first_incomplete"]
-        self.bad_rows = Tally(meta["bad_rows"])
-        self.source_rows: int = meta["rows"]
-        self.notes: tuple[str, ...] = tuple(meta["notes"])
-        self._crc32: dict[str, int] = meta["crc32"]
-        self._size: int = meta["examples"]
-        self._parts = 1 + len(RESPONSES[self.kind])
         sizes = {len(self._tokens), self._ends[-1], len(self._tokens if self._steps is None else self._steps)}
         if len(self._ends) != self._size * self._parts or len(self._row_numbers) != self._size or len(sizes) > 1:
             raise UserError(f"{self.directory}: the token store is damaged; delete the folder and run again")

@@ -265,6 +265,20 @@ def test_the_slower_of_two_builders_takes_the_finished_store(tmp_path, tokenizer
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("key", ["kind", "source", "content", "bad_rows", "rows", "notes", "crc32", "examples"])
+def test_a_store_whose_description_lost_a_key_is_refused(tmp_path, tokenizer, key):
+    """One bit of the description is enough for another name."""
+    data = write(tmp_path / "a.jsonl", PAIRS)
+    folder = build_token_store(data, "preference", tokenizer, tmp_path / "cache").directory
+    meta = json.loads((folder / "meta.json").read_text())
+    damages = [{**{k: v for k, v in meta.items() if k != key}, "x": meta[key]}]
+    damages += [{**meta, "kind": "prefergnce"}, {**meta, "examples": "1"}]
+    for damage in damages:
+        (folder / "meta.json").write_text(json.dumps(damage))
+        with pytest.raises(UserError, match="delete the folder and run again"):
+            build_token_store(data, "preference", tokenizer, tmp_path / "cache")
+
+
 def test_a_damaged_store_is_refused(tmp_path, tokenizer):
     store = build_token_store(write(tmp_path / "a.jsonl", PAIRS), "preference", tokenizer, tmp_path / "cache")
     tokens = store.directory / "tokens.int32"

@@ -108,7 +108,8 @@ class Writer:
         if self.run.async_save:
             self.pending.schedule_async_request(request)
         else:
-            request.execute_sync()
+            with _write_errors(partial):
+                request.execute_sync()
 
     def finish(self, wait: bool = True) -> None:
         """Completes an asynchronous checkpoint that every process has written, or, to ``wait``, all; collective."""
@@ -132,6 +133,20 @@ class Writer:
             folder = iteration_folder(self.directory, number)
             remove_folder(folder)
             self.say(f"deleted {folder}: keep_last is {self.run.keep_last}")
+
+
+@contextmanager
+def _write_errors(partial: Path) -> Iterator[None]:
+    """Turns what megatron-core raises where a file cannot be written, as on a full disk, into one line."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [one_line(cause) for cause, _ in error.failures.values()]
+        free = shutil.disk_usage(partial).free >> 20
+        raise UserError(
+            f"{partial}: cannot be written: {causes[0]}; {free} MiB are free there: make room and start the same "
+            "command again, which goes on from the last complete checkpoint"
+        ) from error
 
 
 class _Results:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, add_prompt_file_flags, decoding_options
@@ -159,9 +158,9 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
         if arguments.trace:
             write_atomically(Path(arguments.trace), _trace_page(tokenizer, prompts, completions, arguments))
     except OSError as error:
-        with suppress(OSError):
-            Path(f"{error.filename}").unlink()
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        raise UserError(
+            f"{error.filename or arguments.output or arguments.trace}: cannot be written ({error.strerror})"
+        ) from None
     if arguments.prompt is not None:
         print(tokenizer.decode(completions[0].tokens))
 

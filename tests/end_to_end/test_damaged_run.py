@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import resource
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -253,6 +254,19 @@ def test_nothing_is_left_to_go_on_from(run, command, capfd):
     shutil.rmtree(run / "iter_0000004")
     assert command("resume", run) == 2
     assert one_line(capfd).endswith(f"names iteration 4, but {run / 'iter_0000004'} is missing")
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(base, tmp_path, capfd):
+    """A file that may not grow fails as one on a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        status = train.main(settings(base, load=base, save=tmp_path / "run", train_iters=2, tensorboard=False))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = one_line(capfd)
+    assert status == 2 and "iter_0000002.partial: cannot be written: " in line and "make room" in line
+    assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
 
 
 # --- code in pickles

@@ -166,7 +166,7 @@ def _evaluate(argv: list[str]) -> None:
 
 
 def _take_overrides(arguments: argparse.Namespace) -> dict:
-    """What the flags say against the tasks, in the harness's words; the flags not given get their last resort."""
+    """The flags that win over the tasks, in the harness's words; the flags not given get their last resort."""
     given = {name: getattr(arguments, name) for name in TASKS_OWN if getattr(arguments, name) is not TASKS_OWN[name]}
     for name, own in TASKS_OWN.items():
         setattr(arguments, name, given.get(name, own.without))

@@ -65,7 +65,7 @@ def _score(argv: list[str]) -> None:
 
 
 def _drop_missing_reference(run, given: set[str]) -> None:
-    """What a run trained against may be gone by now; what was asked for may not."""
+    """Goes on without a reference that the run names and that is gone; one that was asked for must be there."""
     from megatron_dtrpo.runtime import initialize
 
     if "reference" in given or run.reference is None or Path(run.reference).is_dir():
@@ -116,7 +116,7 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
 
 
 def _recorded(row: dict) -> dict:
-    """What the decoder itself believed of the responses, where the data says so."""
+    """The decoder's own log-likelihoods of the responses, where the data has them."""
     fields = {f"recorded/{name}": row.get(f"{name}_log_likelihood") for name in ("chosen", "rejected")}
     return {name: value for name, value in fields.items() if isinstance(value, float)}
 

@@ -35,7 +35,7 @@ _OF_DELAYED = {"fp8_margin": 0, "fp8_amax_history_len": 1, "fp8_amax_compute_alg
 
 
 def token_multiple(parallel) -> int:
-    """What the number of packed tokens on one context-parallel rank must be a multiple of; 1 without FP8. Under
+    """The number that packed tokens on one context-parallel rank must be a multiple of; 1 without FP8. Under
     sequence parallelism a matrix product is fed by all tensor-parallel ranks, each with whole multiples."""
     if parallel.fp8_format is None:
         return 1
@@ -105,7 +105,7 @@ def refuse_fp8(parallel, what: str) -> None:
 
 
 def reference_format(parallel) -> str | None:
-    """What the reference is computed in, beyond bf16: ``hybrid/tensorwise`` say, or None. Its scores depend on it."""
+    """The number format of the reference, beyond bf16: ``hybrid/tensorwise`` say, or None. Its scores depend on it."""
     if parallel.fp8_format is None or not parallel.fp8_reference:
         return None
     bf16_layers = ""

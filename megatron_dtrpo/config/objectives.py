@@ -1,4 +1,4 @@
-"""What a run may optimise: a row for each objective."""
+"""The objectives that a run may have: a row for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tables of choices are made of: settings, and functions that are named and not yet imported.
+"""The parts of the tables of choices: settings, and functions that are named and not yet imported.
 
 A row of a table (`estimators`, `losses`, `objectives`, `backends`) holds the properties of a choice, and names its
 function as ``module:function``, as entry points do: settings are read, checked and explained without torch, and the

@@ -1,4 +1,4 @@
-"""What settings must be to one another, checked once, at the door: before anything is allocated or loaded."""
+"""Rules that settings must keep among themselves, checked once, before anything is allocated or loaded."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class ParallelSettings:
 
 @dataclass
 class DataSettings:
-    """What is trained on and how it is packed."""
+    """Training data and its packing."""
 
     data_path: str | None = setting(
         None,
@@ -193,7 +193,7 @@ class DataSettings:
 
 @dataclass
 class ObjectiveChoices:
-    """What is optimised, but for the options of what was chosen."""
+    """The objective, without the options of its estimator and losses."""
 
     objective: str = setting("preference", "preference (dTRPO) or sft.", tuple(OBJECTIVES))
     estimator: str | None = setting(
@@ -230,7 +230,7 @@ class ObjectiveChoices:
 
 @dataclass
 class ObjectiveSettings(LossOptions, EstimatorOptions, ObjectiveChoices):
-    """What is optimised."""
+    """The objective: estimator, losses, trained parameters."""
 
     trainable_modules: list[str] | None = setting(
         None,
@@ -306,7 +306,7 @@ class RunSettings:
 
 @dataclass
 class EvaluationSettings:
-    """What a run measures of itself on data it does not train on, into eval.jsonl and TensorBoard."""
+    """Evaluation of a run on held-out data, into eval.jsonl and TensorBoard."""
 
     eval_interval: int | None = setting(
         None, "Steps between evaluations; also before the first step and after the last.", at_least=1

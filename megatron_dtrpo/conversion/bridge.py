@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 def _layer_spec(provider) -> ModuleSpec:
-    """What the provider builds its layers from. Its ``transformer_impl`` says Transformer Engine on every machine, so
+    """The layer spec of the provider. Its ``transformer_impl`` says Transformer Engine on every machine, so
     this machine decides."""
     return layer_spec.block_diffusion_layer_spec()
 

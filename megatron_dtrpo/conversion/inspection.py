@@ -1,4 +1,4 @@
-"""What a checkpoint of either kind is, from its descriptions alone: no weights are read."""
+"""Describes a checkpoint of either kind from its small files: no weights are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_dtrpo.families.registry import family_of_config
 
 
 def inspect(folder: str | Path) -> dict[str, str]:
-    """What to say about ``folder``, in order. Raises UserError if it is no checkpoint that we know."""
+    """Lines that describe ``folder``, in order. Raises UserError if it is no checkpoint that we know."""
     folder = Path(folder)
     if (folder / checkpoint_folder.MODEL_CONFIG).is_file() or (folder / checkpoint_folder.TRACKER).is_file():
         return _megatron(folder)

@@ -148,7 +148,7 @@ def count_parameters(tensors: dict[str, list[Part]]) -> int:
 
 
 def segments_between(tensor: MegatronTensor, start: int, stop: int) -> list[tuple[int, Segment]]:
-    """What rows ``start:stop`` of a tensor consist of: (row within that range, segment)."""
+    """The segments of rows ``start:stop`` of a tensor: (row within that range, segment)."""
     found, row = [], 0
     for segment in tensor.segments:
         low, high = max(start, row), min(stop, row + segment.rows)

@@ -1,4 +1,4 @@
-"""What makes megatron-core fast on a CPU: kernels, linear layers and large pages. Nothing needs it to be right.
+"""Makes megatron-core fast on a CPU: kernels, linear layers and large pages. Nothing needs it to be right.
 
 It serves those who train and test small models without a GPU: the quickstart, the test suite, a laptop. Numbers with it
 and without it are equal up to rounding. ``MEGATRON_DTRPO_CPU_SPEED=0`` turns all of it off: to see megatron-core's own

@@ -27,7 +27,7 @@ _USUAL_ROLES = ("system", "user", "assistant", "tool")  # what templates write, 
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """What a row gives to the chat template beside its messages: tools, as JSON schemas, and the template's own
+    """Inputs of the chat template beside the messages of a row: tools, as JSON schemas, and the template's own
     variables."""
 
     tools: list[dict[str, Any]] | None = None
@@ -227,7 +227,7 @@ def _is_open_thought(messages: Messages) -> bool:
 
 
 def _tail(template: Template, before: Messages) -> str:
-    """What the template writes behind the words of an assistant's message that answers or continues ``before``."""
+    """Text that the template adds behind an assistant's message that answers or continues ``before``."""
     word = _WORDS[0]
     asked = before[:-1] if before[-1]["role"] == "assistant" else before
     return _write(template, [*asked, {"role": "assistant", "content": word}]).rpartition(word)[2]

@@ -94,14 +94,14 @@ def unwritten(key: str) -> str:
 
 
 def note_line(note: str, count: int, first: str, details: Sequence[str] = ()) -> str:
-    """What to say of ``count`` rows, the first of which stands at ``first``."""
+    """A note about ``count`` rows, the first of which stands at ``first``."""
     more = [f"{len(details) - _NAMED_DETAILS} more"] * (len(details) > _NAMED_DETAILS)
     named = ", ".join([repr(detail) for detail in details[:_NAMED_DETAILS]] + more)
     return f"{note.format(count=count, details=named)} (first: {first})"
 
 
 def note_lines(notes: dict[str, list[int]], location: Callable[[int], str]) -> list[str]:
-    """What to say of the rows, by number, that each note is about; in one line of notes that differ in a detail."""
+    """Notes about rows, with the rows' numbers; in one line of notes that differ in a detail."""
     found: dict[str, tuple[list[str], set[int]]] = {}
     for note, about in notes.items():
         text, _, detail = note.partition(_DETAIL)

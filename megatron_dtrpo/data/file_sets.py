@@ -1,4 +1,4 @@
-"""What a set of files lacks, or holds twice: a shard that was not fetched, a link to nothing, a copy."""
+"""Finds files that a set lacks or holds twice: a shard that was not fetched, a link to nothing, a copy."""
 
 from __future__ import annotations
 

@@ -158,6 +158,6 @@ def require_encodable(value: Any, name: str, depth: int = 0) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value, in words."""
     names = {str: "text", list: "a list", dict: "an object", type(None): "missing", bool: "a boolean"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

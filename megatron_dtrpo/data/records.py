@@ -1,4 +1,4 @@
-"""What a row of a data file must hold, checked once, before anything is tokenized.
+"""Checks the rows of a data file once, before anything is tokenized.
 
 A record is a prompt and its responses as the user wrote them, text or message lists: two responses (chosen, rejected)
 for preferences, one (the completion) for supervised fine-tuning, none for a prompt to decode. The fields are TRL's. A
@@ -377,7 +377,7 @@ def _after_last_answer(messages: Messages, answers: list[int]) -> tuple[str, ...
 
 
 def _put(row: dict[str, Any]) -> str:
-    """What to do with the answer of a conversation that has none."""
+    """Advice about the answer of a conversation that has none."""
     name = next((name for name in ("answer", *_OTHER_NAMES["completion"]) if isinstance(row.get(name), str)), None)
     return f"; put the text of {name!r} into such a message" if name else ""
 
@@ -514,7 +514,7 @@ def _require(row: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def _renaming(row: dict[str, Any], missing: Sequence[str]) -> str:
-    """What to rename, where columns of the row are likely the ``missing`` ones."""
+    """Columns to rename, where columns of the row are likely the ``missing`` ones."""
     found = [(next((o for o in _OTHER_NAMES.get(name, ()) if row.get(o) is not None), None), name) for name in missing]
     renamed = ", ".join(f"{other!r} to {name!r}" for other, name in found if other is not None)
     return f"; rename {renamed}" if renamed else ""
@@ -524,7 +524,7 @@ _DIALOGUES = ("messages", "conversation", "dialog", "dialogue", "chat")
 
 
 def _renaming_of_messages(row: dict[str, Any], name: str) -> str:
-    """What to rename, where a column of the row holds messages and the ``name`` of them is another."""
+    """Columns to rename, where a column of the row holds messages and the ``name`` of them is another."""
     found = [key for key in _DIALOGUES if isinstance(row.get(key), list) and row[key] and isinstance(row[key][0], dict)]
     return f"; rename {found[0]!r} to {name!r}" if found and found[0] != name else ""
 

@@ -32,7 +32,7 @@ def open_rows(path: str | Path, split: str | None = None) -> Rows:
 
 
 def _notes(files: list[Path], parts: list[Rows]) -> tuple[str, ...]:
-    """What to say of several files that are read together."""
+    """Notes about several files that are read together."""
     empty = [file.name for file, part in zip(files, parts, strict=True) if len(part) == 0]
     twice = [f"{copy.name} (as {original.name})" for copy, original in copies(files)]
     return (

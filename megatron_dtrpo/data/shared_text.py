@@ -125,7 +125,7 @@ class _Turns:
 
 
 def _shared_lines(shared: str, chosen: str, rejected: str) -> str:
-    """What is shared of texts without labels."""
+    """The shared start of texts without labels."""
     line = shared.rfind("\n") + 1
     name = _NAME.match(shared, line)
     if not shared[:line].strip() or not _is_whole_line(shared, chosen, rejected):

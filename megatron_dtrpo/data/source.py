@@ -68,7 +68,7 @@ def stored_files(path: str | Path, split: str | None = None) -> list[Path]:
 
 
 def _hub(path: Path) -> str:
-    """What to do with what may be a name of the Hugging Face hub."""
+    """Advice about a path that may be a name of the Hugging Face hub."""
     if len(path.parts) != 2 or path.is_absolute() or path.suffix:
         return ""
     return f". Nothing is downloaded here: hf download --repo-type dataset {path} --local-dir DIR"

@@ -1,4 +1,4 @@
-"""What was found in rows: every kind of finding, how many rows have it, and where the first of them stand."""
+"""Findings in rows: every kind of finding, how many rows have it, and where the first of them stand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Tally:
 
 
 def bad_rows_error(bad: Tally, total: int) -> UserError:
-    """What is raised where ``bad`` rows among ``total`` may not be skipped, or none is left."""
+    """The error that is raised where ``bad`` rows among ``total`` may not be skipped, or none is left."""
     if bad.rows == total > 1:
         return UserError(f"none of {total} rows can be used: {bad}")
     if total == 1:

@@ -171,7 +171,7 @@ def _write(
 
 
 def _file_notes(rows: Rows) -> list[str]:
-    """What to say of how the file was read."""
+    """Notes about how the file was read."""
     return [note_line(note, len(rows), rows.location(0)) for note in rows.notes]
 
 

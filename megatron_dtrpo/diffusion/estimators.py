@@ -52,7 +52,7 @@ class Recording(NamedTuple):
 
 
 class NoiseRequest(NamedTuple):
-    """What a draw is made from.
+    """The inputs of a draw.
 
     ``maskable``: bool ``[n, B]`` (see `layout.Blocks.maskable`). ``generators``: one per base view, so that a view's
     draw does not depend on how many views there are. ``recording``: None where no decoding was recorded.
@@ -122,7 +122,7 @@ def distinct_steps(writable: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def at_step(writable: Tensor, recording: Recording, step: Tensor) -> tuple[Tensor, Tensor]:
-    """What is masked before, and what is written in, ``step`` (int64 ``[..., n]``) of each block: bool ``[..., n, B]``
+    """The tokens masked before, and written in, ``step`` (int64 ``[..., n]``) of each block: bool ``[..., n, B]``
     each."""
     step = step.unsqueeze(-1)
     seen = (recording.written < step) & (step <= recording.until)
@@ -130,7 +130,7 @@ def at_step(writable: Tensor, recording: Recording, step: Tensor) -> tuple[Tenso
 
 
 def at_timestep(maskable: Tensor, group: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """What is masked before, and what is unmasked in, decoding step ``timestep`` (from 0, int64 ``[n]``) of each block
+    """The tokens masked before, and unmasked in, decoding step ``timestep`` (from 0, int64 ``[n]``) of each block
     whose tokens are unmasked in order of ``group``: bool ``[n, B]`` each."""
     timestep = timestep.unsqueeze(1)
     return maskable & (group >= timestep), maskable & (group == timestep)

@@ -263,7 +263,7 @@ def _runs(recipe: str, capability: tuple[int, int], cuda: tuple[int, ...]) -> bo
 
 
 def host(machine: Machine, requirements: Requirements) -> Iterator[Line]:
-    """What the operating system gives."""
+    """Limits and resources of the operating system."""
     threads = machine.threads or str(machine.cores)
     busy = threads.isdigit() and int(threads) * requirements.local > machine.cores
     detail = f"{machine.cores} cores, {requirements.local} processes of {threads} threads"

@@ -1,4 +1,4 @@
-"""What a configuration asks of a machine, as plain values.
+"""The requirements of a configuration, as plain values.
 
 Settings are checked with the trainer's own rules, where those can be imported: they need PyYAML. Where they cannot, the
 machine is examined all the same and the report says why.
@@ -55,7 +55,7 @@ class Requirements:
 
 
 def read_requirements(config: Config, configured: bool, nproc: int | None, gpus: int) -> Requirements:
-    """What a run of ``config`` asks for, of which ``nproc`` processes are here. ``configured``: settings were given."""
+    """The requirements of a run of which ``nproc`` processes are here. ``configured``: settings were given."""
     requirements = with_processes(_of(config, configured), nproc, gpus)
     if configured:
         requirements.mistake = _mistake(config, requirements.processes)
@@ -131,7 +131,7 @@ def with_processes(requirements: Requirements, nproc: int | None, gpus: int) -> 
 
 
 def _mistake(config, processes: int) -> str | None:
-    """What the trainer's own rules say, in its own order; architecture and vocabulary may come from ``load``."""
+    """The first mistake by the trainer's own rules; architecture and vocabulary may come from ``load``."""
     from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
     from megatron_dtrpo.config.parser import read_yaml
     from megatron_dtrpo.config.rules import validate, validate_data, validate_training

@@ -143,7 +143,7 @@ def read_number(text: str) -> Number | None:
 
 
 def _runs(plain: str) -> list[re.Match]:
-    """What looks like a number in a text of one spelling; ``3rd`` is none."""
+    """Words that look like a number in a text of one spelling; ``3rd`` is none."""
     return [run for run in _RUN.finditer(plain) if not _ORDINAL.match(plain, run.end())]
 
 
@@ -163,7 +163,7 @@ _BRACE = re.compile(r"\\[{}]|(?P<box>\\f?box(?:ed)?\s*\{)|(?P<open>\{)|(?P<close
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last complete ``\\boxed{...}`` holds."""
+    """The content of the last complete ``\\boxed{...}`` holds."""
     opened: list[int | None] = []  # where the content of a box begins; None for another brace
     last, content = -1, None
     for match in _BRACE.finditer(text):

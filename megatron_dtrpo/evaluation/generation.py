@@ -80,7 +80,7 @@ def _between_blocks() -> Callable[[int, list[int]], bool]:
 
 
 def efficiency(completions: Sequence[Completion]) -> dict[str, float]:
-    """What a response cost, on average; docs/decoding.md explains the names. ``completions``: one or more."""
+    """The cost of a response, on average; docs/decoding.md explains the names. ``completions``: one or more."""
     tokens = sum(len(completion.tokens) for completion in completions)
     passes = sum(completion.passes for completion in completions)
     return {

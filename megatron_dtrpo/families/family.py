@@ -1,4 +1,4 @@
-"""What a model family is: a row of names and numbers, and the rules by which its parameters are named.
+"""A model family: a row of names and numbers, and the rules by which its parameters are named.
 
 A rule stands in a family's parameter table beside the name of a Megatron parameter. It names the Hugging Face tensors
 that this parameter consists of: ``*`` is the number of the layer, ``{q,k,v}`` are several tensors in that order. How

@@ -29,7 +29,7 @@ PREFILL_TOKENS = 16384  # prompts that are prefilled together; one longer prompt
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What decoding knows of the tokenizer: ``size`` without padding, the mask's id and those that end a response."""
+    """Of the tokenizer: ``size`` without padding, the mask's id and those that end a response."""
 
     size: int
     mask_id: int

@@ -1,1 +1,1 @@
-"""What megatron-core builds: the layer spec, the core attention and the model."""
+"""The parts that megatron-core builds: the layer spec, the core attention and the model."""

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def chunks_of(model) -> list:
-    """What may be one stage or a list of virtual ones, as a list."""
+    """One stage, or a list of virtual ones, as a list."""
     return model if isinstance(model, list) else [model]

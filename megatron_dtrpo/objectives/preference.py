@@ -16,7 +16,7 @@ from megatron_dtrpo.config.losses import LOSSES, LossOptions
 
 
 class Pairs(NamedTuple):
-    """What a loss may look at, ``[P]`` each: ``L`` under the policy, and ``S``. Where there is no reference, ``S`` is
+    """The inputs of a loss, ``[P]`` each: ``L`` under the policy, and ``S``. Where there is no reference, ``S`` is
     ``L`` per token."""
 
     chosen_policy: Tensor

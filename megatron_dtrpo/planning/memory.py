@@ -126,7 +126,7 @@ def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: 
 
 
 def kept_bytes(layer: LayerActivations, parallel: ParallelSettings) -> int:
-    """What one layer keeps until its backward pass, under the recomputation that is set. Recomputing the attention
+    """Activations of one layer until its backward pass, under the recomputation that is set. Recomputing the attention
     itself keeps its operands and its output, which the next matrix product reads: next to nothing is saved. What full
     recomputation keeps is `stage_activation_bytes`'s to count."""
     if parallel.recompute_granularity == "selective" and "mlp" in (parallel.recompute_modules or ()):

@@ -26,7 +26,7 @@ def local_world_size() -> int:
 
 
 def defaults(given: Mapping[str, str], cores: int) -> dict[str, str]:
-    """What to add to the environment ``given`` of a process that shares ``cores`` with the others of its machine."""
+    """Additions to the environment ``given`` of a process that shares ``cores`` with the others of its machine."""
     share = cores // int(given.get("LOCAL_WORLD_SIZE", 1))
     cache = given.get("XDG_CACHE_HOME") or os.path.join(given.get("HOME", "/tmp"), ".cache")
     wanted = {

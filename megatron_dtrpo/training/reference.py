@@ -21,7 +21,7 @@ from megatron_dtrpo.training.engine import Engine
 
 
 def starting_engine(config: Config, tokenizer: Tokenizer) -> Engine:
-    """What a run starts from, ``load`` or the seed; collective."""
+    """An engine with the weights that a run starts from, ``load``'s or the seed's; collective."""
     if config.run.load is None:
         return Engine.new(config, tokenizer)
     return _loaded(config, tokenizer, "load")

@@ -37,7 +37,7 @@ _FINGERPRINTS = {"data": "the data", "tokenizer": "the tokenizer", "weights": "t
 
 
 def score_inputs(config: Config, tokenizer: Tokenizer) -> dict:
-    """What reference scores depend on, as far as settings tell: everything but the ``data`` and the ``weights``."""
+    """The inputs of reference scores, as far as settings tell: everything but the ``data`` and the ``weights``."""
     objective = config.objective
     options = ("estimator", "num_views", *ESTIMATORS[objective.estimator].options, "block_start")
     model = dataclasses.asdict(config.model)

@@ -1,4 +1,4 @@
-"""What a run stays when it is started again: its starting point, its seed, what it learns and from which data.
+"""What a resumed run may not change: its starting point, its seed, its objective and its data.
 
 The first start writes its settings to ``run_config.yaml``, and every checkpoint records the data; a later start must
 agree with both. Most other settings may change, and the terminal says so.
@@ -122,7 +122,7 @@ def _source_iteration(run_folder: str | Path | None, key: str, folder: str | Pat
 
 
 def source_iterations(run: RunSettings) -> dict:
-    """What a checkpoint records of the checkpoints that its run began with."""
+    """A checkpoint's record of the checkpoints that its run began with."""
     keys = [key for key in ("load", "reference") if getattr(run, key) is not None]
     return {f"{key}_iteration": source_iteration(run, key) for key in keys}
 
@@ -143,7 +143,7 @@ def _resolved(config: Config) -> dict:
 
 
 def data_record(content: str, tokenizer: str, usable_examples: int) -> dict:
-    """What a checkpoint records of the data: fingerprints of tokens and tokenizer, and the length of an epoch."""
+    """A checkpoint's record of the data: fingerprints of tokens and tokenizer, and the length of an epoch."""
     return {"data": content, "tokenizer": tokenizer, "usable_examples": usable_examples}
 
 

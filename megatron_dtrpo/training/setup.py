@@ -260,7 +260,7 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
 
 
 def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """What makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
+    """Makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
     folder = Path(config.run.save)
     record = folder / checkpoint_folder.RUN_CONFIG
     changes = resume.changes_since(config, resume.read_record(record)) if record.exists() else []

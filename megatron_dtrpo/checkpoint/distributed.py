@@ -40,8 +40,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dtrpo.checkpoint.checksums import DIFFERS, is_as_written
 from megatron_dtrpo.checkpoint.folder import TRACKER, complete_iterations, damaged, iteration_folder
+from megatron_dtrpo.checkpoint.torch_dist import Window, read_metadata
 from megatron_dtrpo.config.settings import RunSettings
-from megatron_dtrpo.conversion.torch_dist_reader import Window, read_metadata
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError, one_line
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically
 from megatron_dtrpo.model.chunks import chunks_of

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
+from megatron_dtrpo.checkpoint.torch_dist import read_metadata
 from tests.support.damage import flip_a_bit
 from tests.support.launch import TINY_MODEL, Job, latest_iteration, uneven_pairs, write_lines
 

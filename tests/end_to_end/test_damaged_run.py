@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_dtrpo.checkpoint.torch_dist import read_metadata
 from megatron_dtrpo.cli import convert, generate, train
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
-from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
 from tests.support import conversion_folders as folders
 from tests.support.damage import flip_a_bit
 from tests.support.launch import flags, latest_iteration, read_metrics, write_lines

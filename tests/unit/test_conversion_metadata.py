@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_dtrpo.conversion.torch_dist_reader import read_metadata
+from megatron_dtrpo.checkpoint.torch_dist import read_metadata
 from megatron_dtrpo.errors import UserError
 
 

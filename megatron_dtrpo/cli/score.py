@@ -31,7 +31,7 @@ EXAMPLES = """
 def build_parser() -> Parser:
     parser = settings_parser("megatron-dtrpo score", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, help="Run folder whose policy is scored.")
-    parser.add_argument("--data", required=True, help="Preference pairs, as for training.")
+    parser.add_argument("--data", help="Preference pairs, as for training; --data-path says the same.")
     parser.add_argument("--output", help="JSONL file: one object per pair.")
     return parser
 
@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
 def _score(argv: list[str]) -> None:
     arguments, config, given = parse_settings(build_parser(), argv)
     refuse_fp8(config.parallel, "scoring")
-    config.run.load, config.data.data_path = arguments.checkpoint, arguments.data
+    config.run.load = arguments.checkpoint
+    config.data.data_path = arguments.data or config.data.data_path
+    if config.data.data_path is None:
+        raise UserError("--data FILE is missing: which pairs are to be scored?")
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: its folder does not exist")
 

@@ -97,6 +97,7 @@ MISTAKES = {
     "stray": (["plan", "--gpus", "8", "more"], "stray argument 'more'"),
     "no verb below": (["convert"], "required: {import,export,roundtrip,inspect}"),
     "a setting's choice": (["score", "--estimator", "none"], "argument --estimator: invalid choice: 'none'"),
+    "nothing to score": (["score", "--checkpoint", "x"], "--data FILE is missing: which pairs are to be scored?"),
     "a number": (["doctor", "--nproc", "0"], "argument --nproc: must be at least 1"),
     "abbreviated": (["reference", "--outp", "x"], "unknown flag --outp: the nearest known one is --output"),
     "none of what is needed": (["pairs"], "required: --checkpoint, --prompts, --output"),

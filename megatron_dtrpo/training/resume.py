@@ -35,7 +35,17 @@ _DATA_RECORD = {
 
 def read_record(path: str | Path) -> dict:
     """The settings that a run was started with, in the words of this version. Raises UserError."""
-    return read_yaml(path, update=_in_new_words)
+
+    def update(record: dict) -> dict:
+        record = _in_new_words(record)
+        if unknown := [key for key in record if key not in FIELDS]:
+            raise UserError(
+                f"{path}: written by a version with a setting {unknown[0]}, which this one does not know: use that "
+                "version, or take the line out of the file if its value does not matter"
+            )
+        return record
+
+    return read_yaml(path, update=update)
 
 
 def _in_new_words(record: dict) -> dict:

@@ -45,6 +45,13 @@ def test_it_starts_where_it_started(run):
         again(run, load="other")
 
 
+def test_a_setting_that_this_version_lacks_is_named(run):
+    with (run / RUN_CONFIG).open("a") as file:
+        file.write("grid_ratio: 0.5\n")
+    with pytest.raises(UserError, match=f"{RUN_CONFIG}: written by a version with a setting grid_ratio, which"):
+        again(run)
+
+
 def test_its_reference_stays(run):
     record = run / RUN_CONFIG
     first = yaml.safe_load(record.read_text())

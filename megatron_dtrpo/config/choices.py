@@ -49,7 +49,7 @@ def _of_other_choices(config: Config) -> dict[str, str]:
     name = objective.estimator or OBJECTIVES[objective.objective].estimator
     estimator, losses = ESTIMATORS[name], objective.loss_type or ["sigmoid"]
     found = {option: f"belongs to {readers}" for option, readers in unread_options(objective).items()}
-    if not estimator.is_random:
+    if not estimator.is_random and objective.num_views not in (None, 1):
         found["num_views"] = f"estimator {name} has no noise to average over views"
     if objective.block_start and objective.block_start not in estimator.block_starts:
         found["block_start"] = f"estimator {name} would be biased"

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dtrpo.config.parser import read_yaml
 from megatron_dtrpo.config.settings import ModelSettings
+from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.files import write_atomically
 from megatron_dtrpo.runtime import environment

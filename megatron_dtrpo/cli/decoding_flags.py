@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_dtrpo.config.decoding import DecodingOptions
-from megatron_dtrpo.config.parser import FIELDS
+from megatron_dtrpo.config.settings import FIELDS
 from megatron_dtrpo.errors import UserError
 
 

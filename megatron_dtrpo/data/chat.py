@@ -8,34 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from megatron_dtrpo.data.record import Messages, TemplateInputs
 from megatron_dtrpo.errors import UserError
 
-Messages = list[dict[str, Any]]
 # (messages, add_generation_prompt=, continue_final_message=, tools=, **variables) -> text
 Template = Callable[..., str]
-TEMPLATE_SETTINGS = {"messages", "add_generation_prompt", "continue_final_message", "tools"}  # no row may set them
 # What a message may say beside its content, and some templates write.
 MESSAGE_KEYS = {"reasoning_content", "reasoning", "thinking", "tool_plan", "function_call", "name", "refusal"}
 # What is read here, or belongs to a message that templates write without it.
 _USUAL_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight"}
 _USUAL_ROLES = ("system", "user", "assistant", "tool")  # what templates write, if with changes
-
-
-@dataclass(frozen=True)
-class TemplateInputs:
-    """Inputs of the chat template beside the messages of a row: tools, as JSON schemas, and the template's own
-    variables."""
-
-    tools: list[dict[str, Any]] | None = None
-    variables: dict[str, Any] = field(default_factory=dict)
-
-    def names(self) -> str:
-        """The columns of the row that hold something."""
-        return " and ".join(["tools"] * bool(self.tools) + ["chat_template_kwargs"] * bool(self.variables))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dtrpo.data.chat import MESSAGE_KEYS, Piece, unwritten_roles
-from megatron_dtrpo.data.records import Record, TokenRecord
+from megatron_dtrpo.data.record import Record, TokenRecord
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from megatron_dtrpo.data.chat import Messages
+from megatron_dtrpo.data.record import Messages
 from megatron_dtrpo.errors import UserError
 
 _DEEPEST = 100

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dtrpo.data.chat import Messages
 from megatron_dtrpo.data.examples import encode_records, note_lines
-from megatron_dtrpo.data.records import Record, prompt_record
+from megatron_dtrpo.data.prompt_records import prompt_record
+from megatron_dtrpo.data.record import Messages, Record
 from megatron_dtrpo.data.rows import open_rows
 from megatron_dtrpo.data.tally import Tally, bad_rows_error, skipped_line
 from megatron_dtrpo.data.tokenizer import Tokenizer

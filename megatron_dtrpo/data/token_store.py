@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dtrpo.data.examples import Encoded, Turn, encode_records, note_line, note_lines
-from megatron_dtrpo.data.records import READERS, Record, TokenRecord, read_row
+from megatron_dtrpo.data.record import Record, TokenRecord
+from megatron_dtrpo.data.records import READERS, read_row
 from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.source import stored_files
 from megatron_dtrpo.data.stored_examples import (

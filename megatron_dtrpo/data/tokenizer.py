@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dtrpo.data import chat
-from megatron_dtrpo.data.chat import Ends, Messages, Piece, TemplateForm, TemplateInputs
+from megatron_dtrpo.data.chat import Ends, Piece, TemplateForm
+from megatron_dtrpo.data.record import TEMPLATE_SETTINGS, Messages, TemplateInputs
 from megatron_dtrpo.data.tokenizer_libraries import LIBRARIES, Library
 from megatron_dtrpo.errors import UserError, one_line
 
@@ -186,7 +187,7 @@ class Tokenizer:
         """``how``: the settings of `chat.Template`, and the template's own variables."""
         if not self._chat_template:
             raise UserError(f"this {self.tokenizer_type} has no chat template; give prompts and responses as text")
-        self._check_variables(how.keys() - chat.TEMPLATE_SETTINGS)
+        self._check_variables(how.keys() - TEMPLATE_SETTINGS)
         self.template_form()
         return self._render(messages, **how)
 

@@ -133,8 +133,8 @@ def with_processes(requirements: Requirements, nproc: int | None, gpus: int) -> 
 def _mistake(config, processes: int) -> str | None:
     """The first mistake by the trainer's own rules; architecture and vocabulary may come from ``load``."""
     from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
-    from megatron_dtrpo.config.parser import read_yaml
     from megatron_dtrpo.config.rules import validate, validate_data, validate_training
+    from megatron_dtrpo.config.yaml_file import read_yaml
     from megatron_dtrpo.errors import UserError
 
     try:

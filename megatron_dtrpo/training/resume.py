@@ -13,9 +13,9 @@ from pathlib import Path
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.parser import FIELDS, read_yaml
 from megatron_dtrpo.config.rules import fill_objective_defaults
-from megatron_dtrpo.config.settings import Config, RunSettings
+from megatron_dtrpo.config.settings import FIELDS, Config, RunSettings
+from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.errors import UserError
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_dtrpo.config.parser import read_yaml
+from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from tests.conftest import REPOSITORY
 from tests.support.launch import ForkServer, Job, flags, latest_iteration, read_metrics, uneven_pairs

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import command_parser
-from megatron_dtrpo.config.parser import FIELDS, TYPES, add_settings, parse, parse_command, read_yaml, settings_parser
+from megatron_dtrpo.config.parser import add_settings, parse, parse_command, settings_parser
 from megatron_dtrpo.config.rules import (
     validate,
     validate_data,
@@ -16,7 +16,8 @@ from megatron_dtrpo.config.rules import (
     validate_precomputing,
     validate_training,
 )
-from megatron_dtrpo.config.settings import GROUPS, Config
+from megatron_dtrpo.config.settings import FIELDS, GROUPS, Config
+from megatron_dtrpo.config.yaml_file import TYPES, read_yaml
 from megatron_dtrpo.errors import UserError
 
 COMPLETE = {

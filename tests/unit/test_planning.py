@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_dtrpo.cli import plan
-from megatron_dtrpo.config.parser import read_yaml
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, DataSettings, ModelSettings, OptimizerSettings, ParallelSettings
+from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.parameters import model_parameters

@@ -141,7 +141,7 @@ def test_the_token_budget_holds_what_is_padded():
 
 
 def test_the_seven_billion_model_takes_every_recipe():
-    from megatron_dtrpo.config.parser import read_yaml
+    from megatron_dtrpo.config.yaml_file import read_yaml
     from tests.conftest import REPOSITORY
 
     for recipe in fp8.RECIPES:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dtrpo.cli import train
-from megatron_dtrpo.data.records import prompt_record
+from megatron_dtrpo.data.prompt_records import prompt_record
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.errors import UserError

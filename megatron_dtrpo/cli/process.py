@@ -29,9 +29,10 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        status = command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return status or 0
+        try:
+            return command(sys.argv[1:] if argv is None else argv) or 0
+        finally:
+            sys.stdout.flush()  # here, where an end of the reader's is known; --help leaves by SystemExit
     except StopRequest as request:
         if rank() == 0:
             print(f"stopped by {request} before the first step; start the same command again", flush=True)

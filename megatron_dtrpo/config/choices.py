@@ -11,11 +11,12 @@ from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import no_reference, unread_options
 from megatron_dtrpo.config.settings import FIELDS, Config
 
-CHOICES = frozenset({"objective", "estimator", "loss_type"})
+CHOICES = frozenset({"objective", "estimator", "loss_type", "lr_decay_style"})
 
 
 def leave_out_misfits(config: Config, chosen: Collection[str], where: object) -> list[str]:
-    """Gives every setting that does not fit the objective, estimator and losses its default, except the ``chosen``.
+    """Gives every setting that does not fit the objective, estimator, losses and decay its default, except the
+    ``chosen``.
 
     Args:
         chosen: the settings that were given anew; where none of `CHOICES` is among them, nothing is left out.
@@ -59,6 +60,8 @@ def _of_other_choices(config: Config) -> dict[str, str]:
         found["assistant_turns"] = "belongs to objective sft"
     if not objective.has_reference:
         found |= dict.fromkeys(("reference", "reference_cache"), no_reference(objective))
+    if config.optimizer.lr_decay_style == "constant":
+        found["min_lr"] = "belongs to a decay"
     return found
 
 

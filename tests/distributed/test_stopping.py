@@ -6,6 +6,7 @@ A signal reaches the processes at different moments, or some of them only: whoev
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -105,16 +106,33 @@ def blocks(process, number: signal.Signals) -> bool:
     return bool(mask >> (number - 1) & 1)
 
 
+# A trainer whose import of torch waits for the file: signals come before, however slow the machine is.
+LATE_TORCH = """
+import os, sys, time
+
+class Wait:
+    def find_spec(name, path=None, target=None):
+        while name == "torch" and not os.path.exists({go!r}):
+            time.sleep(0.01)
+
+if "megatron_dtrpo" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
+    sys.meta_path.insert(0, Wait)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_while_importing(settings, tmp_path, number):
-    """Under torchrun, to each process as soon as it can be: long before torch is imported."""
+def test_signal_while_importing(settings, tmp_path, number, monkeypatch):
+    """Under torchrun, to each process before torch is imported."""
     save = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(LATE_TORCH.format(go=str(tmp_path / "go")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     job = Job({**settings, "save": save}, tmp_path / "log", 2)
     job.wait_until(lambda: len(job.trainers()) == 2)
     for process in job.trainers():
         job.wait_until(lambda process=process: blocks(process, number))
         process.send_signal(number)
         assert not any("libtorch_cpu" in m.path for m in process.memory_maps()), "torch is imported already"
+    (tmp_path / "go").touch()
     result = job.wait(60)
     assert result.status == 0, result.output
     assert result.output.count(f"stopped by {number.name} {FIRST}") == 1 and not list(save.glob("*"))

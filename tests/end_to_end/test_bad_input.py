@@ -255,14 +255,14 @@ def test_load_of_a_folder_without_checkpoint(settings, error_of, tmp_path):
 def test_nan_names_the_pairs_that_have_it(settings, error_of, tmp_path, monkeypatch):
     """One token's embedding is NaN, and only the sixth pair, in the second step, has that token. Each pair is a
     sequence of its own here: masked attention multiplies NaN by zero, so that pairs packed together share it."""
-    from megatron_dtrpo.training import reference
+    from megatron_dtrpo.training import engine
 
-    def poisoned(model, seed, initialize=reference.initialize_weights):
+    def poisoned(model, seed, initialize=engine.initialize_weights):
         initialize(model, seed)
         with torch.no_grad():
             model.embedding.word_embeddings.weight[ord("~")] = float("nan")
 
-    monkeypatch.setattr(reference, "initialize_weights", poisoned)
+    monkeypatch.setattr(engine, "initialize_weights", poisoned)
     rows = [{**GOOD, "prompt": f"{'~' if number == 6 else number}+1="} for number in range(1, 9)]
     data = write_lines(tmp_path / "pairs.jsonl", rows)
     settings |= {"data_path": data, "shuffle": False, "micro_batch_size": 1, "save_interval": 1, "train_iters": 4}
@@ -274,14 +274,14 @@ def test_nan_names_the_pairs_that_have_it(settings, error_of, tmp_path, monkeypa
 
 def test_nan_gradient_without_clipping(settings, error_of, monkeypatch):
     """The loss is finite, its gradient is not: caught in that step, even where gradients are not clipped."""
-    from megatron_dtrpo.training import loop
+    from megatron_dtrpo.training import passes
 
-    def poisoned(chunks, batches, objective, run_pass=loop.train_pass):
+    def poisoned(chunks, batches, objective, run_pass=passes.train_pass):
         outcomes = run_pass(chunks, batches, objective)
         next(iter(chunks[0].module.parameters())).main_grad[0, 0] = float("nan")
         return outcomes
 
-    monkeypatch.setattr(loop, "train_pass", poisoned)
+    monkeypatch.setattr(passes, "train_pass", poisoned)
     error = error_of({**settings, "clip_grad": 0, "save_interval": 1})
     assert error.startswith("gradient norm is nan at iteration 1 on ") and str(settings["data_path"]) in error
     assert error.endswith("no checkpoint was written yet")

@@ -141,6 +141,7 @@ num_views: 2
 loss_type: [simpo, sft]
 loss_weights: [1.0, 0.5]
 simpo_gamma: 0.2
+min_lr: 1e-6
 """
 
 
@@ -148,6 +149,7 @@ simpo_gamma: 0.2
     "flags, left_out",
     [
         (["--lr", "1e-4"], {}),
+        (["--lr-decay-style", "constant"], {"min_lr": "1e-06 (belongs to a decay)"}),
         (["--estimator", "vrpo"], {"steps_per_block": "4 (belongs to estimator dtrpo)"}),
         (
             ["--estimator", "mean_field"],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dtrpo.config import parser
+from megatron_dtrpo.config import settings
 from megatron_dtrpo.config.backends import AUTO, BACKENDS, choose_backend, require_trainable
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
@@ -70,7 +70,7 @@ def test_every_option_is_read_and_declared_once(table, options):
 
 
 def test_choices_are_the_tables():
-    choices = {key: tuple(f.metadata["choices"]) for key, f in parser.FIELDS.items()}
+    choices = {key: tuple(f.metadata["choices"]) for key, f in settings.FIELDS.items()}
     assert choices["estimator"] == tuple(ESTIMATORS)
     assert choices["loss_type"] == tuple(LOSSES)
     assert choices["objective"] == tuple(OBJECTIVES)
@@ -101,6 +101,7 @@ RECIPES = {
 READER = """
 import sys
 from megatron_dtrpo.config import parser, rules
+from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.losses import LossOptions
 from megatron_dtrpo.config.rows import options_of
@@ -115,7 +116,7 @@ def read(*flags):
 def refused(*flags):
     try:
         read(*flags)
-    except parser.UserError as error:
+    except UserError as error:
         return str(error)
 
 ours = read("--estimator", "half", "--share", "0.25", "--loss-type", "cube", "--depth", "2")

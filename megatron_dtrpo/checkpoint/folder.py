@@ -13,8 +13,13 @@ DIR/data_cache/                           of a run: its tokenized data
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import functools
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -141,3 +146,38 @@ def check_same_architecture(given: ModelSettings, saved: ModelSettings, director
         mine, theirs = getattr(given, f.name), getattr(saved, f.name)
         if mine is not None and mine != theirs:
             raise UserError(f"{directory}: checkpoint of another architecture: {f.name} is {theirs} there, {mine} here")
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[bool]:
+    """Inside, no other process holds ``folder``, which is made where it is missing. The lock ends with the process and
+    those that it forked, however they end.
+
+    Yields:
+        Whether the folder is held: not every network file system has locks.
+
+    Raises:
+        UserError: if another process holds it, or it cannot be made.
+    """
+    made = not folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be made or read ({error.strerror})") from None
+    try:
+        held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"{folder}: another run is writing there; wait for its end, or give another folder"
+                ) from None
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written

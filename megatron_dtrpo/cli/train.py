@@ -65,10 +65,10 @@ def _train(argv: list[str]) -> None:
         return
     if own.world_size is not None or own.gpu_memory is not None:
         raise UserError("--world-size and --gpu-memory go with --dry-run: the launcher starts the processes of a run")
-    from megatron_dtrpo.training.setup import prepare
+    from megatron_dtrpo.training.setup import prepare, run_folder
 
     tokenizer, data_parallel_size = prepare(config, given)
-    with initialize.process_groups(config.parallel, config.optimizer.seed):
+    with initialize.process_groups(config.parallel, config.optimizer.seed), run_folder(config.run.save):
         from megatron_dtrpo.evaluation.periodic import periodic_evaluation
         from megatron_dtrpo.runtime import objects
         from megatron_dtrpo.training.trainer import Trainer

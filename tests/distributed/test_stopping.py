@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.checkpoint.folder import hold_folder
 from tests.support.launch import TINY_MODEL, Job, latest_iteration, read_metrics, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -149,3 +150,11 @@ def test_processes_that_a_save_starts_outlive_the_signal(server, settings, tmp_p
     )
     assert statuses == [0, 0] and "stopped by" not in output, output
     assert latest_iteration(save) == STEPS and len(list(save.glob("iter_*"))) == 2
+
+
+def test_a_second_run_in_one_folder_is_refused(server, settings, tmp_path):
+    with hold_folder(tmp_path / "run"):
+        statuses, output = server.run({**settings, "save": tmp_path / "run"}, tmp_path / "log", 2, timeout=120)
+        assert statuses == [2, 2]
+        assert output.count("run: another run is writing there; wait for its end, or give another folder") == 1, output
+        assert not list((tmp_path / "run").iterdir())

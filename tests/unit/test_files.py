@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from megatron_dtrpo.checkpoint import folder
+from megatron_dtrpo.checkpoint.folder import hold_folder
+from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically, write_json
 
 
@@ -74,3 +76,35 @@ def test_run_folders_are_read_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["[2, 10] 10", "[]"], done.stderr
+
+
+HOLDER = "import sys, time; from pathlib import Path; from megatron_dtrpo.checkpoint.folder import hold_folder\n"
+HOLDER += "with hold_folder(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
+
+
+def test_a_folder_is_one_processs_until_it_ends(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "run"], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"run: another run is writing there; wait for its end, or give another"):
+            with hold_folder(tmp_path / "run"):
+                pass
+        assert (tmp_path / "run").is_dir()
+    finally:
+        other.kill()
+        other.wait()
+    with hold_folder(tmp_path / "run") as held:
+        assert held
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name, written, stays in (("new", (), False), ("kept", ("file",), True), ("mine", (), True)):
+        with hold_folder(tmp_path / name):
+            for file in written:
+                (tmp_path / name / file).touch()
+        assert (tmp_path / name).exists() == stays, name
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/run: the folder cannot be made or read"):
+        with hold_folder(tmp_path / "file" / "run"):
+            pass

@@ -22,6 +22,7 @@ from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.parser import settings_parser
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime.environment import rank
 
 EXAMPLES = """
   megatron-dtrpo score --checkpoint RUN --reference BASE --data pairs.jsonl --output scores.jsonl
@@ -44,6 +45,8 @@ def _score(argv: list[str]) -> None:
     arguments, config, given = parse_settings(build_parser(), argv)
     refuse_fp8(config.parallel, "scoring")
     config.run.load = arguments.checkpoint
+    if arguments.data and config.data.data_path and rank() == 0:
+        print(f"note: --data {arguments.data} is scored, not data_path {config.data.data_path}", flush=True)
     config.data.data_path = arguments.data or config.data.data_path
     if config.data.data_path is None:
         raise UserError("--data FILE is missing: which pairs are to be scored?")

@@ -17,6 +17,7 @@ INVERTED = "warning: {count} rows give the rejected answer a higher score than t
 WORDLESS = "warning: {count} rows have a message of the user without words, as an image leaves it that was taken out"
 LABEL = "warning: {count} rows have a 'label' that says neither that the completion is good nor bad: it is not read"
 JSON_TEXT = "warning: {{count}} rows have JSON in {name!r} that holds no messages: it is taken as it stands, as text"
+MESSAGES_UNREAD = "warning: {count} rows have 'messages' beside prompt and completion: the messages are not read"
 # Columns that belong to a prompt in other people's data (Orca, Alpaca, retrieval) and that no layout reads.
 UNREAD = {
     name: f"warning: {{count}} rows have a column {name!r}, which is not read: put its text into the prompt or messages"
@@ -24,9 +25,10 @@ UNREAD = {
 }
 
 
-def _label_notes(row: dict[str, Any]) -> tuple[str, ...]:
-    label = row.get("label")
-    return (LABEL,) * (label is not None and _plain_label(label) not in _GOOD_LABELS)
+def _sft_notes(row: dict[str, Any]) -> tuple[str, ...]:
+    label, messages = row.get("label"), row.get("messages")
+    notes = (LABEL,) * (label is not None and _plain_label(label) not in _GOOD_LABELS)
+    return notes + (MESSAGES_UNREAD,) * (messages is not None and row.get("completion") is not None)
 
 
 _SCORES = ("score", "rating", "reward", "quality")
@@ -44,7 +46,7 @@ def _score_notes(row: dict[str, Any]) -> tuple[str, ...]:
 # What columns beside the answers say of them.
 COLUMN_NOTES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "preference": _score_notes,
-    "sft": _label_notes,
+    "sft": _sft_notes,
 }
 
 

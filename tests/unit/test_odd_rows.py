@@ -75,6 +75,13 @@ def test_labels_that_say_nothing_are_counted(store_of):
     assert store_of([{**TEXT, "label": "maths"}], "preference").notes == ()
 
 
+def test_messages_that_a_completion_stands_for_are_counted(store_of):
+    chat = {"messages": [user("2+2?"), assistant("5")]}
+    (note,) = store_of([TEXT, {**TEXT, **chat}]).notes
+    assert note.startswith("warning: 1 rows have 'messages' beside prompt and completion: the messages are not read")
+    assert store_of([{**TEXT, **chat}], "preference").notes == ()
+
+
 def test_special_tokens_in_text_answers_are_counted(store_of):
     rows = [
         {**TEXT, "completion": " 4<|im_end|>\n", "chosen": " 4<|im_end|>"},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.checkpoint.folder import load_model_config
 from megatron_dtrpo.config import settings
 from megatron_dtrpo.config.backends import AUTO, BACKENDS, choose_backend, require_trainable
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
@@ -21,7 +22,7 @@ from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rows import function_named
 from megatron_dtrpo.config.settings import ObjectiveSettings
 from megatron_dtrpo.errors import UserError
-from tests.support.launch import REPOSITORY
+from tests.support.launch import REPOSITORY, TINY_MODEL, Job, latest_iteration, write_lines
 
 HEAVY = ("torch", "megatron", "numpy", "transformers")
 
@@ -143,9 +144,9 @@ def test_the_recipes_for_an_estimator_and_a_loss(tmp_path):
     shutil.copytree(REPOSITORY / "megatron_dtrpo", package, ignore=shutil.ignore_patterns("__pycache__"))
     page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     for title, (function_file, table_file, table) in RECIPES.items():
-        recipe = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
-        function, field, row = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
-        assert f"megatron_dtrpo/{function_file}" in recipe and Path(table_file).name in recipe
+        function, field, row = recipe(title)
+        section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        assert f"megatron_dtrpo/{function_file}" in section and Path(table_file).name in section
         (package / function_file).write_text(function)
         text = (package / table_file).read_text()
         before, after = text.split("Options:\n", 1)  # the class of options, up to the blank lines behind it
@@ -153,3 +154,47 @@ def test_the_recipes_for_an_estimator_and_a_loss(tmp_path):
         before, after = text.split(f"\n{table}: ")
         (package / table_file).write_text(f"{before}\n{table}: " + after.replace("\n}\n", f"\n{row}}}\n", 1))
     in_new_process(READER, environment={**os.environ, "PYTHONPATH": str(tmp_path)}, folder=tmp_path)
+
+
+DENSE = """
+import torch
+from megatron_dtrpo.config.backends import BACKENDS
+from tests.unit.test_attention import attend, random_qkv, random_sequence
+
+sequence = random_sequence(0)
+qkv = random_qkv(len(sequence), 4, 2)
+torch.testing.assert_close(*(attend(sequence, *qkv, backend=backend) for backend in ("dense", "sdpa")))
+"""
+
+
+def test_the_recipe_for_a_backend(tmp_path):
+    """As above: in a copy of the package a file and a row are all."""
+    package = tmp_path / "megatron_dtrpo"
+    shutil.copytree(REPOSITORY / "megatron_dtrpo", package, ignore=shutil.ignore_patterns("__pycache__"))
+    functions, row = recipe("An attention backend")
+    (package / "model" / "dense.py").write_text(functions)
+    table = package / "config" / "backends.py"
+    before, after = table.read_text().split("\nBACKENDS: ")
+    table.write_text(f"{before}\nBACKENDS: " + after.replace("\n}\n", f"\n{row}}}\n", 1))
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    in_new_process(DENSE, environment={**os.environ, "PYTHONPATH": path}, folder=tmp_path)
+
+
+def test_the_recipe_for_a_trainer(tmp_path):
+    (script,) = recipe("A trainer")
+    (tmp_path / "until_enough.py").write_text(script)
+    rows = [{"prompt": f"{number}+1=", "completion": f"{number + 1}."} for number in range(8)]
+    run = {**TINY_MODEL, "objective": "sft", "data_path": write_lines(tmp_path / "rows.jsonl", rows)}
+    run |= {"global_batch_size": 8, "train_iters": 30, "lr": 1e-2, "save": tmp_path / "run"}
+    result = Job(run, tmp_path / "log", 2, command=[str(tmp_path / "until_enough.py")]).wait()
+    assert result.status == 0, result.output
+    loss, steps = re.search(r"loss ([\d.]+) after (\d+) steps", result.output).groups()
+    assert float(loss) < 4.0 and 1 < int(steps) < 30
+    assert latest_iteration(tmp_path / "run") == int(steps)
+    assert load_model_config(tmp_path / "run").num_layers == TINY_MODEL["num_layers"]
+
+
+def recipe(title: str) -> list[str]:
+    """The blocks of Python in a section of docs/extending.md."""
+    page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", page.split(f"\n## {title}\n")[1].split("\n## ")[0], re.DOTALL)

@@ -20,7 +20,16 @@ from tools import draw_layout
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("**/*.md"))]
 ROOTS = [REPOSITORY, REPOSITORY / "megatron_dtrpo", REPOSITORY / "tests", REPOSITORY / "docs"]
 # Files of a reader's own, of recipes and of other projects.
-NOT_OURS = {"pretrain_gpt.py", "half.py", "cube.py", "pebble.py", "families/pebble.py", "dense.py", "until_enough.py", "__init__.py"}
+NOT_OURS = {
+    "pretrain_gpt.py",
+    "half.py",
+    "cube.py",
+    "pebble.py",
+    "families/pebble.py",
+    "dense.py",
+    "until_enough.py",
+    "__init__.py",
+}
 ROOMS = ("megatron_dtrpo", "tools", "examples")
 
 

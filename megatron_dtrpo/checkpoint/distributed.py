@@ -45,7 +45,7 @@ from megatron_dtrpo.config.settings import RunSettings
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError, one_line
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically
 from megatron_dtrpo.model.chunks import chunks_of
-from megatron_dtrpo.runtime import objects
+from megatron_dtrpo.runtime import objects, versions
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
 
 # How tensors are laid out in a checkpoint; recorded in it, where Megatron-LM's loader looks for it too.
@@ -102,7 +102,12 @@ class Writer:
         state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
         filesystem_async._results_queue = _Results()
         request = dist_checkpointing.save(
-            state, str(partial), _parallel_save(), async_sharded_save=True, content_metadata=_SHARDING
+            state,
+            str(partial),
+            _parallel_save(),
+            async_sharded_save=True,
+            content_metadata=_SHARDING,
+            **versions.save_options(),
         )
         request.add_finalize_fn(functools.partial(self._complete, iteration))
         if self.run.async_save:
@@ -205,10 +210,20 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     for key, chunk in _by_key(model).items():
         _load_stage(chunk, state[key])
     if optimizer is not None:
+        for group in _parameter_groups(state["optimizer"]):
+            # A resumed run follows its settings, as the scheduler does. Before loading: megatron-core 0.19 knows a
+            # saved group by its rates.
+            group["max_lr"], group["min_lr"] = optimizer.config.lr, optimizer.config.min_lr
         optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     return state.get("progress", {})
+
+
+def _parameter_groups(state) -> Iterator[dict]:
+    """The groups in an optimizer's state, which holds those of several optimizers where it is a chain of them."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        yield from value if key == "param_groups" else _parameter_groups(value)
 
 
 # Transformer Engine's layers keep their FP8 scales under this name, and write it without FP8 too. megatron-core's own
@@ -272,10 +287,11 @@ def _check_description(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise damaged(folder, f"metadata.json is not JSON ({error})") from None
     try:
-        read_metadata(folder)
+        described = read_metadata(folder)
     except UserError as error:
         detail = str(error).removeprefix(f"{folder}{os.sep}").removeprefix(".metadata: damaged: ")
         raise damaged(folder, f".metadata: {detail.removeprefix('.metadata: ')}") from None
+    versions.require_readable(folder, described.state_dict_metadata)
 
 
 @contextmanager

@@ -13,7 +13,10 @@ class CpuAdam(torch.optim.Optimizer):
     State per parameter: ``exp_avg`` and ``exp_avg_sq`` in the parameter's dtype.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False
+    ):
+        """``capturable`` is of CUDA graphs, which a CPU has not."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
 

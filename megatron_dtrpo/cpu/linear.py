@@ -78,10 +78,13 @@ def linear(
     tp_group,
     grad_output_buffer=None,
     wgrad_deferral_limit=None,
+    gtp_remat_size: int = 1,
 ) -> Tensor:
     """``input [s, b, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``, with the signature and the
     collectives of megatron-core's ``linear_with_grad_accumulation_and_async_allreduce``. Its overlap of collectives
-    with products needs streams; here one follows the other."""
+    with products needs streams; here one follows the other. ``gtp_remat_size`` (from 0.18 or 0.19 on): weights that are
+    sharded once more, which no setting of ours asks for."""
+    assert gtp_remat_size == 1
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:

@@ -188,9 +188,6 @@ class Engine:
     def resume(self, folder: str | Path, iteration: int) -> dict:
         """Takes weights, optimizer and scheduler, and returns the run's progress; collective."""
         progress = checkpoint.load(folder, iteration, self.chunks, self.optimizer, self.scheduler)
-        settings = self.config.optimizer
-        for group in self.optimizer.param_groups:  # a resumed run follows its settings, as the scheduler does
-            group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
         self.scheduler.step(increment=0)
         return progress
 

@@ -1,0 +1,30 @@
+"""What differs between the versions of megatron-core that are supported, 0.16 to 0.19: the one place that knows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+
+import megatron.core
+from megatron.core import dist_checkpointing
+
+from megatron_dtrpo.errors import UserError
+
+
+def save_options() -> dict:
+    """Further arguments of ``dist_checkpointing.save``. From 0.19 on NVIDIA's resiliency extension, a package of its
+    own, makes an asynchronous save by default; megatron-core's own way is as before."""
+    parameters = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
+
+
+def require_readable(folder: Path, keys: Iterable[str]) -> None:
+    """Raises UserError for a checkpoint ``folder`` that a newer megatron-core wrote than this one reads. ``keys``: of
+    what its files hold. From 0.19 on plain values are among them, which were in ``common.pt`` before."""
+    reads_both = hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists")
+    if not reads_both and any(key.startswith("common_state/") for key in keys):
+        raise UserError(
+            f"{folder}: written by megatron-core 0.19 or newer, and this is {megatron.core.__version__}: go on with "
+            "the version that wrote it, or take the weights over with megatron-dtrpo convert export and import"
+        )

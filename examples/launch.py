@@ -5,25 +5,26 @@ nodes, the signal would end it without a word. A thread receives the signal; the
 workers that the main thread starts: one that only just runs hears of it later (megatron_dtrpo/runtime/stop.py).
 """
 
+import _thread
 import os
 import signal
 import sys
 import threading
 
 
-def stop(signum, frame):
-    print("stopped by SIGTERM before the first step; start the same command again", flush=True)
-    os._exit(0)
-
-
 def receive():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    threading.Event().wait()
+    while True:
+        signal.sigwait([signal.SIGTERM])
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            _thread.interrupt_main(signal.SIGTERM)  # torchrun listens, and stops in its own way
+            continue
+        # Here and not in a handler: that would wait for the main thread, which may be waiting for other nodes.
+        print("stopped by SIGTERM before the first step; start the same command again", flush=True)
+        os._exit(0)
 
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=receive, daemon=True).start()
     del sys.path[0]
     from torch.distributed.run import main

@@ -132,8 +132,10 @@ def main():
     worker = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('the worker waits', flush=True)"
     subprocess.run([sys.executable, "-c", worker], check=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    for _ in range(600):  # as torchrun watches its workers
+        time.sleep(0.1)
 """
+STOPPED_WHILE_IT_WAITS = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(100)"
 
 
 def launched(folder, agent: str, python: str = sys.executable) -> tuple[int, str]:
@@ -149,8 +151,9 @@ def launched(folder, agent: str, python: str = sys.executable) -> tuple[int, str
     return ended.returncode, ended.stdout
 
 
-def test_examples_end_well_before_torchrun_has_workers(tmp_path):
-    status, words = launched(tmp_path, STOPPED_WHILE_IT_IS_IMPORTED)
+@pytest.mark.parametrize("agent", [STOPPED_WHILE_IT_IS_IMPORTED, STOPPED_WHILE_IT_WAITS], ids=["busy", "waiting"])
+def test_examples_end_well_before_torchrun_has_workers(tmp_path, agent):
+    status, words = launched(tmp_path, agent)
     assert status == 0 and words.startswith("stopped by SIGTERM before the first step")
 
 
@@ -165,5 +168,5 @@ def test_examples_end_well_between_bash_and_python(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nkill -TERM $$\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    status, words = launched(tmp_path / "stubs", "", str(python))
+    status, words = launched(tmp_path / "stubs", "import time; time.sleep(60)", str(python))
     assert status == 0 and words.startswith("stopped by SIGTERM before the first step")

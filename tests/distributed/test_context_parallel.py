@@ -15,7 +15,7 @@ from tests.distributed.test_invariance import ELBO, PP2, PREFERENCE, RECOMPUTE, 
 from tests.support import launch, oracles
 from tests.support.launch import disagreements, layout_metrics, uneven_pairs
 from tests.unit.test_attention import oracle_mask, random_qkv, random_sequence
-from tests.unit.test_sharding import dealt
+from tests.unit.test_sharding import assigned
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -76,7 +76,7 @@ def test_bf16_is_close(folder, server):
 
 
 def test_attention_across_processes_equals_the_dense_softmax(tmp_path):
-    sequence, rows = dealt(random_sequence(2, padding=1), 2)
+    sequence, rows = assigned(random_sequence(2, padding=1), 2)
     ours = [t.detach() for t in random_qkv(len(sequence), 4, 2)]
     theirs = random_qkv(len(sequence), 4, 2)
     upstream = torch.randn(len(sequence), 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 VIRTUAL = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
 SOME_TIED = {**TIED, "trainable_modules": ["mlp", "word_embeddings"]}
-CONSTANT = {"lr_decay_style": "constant"}  # whatever the number of steps
+CONSTANT = {"lr_decay_style": "constant", "min_lr": 0.0}  # whatever the number of steps
 
 LAYOUTS = {
     "one process": Layout(1, same_as=None),

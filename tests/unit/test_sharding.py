@@ -120,7 +120,7 @@ def attend_as(rank: int, sequence, rows, query, key, value, backend: str, width:
 
 @pytest.mark.parametrize("backend, width", [("sdpa", 8), ("sdpa", WIDE), ("flex", 8)])
 @pytest.mark.parametrize("ranks, unit, padding", [(2, 4, 0), (3, 8, 1), (4, 4, 3)])
-def test_attention_of_what_was_dealt_equals_the_dense_softmax(backend, width, ranks, unit, padding):
+def test_attention_of_assigned_rows_equals_the_dense_softmax(backend, width, ranks, unit, padding):
     sequence, rows = assigned(random_sequence(padding, padding=padding), ranks, unit)
     inputs = [t.detach() for t in random_qkv(len(sequence), 4, 2, width=16)]
     expected = oracles.dense_attention(*inputs, oracle_mask(sequence), 0.3)

@@ -105,6 +105,10 @@ def require_latest(directory: str | Path) -> int:
     iteration = latest_iteration(directory)
     if not Path(directory).is_dir():
         raise UserError(f"{directory}: no such folder, so no checkpoint to load")
+    foreign = any((Path(directory) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if iteration is None and foreign:
+        advice = "turn it into a checkpoint with megatron-dtrpo convert import"
+        raise UserError(f"{directory}: a Hugging Face folder: {advice}")
     if iteration is None:
         raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing")
     return iteration

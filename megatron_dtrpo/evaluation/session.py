@@ -20,6 +20,7 @@ from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.conversion.hf_config import ADAPTER, CONFIG
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
@@ -63,7 +64,8 @@ def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
     """
     initialize.enable_device()
     folder = Path(folder)
-    is_huggingface = (folder / "config.json").is_file() and not (folder / checkpoint_folder.TRACKER).exists()
+    is_huggingface = any((folder / name).is_file() for name in (CONFIG, ADAPTER))
+    is_huggingface &= not (folder / checkpoint_folder.TRACKER).exists()
     with _converted(folder) if is_huggingface else _as_it_is(folder) as folder:
         iteration = checkpoint_folder.require_latest(folder)
         config.model = checkpoint_folder.load_model_config(folder)

@@ -239,6 +239,12 @@ def test_mistakes_are_one_line(folder, tmp_path, capfd, name):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_an_adapter_is_named(tmp_path, capfd):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert generate.main(flags({"checkpoint": tmp_path, "prompt": "1+1="})) == 2
+    assert "an adapter (LoRA), not a model: merge it into its base first" in capfd.readouterr().err
+
+
 def test_pairs_without_a_right_answer_are_an_error(folder, tmp_path, capfd):
     settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 2}
     assert run(pairs_verb, folder, max_new_tokens=4, **settings) == 2

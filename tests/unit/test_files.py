@@ -108,3 +108,11 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
     with pytest.raises(UserError, match="file/run: the folder cannot be made or read"):
         with hold_folder(tmp_path / "file" / "run"):
             pass
+
+
+def test_a_hugging_face_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="latest_checkpointed_iteration.txt is missing"):
+        folder.require_latest(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match="a Hugging Face folder: turn it into a checkpoint with megatron-dtrpo convert"):
+        folder.require_latest(tmp_path)

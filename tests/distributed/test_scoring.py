@@ -12,7 +12,7 @@ import pytest
 from megatron_dtrpo.cli import reference as reference_verb
 from megatron_dtrpo.cli import score as score_verb
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from tests.support.launch import TINY_MODEL, Job, flags, train, uneven_pairs, verb, write_lines
+from tests.support.launch import TINY_MODEL, flags, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -23,26 +23,32 @@ SETTINGS = {**TINY_MODEL, "global_batch_size": 8, "lr": 1e-3, "lr_decay_style": 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scoring")
-    data = uneven_pairs(folder / "pairs.jsonl", 16)
-    train({**SETTINGS, "data_path": data, "save": folder / "base", "train_iters": 1, "lr": 1e-9})
-    train({**SETTINGS, "data_path": data, "save": folder / "run", "load": folder / "base", "train_iters": 4})
+    uneven_pairs(folder / "pairs.jsonl", 16)
     return folder
 
 
-def score(folder, checkpoint: str, name: str, processes: int = 1, **settings) -> tuple[str, list[dict]]:
+@pytest.fixture(scope="module", autouse=True)
+def runs(folder, server):
+    """A base and a run on top of it."""
+    settings = {**SETTINGS, "data_path": folder / "pairs.jsonl"}
+    server.train({**settings, "save": folder / "base", "train_iters": 1, "lr": 1e-9})
+    server.train({**settings, "save": folder / "run", "load": folder / "base", "train_iters": 4})
+
+
+def score(server, folder, checkpoint: str, name: str, processes: int = 1, **settings) -> tuple[str, list[dict]]:
     files = {"checkpoint": folder / checkpoint, "reference": folder / "base", "data": folder / "pairs.jsonl"}
     settings = {**files, "output": folder / f"{name}.jsonl", **settings}
-    result = Job(settings, folder / f"{name}.log", processes, verb("score")).wait()
-    assert result.status == 0, result.output
-    return result.output, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    statuses, output = server.run(settings, folder / f"{name}.log", processes, verb="score")
+    assert statuses == [0] * processes, output
+    return output, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_layouts_agree_and_the_runs_beta_is_used(folder):
-    output, rows = score(folder, "run", "alone")
+def test_layouts_agree_and_the_runs_beta_is_used(server, folder):
+    output, rows = score(server, folder, "run", "alone")
     virtual = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
     layouts = {"tp2": {"tensor_model_parallel_size": 2}, "cp2": {"context_parallel_size": 2}, "virtual": virtual}
-    sharded = [score(folder, "run", name, 2, **settings)[1] for name, settings in layouts.items()]
-    base = {row["source"]: row for row in score(folder, "base", "base", beta=BETA)[1]}
+    sharded = [score(server, folder, "run", name, 2, **settings)[1] for name, settings in layouts.items()]
+    base = {row["source"]: row for row in score(server, folder, "base", "base", beta=BETA)[1]}
     assert len(rows) == 16
     for row, *others in zip(rows, *sharded, strict=True):
         for other in others:

@@ -11,21 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import train_tokenizer
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import load_tokenizer
 from tests.support import conversion_folders as folders
 from tests.support import launch, oracles
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
-# As the README shows them.
-COMMANDS = """\
-megatron-dtrpo convert import --hf-path Fast_dLLM_v2_7B --megatron-path base
-torchrun --nproc-per-node 2 -m megatron_dtrpo train --load base --data-path pairs.jsonl --save run \\
-    --tensor-model-parallel-size 2 --bf16 --num-epochs 1
-megatron-dtrpo convert export --megatron-path run --hf-path aligned --hf-reference Fast_dLLM_v2_7B
-"""
+CONFIG = "examples/dtrpo_7b.yaml"
 PROGRAMS = {
     "megatron-dtrpo": [sys.executable, "-m", "megatron_dtrpo"],
     "python": [sys.executable],
@@ -65,16 +61,31 @@ def run(words: list[str], cwd: Path) -> tuple[int, str]:
     return status, log.read_text()
 
 
-def test_readme_shows_the_commands():
-    assert COMMANDS in (launch.REPOSITORY / "README.md").read_text()
+def readme_commands() -> list[str]:
+    """The three commands under "Import, train, export", on two processes instead of eight."""
+    section = (launch.REPOSITORY / "README.md").read_text().split("## Import, train, export")[1]
+    block = section.split("```bash\n")[1].split("```")[0].replace("\\\n", "")
+    assert CONFIG in block and "--nproc-per-node 8" in block
+    return block.replace("--nproc-per-node 8", "--nproc-per-node 2").splitlines()
 
 
-def test_import_train_export(tmp_path):
+def write_small_config(folder: Path) -> None:
+    """The file that the README's train command names, with the layout and recipe as they are and a small model."""
+    values = yaml.safe_load((launch.REPOSITORY / CONFIG).read_text())
+    architecture = {name for name in values if name in ModelSettings.__dataclass_fields__}
+    assert {"num_layers", "hidden_size", "vocab_size", "block_size"} <= architecture
+    small = {name: value for name, value in values.items() if name not in architecture} | {"global_batch_size": 8}
+    (folder / CONFIG).parent.mkdir()
+    (folder / CONFIG).write_text(yaml.safe_dump(small))
+
+
+def test_the_readme_imports_trains_and_exports(tmp_path):
     source = folders.write_folder(tmp_path / "Fast_dLLM_v2_7B", dtype=torch.bfloat16, shards=2)
     for name in ("configuration.py", "modeling.py"):
         (source / name).write_text("raise RuntimeError('code of a checkpoint was run')\n")
     launch.uneven_pairs(tmp_path / "pairs.jsonl", 32)
-    for command in COMMANDS.replace("\\\n", "").splitlines():
+    write_small_config(tmp_path)
+    for command in readme_commands():
         status, output = run(command.split(), tmp_path)
         assert status == 0, output
     before, after = folders.checksums(source), folders.checksums(tmp_path / "aligned")

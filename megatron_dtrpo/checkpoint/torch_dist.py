@@ -92,7 +92,8 @@ class Window(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self.length - self.position)]
-        count = os.preadv(self.descriptor, [view], self.offset + self.position) if view else 0
+        left = max(0, self.length - self.position)
+        with memoryview(buffer) as whole, whole.cast("B") as octets, octets[:left] as view:
+            count = os.preadv(self.descriptor, [view], self.offset + self.position) if view else 0
         self.position += count
         return count

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_dtrpo.conversion.dtypes import SAFETENSORS
 from megatron_dtrpo.conversion.hf_config import read_json, refuse_lfs_pointer
+from megatron_dtrpo.conversion.raw_bytes import read_all
 from megatron_dtrpo.errors import UserError, one_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,13 +74,9 @@ class SafetensorsFolder:
         stored = self.tensors[name]
         row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
         buffer = out if out.dtype == stored.dtype else torch.empty(out.shape, dtype=stored.dtype)
-        view = memoryview(buffer.view(-1).view(torch.uint8).numpy().data)
         position = stored.offset + start * row_bytes
-        while view:
-            count = os.preadv(self._descriptor(stored.file), [view], position)
-            if count == 0:
-                raise UserError(f"{stored.file}: truncated: it ends within {name}")
-            view, position = view[count:], position + count
+        if not read_all(self._descriptor(stored.file), position, buffer.view(-1).view(torch.uint8).numpy()):
+            raise UserError(f"{stored.file}: truncated: it ends within {name}")
         if buffer is not out:
             out.copy_(buffer)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.conversion.dtypes import CODES
+from megatron_dtrpo.conversion.raw_bytes import write_all
 from megatron_dtrpo.conversion.safetensors_reader import INDEX, SINGLE
 
 
@@ -64,18 +65,12 @@ def write_shard(path: Path, tensors: list[Planned], rows: Iterator[Tensor]) -> N
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
     with path.open("wb", buffering=0) as stream:
-        _write_all(stream, len(text).to_bytes(8, "little") + text)
+        write_all(stream, len(text).to_bytes(8, "little") + text)
         for part in rows:
             end -= part.nbytes
-            _write_all(stream, part.view(-1).view(torch.uint8).numpy())
+            write_all(stream, part.view(-1).view(torch.uint8).numpy())
     if end != 0:
         raise AssertionError(f"{path}: {end} bytes were announced and not written")
-
-
-def _write_all(stream, data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
 
 
 def write_index(folder: Path, shards: list[list[Planned]]) -> None:

@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_dtrpo.conversion.raw_bytes import write_all
+
 # What megatron-core's loader looks for in metadata.json.
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -71,10 +73,9 @@ class TorchDistWriter:
             self._close()
             self.stream = (self.folder / f"__0_{self.files}.distcp").open("wb", buffering=0)
             self.files += 1
-        view = buffer.getbuffer()
-        self.storage[index] = _StorageInfo(Path(self.stream.name).name, self.stream.tell(), len(view))
-        while view:
-            view = view[self.stream.write(view) :]
+        with buffer.getbuffer() as data:
+            self.storage[index] = _StorageInfo(Path(self.stream.name).name, self.stream.tell(), len(data))
+            write_all(self.stream, data)
 
     def _close(self) -> None:
         if self.stream is not None:

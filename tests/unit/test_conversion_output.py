@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -95,6 +97,15 @@ def test_disk_that_fills_up_on_the_way(source, capsys, monkeypatch, good_megatro
     words = ("export", "--megatron-path", good_megatron, "--hf-path", source.parent / "out")
     refused(capsys, "the disk is full", *words, "--max-shard-size", "50KB")
     assert [p.name for p in source.parent.iterdir()] == ["hf"]
+
+
+def test_a_file_that_cannot_grow_ends_in_one_line(source):
+    """The whole process: Python 3.12 ended with SIGSEGV after its line where a view of a buffer was left in a frame."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code = limit + "from megatron_dtrpo.cli.main import main; raise SystemExit(main())"
+    words = ["convert", "import", "--hf-path", source, "--megatron-path", source.parent / "out"]
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=240)
+    assert (ended.returncode, ended.stderr) == (2, f"error: {source.parent / 'out'}: File too large\n")
 
 
 def test_no_code_of_a_folder_runs(source, capsys, monkeypatch, good_megatron, tmp_path):

@@ -27,6 +27,8 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
     warnings.filterwarnings("ignore", module=r"torch\.distributed.*", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"transformers.*", category=FutureWarning)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # That a CUDA build of torch finds no GPU; `doctor` says so where it matters.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         try:

@@ -150,7 +150,8 @@ def _machine() -> dict[str, str]:
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
+        "torch": torch.__version__,  # with +cpu or +cu130, which package metadata may lack
+        **{name: metadata.version(name) for name in ("megatron-core", "transformers")},
         **({"trl": metadata.version("trl")} if find_spec("trl") else {}),
     }
 

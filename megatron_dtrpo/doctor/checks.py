@@ -19,8 +19,11 @@ OK, NOTE, MISSING, OLD, WRONG = "ok", "note", "missing", "too old", "wrong"
 FAILURES = (MISSING, OLD, WRONG)
 INSTALL = "bash requirements/setup_cpu.sh, or pip install -e . beside your own torch"
 CONTAINER = "docker build --target gpu (docs/container.md)"
-# What megatron-core 0.16 takes: from the first, before the second.
-TRANSFORMER_ENGINE = ((2, 9), (2, 12))
+CORE = ((0, 16), (0, 20))  # from the first, before the second: each release so far changed what we build on
+CORE_NEEDS_TRITON = (0, 18)
+# The Transformer Engine that a megatron-core takes: from the first, before the second. 0.16 declares its range; later
+# ones declare none.
+TRANSFORMER_ENGINE = {(0, 16): ((2, 9), (2, 12)), (0, 17): ((2, 9), None)}
 
 
 class Line(NamedTuple):
@@ -34,13 +37,14 @@ Check = Callable[[Machine, Requirements], Iterator[Line]]
 
 
 class Package(NamedTuple):
-    """A distribution, the oldest version of it, when a run needs it, and how to get it."""
+    """A distribution, the oldest version of it, when a run needs it, how to get it, and the first that is too new."""
 
     name: str
     least: tuple[int, ...]
     needed: Callable[[Requirements], bool]
     why: str
     fix: str
+    below: tuple[int, ...] | None = None
 
 
 def _always(requirements: Requirements) -> bool:
@@ -49,7 +53,7 @@ def _always(requirements: Requirements) -> bool:
 
 PACKAGES = (
     Package("torch", (2, 6), _always, "everything", INSTALL),
-    Package("megatron-core", (0, 16), _always, "everything", "pip install 'megatron-core>=0.16'"),
+    Package("megatron-core", CORE[0], _always, "everything", "pip install 'megatron-core>=0.16,<0.20'", CORE[1]),
     Package("numpy", (), _always, "everything", INSTALL),
     Package("pyyaml", (), _always, "settings", "pip install pyyaml"),
     Package(
@@ -142,8 +146,22 @@ def packages(machine: Machine, requirements: Requirements) -> Iterator[Line]:
         elif version_of(have) < package.least:
             detail = f"{have}, needed is {dotted(package.least)} or newer"
             yield Line(_unless(needed, OLD), package.name, detail, package.fix)
+        elif package.below and version_of(have) >= package.below:
+            detail = f"{have} is too new: what is before {dotted(package.below)} was tried"
+            yield Line(_unless(needed, WRONG), package.name, detail, package.fix)
         else:
             yield Line(OK, package.name, have)
+
+
+def triton(machine: Machine, requirements: Requirements) -> Iterator[Line]:
+    core = machine.versions.get("megatron-core", "0")
+    if version_of(core) < CORE_NEEDS_TRITON:
+        return
+    if have := machine.versions.get("triton"):
+        yield Line(OK, "triton", have)
+    else:
+        detail = f"not installed: megatron-core {core} imports it, and a CPU build of torch does not bring it"
+        yield Line(MISSING, "triton", detail, "pip install --no-deps triton")
 
 
 def gpus(machine: Machine, requirements: Requirements) -> Iterator[Line]:
@@ -178,12 +196,21 @@ def layout(machine: Machine, requirements: Requirements) -> Iterator[Line]:
         yield Line(OK, "layout", f"{detail} x DP {requirements.processes // requirements.least_processes}")
 
 
+def transformer_engine_range(core: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The Transformer Engine that version ``core`` of megatron-core takes: from the first, before the second."""
+    return TRANSFORMER_ENGINE[
+        max((known for known in TRANSFORMER_ENGINE if known <= version_of(core)), default=CORE[0])
+    ]
+
+
 def transformer_engine(machine: Machine, requirements: Requirements) -> Iterator[Line]:
     name, needed = "Transformer Engine", _wants_te(requirements)
     have = machine.versions.get("transformer-engine")
-    low, high = TRANSFORMER_ENGINE
-    wanted = f"megatron-core 0.16 takes {dotted(low)} and newer, before {dotted(high)}"
-    fix = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12', or " + CONTAINER
+    core = machine.versions.get("megatron-core", dotted(CORE[0]))
+    low, high = transformer_engine_range(core)
+    wanted = f"megatron-core {core} takes {dotted(low)} and newer" + (f", before {dotted(high)}" if high else "")
+    bounds = f">={dotted(low)}" + (f",<{dotted(high)}" if high else "")
+    fix = f"pip install --no-build-isolation 'transformer-engine[pytorch]{bounds}', or " + CONTAINER
     if have is None:
         yield Line(_unless(needed, MISSING), name, "not installed, for FP8 and fused layers", fix)
     elif "transformer-engine" in machine.broken:
@@ -193,7 +220,7 @@ def transformer_engine(machine: Machine, requirements: Requirements) -> Iterator
         yield Line(_unless(needed or bool(machine.gpus), WRONG), name, detail, fix)
     elif version_of(have) < low:
         yield Line(_unless(needed, OLD), name, f"{have}: {wanted}", fix)
-    elif version_of(have) >= high:
+    elif high and version_of(have) >= high:
         yield Line(_unless(needed, WRONG), name, f"{have} is too new: {wanted}", fix)
     else:
         yield Line(OK, name, have)
@@ -323,6 +350,7 @@ CHECKS: tuple[Check, ...] = (
     configuration,
     python,
     packages,
+    triton,
     gpus,
     layout,
     transformer_engine,

@@ -21,7 +21,7 @@ from megatron_dtrpo.errors import one_line
 
 DISTRIBUTIONS = (
     "torch megatron-core transformer-engine numpy psutil transformers safetensors sentencepiece tensorboard pyyaml "
-    "tqdm pyarrow datasets wandb lm-eval"
+    "tqdm pyarrow datasets wandb lm-eval triton"
 ).split()
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The modules that runs import and that fail on some machines although their packages are installed.

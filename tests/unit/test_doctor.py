@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from megatron_dtrpo.config.parser import parse
-from megatron_dtrpo.doctor.checks import PACKAGES, TRANSFORMER_ENGINE, can_run, examine
+from megatron_dtrpo.doctor.checks import CORE, PACKAGES, can_run, dotted, examine, transformer_engine_range
 from megatron_dtrpo.doctor.machine import Gpu, Machine
 from megatron_dtrpo.doctor.requirements import GIB, Requirements, read_requirements
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VERSIONS = {package.name: "9.9" for package in PACKAGES}
+VERSIONS = {package.name: "9.9" for package in PACKAGES} | {"megatron-core": "0.16.1"}
 
 
 def requirements_of(argv: list[str], nproc: int | None = None, gpus: int = 0) -> Requirements:
@@ -124,18 +125,44 @@ def test_fp8_fails_without_transformer_engine_or_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("version", "status"),
-    [("2.8.0", "too old"), ("2.9.0", "ok"), ("2.11.0+70f53666", "ok"), ("2.12.0", "wrong"), ("3.0", "wrong")],
+    ("core", "version", "status"),
+    [
+        ("0.16.1", "2.8.0", "too old"),
+        ("0.16.1", "2.9.0", "ok"),
+        ("0.16.1", "2.11.0+70f53666", "ok"),
+        ("0.16.1", "2.12.0", "wrong"),
+        ("0.16.1", "3.0", "wrong"),
+        ("0.19.2", "2.8.0", "too old"),
+        ("0.17.0", "2.12.0", "ok"),
+        ("0.19.2", "2.14.0", "ok"),
+    ],
 )
-def test_the_versions_of_transformer_engine_that_megatron_core_takes(version, status):
-    machine = server(versions={**VERSIONS, "transformer-engine": version})
+def test_the_versions_of_transformer_engine_that_megatron_core_takes(core, version, status):
+    machine = server(versions={**VERSIONS, "megatron-core": core, "triton": "3.7.1", "transformer-engine": version})
     assert judged(machine, fp8_recipe="delayed")["Transformer Engine"] == status
     assert judged(machine)["Transformer Engine"] == ("ok" if status == "ok" else "note")
 
 
-def test_the_range_is_that_of_the_extra():
-    low, high = (".".join(map(str, bound)) for bound in TRANSFORMER_ENGINE)
-    assert f"transformer-engine[pytorch]>={low},<{high}" in (REPOSITORY / "pyproject.toml").read_text()
+def test_the_ranges_are_those_of_the_package():
+    """pip brings megatron-core 0.16 to a Python before 3.12, and 0.19 to the others."""
+    about = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (low, high), (later, _) = transformer_engine_range("0.16.1"), transformer_engine_range("0.19.2")
+    assert about["optional-dependencies"]["te"] == [
+        f"transformer-engine[pytorch]>={dotted(low)},<{dotted(high)}; python_version < '3.12'",
+        f"transformer-engine[pytorch]>={dotted(later)}; python_version >= '3.12'",
+    ]
+    assert f"megatron-core>={dotted(CORE[0])},<{dotted(CORE[1])}" in about["dependencies"]
+
+
+def test_megatron_core_of_today_wants_triton():
+    versions = {**VERSIONS, "megatron-core": "0.19.2"}
+    assert judged(laptop(versions=versions))["triton"] == "missing"
+    assert judged(laptop(versions={**versions, "triton": "3.7.1"}))["triton"] == "ok"
+    assert "triton" not in judged(laptop(versions={**versions, "megatron-core": "0.17.1"}))
+
+
+def test_a_megatron_core_that_nobody_tried_is_refused():
+    assert judged(laptop(versions={**VERSIONS, "megatron-core": "0.20.0"}))["megatron-core"] == "wrong"
 
 
 @pytest.mark.parametrize(

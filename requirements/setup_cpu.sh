@@ -3,7 +3,8 @@
 #
 #   bash requirements/setup_cpu.sh          # from any directory; afterwards use CHECKOUT/.venv/bin/python
 #
-#   PYTHON=/path/to/python   the Python that .venv is made with (default: python3.11, else python3)
+#   PYTHON=/path/to/python   the Python that .venv is made with (default: python3.11, else 3.12, 3.13 or python3).
+#                            It decides on megatron-core: 0.16.1 with 3.11, 0.19.2 with 3.12 and 3.13
 #   TORCH_SPEC="torch==..."  which torch to install, with pip's options if need be, instead of the CPU build;
 #                            remembered: later calls need not repeat it
 #
@@ -36,7 +37,7 @@ dtrpo_setup_cpu() (
             echo "$PYTHON"
             return
         fi
-        for candidate in python3.11 python3; do
+        for candidate in python3.11 python3.12 python3.13 python3; do
             if runs "$candidate"; then
                 echo "$candidate"
                 return
@@ -74,15 +75,25 @@ dtrpo_setup_cpu() (
         # setuptools: builds our own package below, without a network visit for a second copy.
         if [ -n "$TORCH_SPEC" ]; then
             read -ra spec <<<"$TORCH_SPEC"
+            say "downloading $TORCH_SPEC, and what it needs"
             pip_install "setuptools>=77.0.3" "${spec[@]}" || give_up "installing TORCH_SPEC=$TORCH_SPEC"
             return
         fi
+        say "downloading the CPU build of torch 2.13.0 (0.2 GB)"
         pip_install -c "$constraints" "setuptools>=77.0.3" "torch==2.13.0+cpu" && return
         pip_install -c "$constraints" "setuptools>=77.0.3" "torch==2.13.0+cpu" \
             --extra-index-url https://download.pytorch.org/whl/cpu && return
-        # Last, because on Linux it also downloads several GB of CUDA packages. Elsewhere it is the CPU build.
-        echo "no CPU build of torch found; taking the default one (on Linux several GB) ..." >&2
+        # Last, because on Linux CUDA's packages come with it. Elsewhere it is the CPU build.
+        say "no CPU build of torch to be had here: downloading the default one (on Linux 2.5 GB, 6 GB on disk)"
         pip_install -c "$constraints" "setuptools>=77.0.3" "torch==2.13.0" || give_up "installing torch"
+    }
+    install_triton() {
+        # From 0.18 on megatron.core imports it, a package that CUDA builds of torch bring and a CPU build does not.
+        # --no-deps: it asks for nothing that the import needs.
+        "$python" -c 'import sys; from importlib.util import find_spec
+sys.exit(sys.version_info < (3, 12) or sys.platform != "linux" or find_spec("triton") is not None)' || return 0
+        say "downloading triton, which megatron-core imports (0.2 GB)"
+        pip_install -c "$constraints" --no-deps triton || give_up "installing triton"
     }
 
     wanted=$(fingerprint) || exit 1
@@ -96,22 +107,25 @@ dtrpo_setup_cpu() (
         complete && exit 0
     fi
 
-    echo "setting up $venv (a few minutes, once) ..." >&2
+    say() { echo "$1 ..." >&2; }
     rm -f "$stamp"
+    say "setting up $venv (a few minutes, once)"
     make_venv
     : >"$log"
     install_torch
+    install_triton
     pins=$constraints
     if [ -n "$TORCH_SPEC" ]; then
-        # A torch that the caller chose is not held to our pin.
+        # A torch that the caller chose is not held to our pin, and neither is the triton that it brings.
         pins=$venv/constraints.txt
-        grep -v '^torch==' "$constraints" >"$pins"
+        grep -v -e '^torch==' -e '^triton==' "$constraints" >"$pins"
     fi
     cd "$root" || exit 1
     pip_install -c "$pins" --no-build-isolation -e ".[dev,examples]" || give_up "installing this package"
     echo "$TORCH_SPEC" >"$chosen"
     echo "$wanted" >"$stamp"
-    echo "done: $python" >&2
+    echo "done: $python, $("$python" -c 'import platform; from importlib.metadata import version
+print("Python", platform.python_version() + "".join(f", {name} {version(name)}" for name in ("torch", "megatron-core")))')" >&2
 )
 
 dtrpo_setup_cpu

@@ -1,4 +1,4 @@
-"""One context-parallel rank of `test_context_parallel.py`: ``context_worker.py INPUT OUTPUT`` under torchrun.
+"""One context-parallel rank of `test_context_parallel.py`: ``main(INPUT, OUTPUT)`` in the fork server.
 
 INPUT holds a padded packed sequence, the rows of every rank, whole queries, keys and values, and the gradient of what
 comes out. Every rank runs its rows; OUTPUT is what they computed, put together again.
@@ -7,7 +7,6 @@ comes out. Every rank runs its rows; OUTPUT is what they computed, put together 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -53,7 +52,3 @@ def main(source: str, target: str) -> None:
     if group.rank() == 0:
         torch.save(result, target)
     initialize.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

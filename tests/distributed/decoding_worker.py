@@ -1,9 +1,8 @@
-"""One tensor- or pipeline-parallel process of `test_decoding.py`: ``decoding_worker.py INPUT OUTPUT [PP]``."""
+"""One tensor- or pipeline-parallel process of `test_decoding.py`: ``main(INPUT, PP, OUTPUT)``."""
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from megatron_dtrpo.runtime import initialize
 from tests.support import oracles
 
 
-def main(source: str, target: str, stages: str = "1") -> None:
+def main(source: str, stages: str, target: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1)) // int(stages)
     parallel = ParallelSettings(tensor_model_parallel_size=ranks, pipeline_model_parallel_size=int(stages))
     initialize.start(parallel, seed=1)
@@ -40,7 +39,3 @@ def main(source: str, target: str, stages: str = "1") -> None:
     if dist.get_rank() == 0:
         torch.save(results, target)
     initialize.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

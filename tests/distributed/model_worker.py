@@ -1,4 +1,4 @@
-"""One tensor-parallel rank of `test_model.py`: ``model_worker.py INPUT OUTPUT``, alone or under torchrun.
+"""One tensor-parallel rank of `test_model.py`: ``main(INPUT, OUTPUT)`` in the fork server.
 
 INPUT holds cases, each with unsharded parameters and a packed sequence. For every case this builds the package's
 model, gives it its part of the parameters, and writes to OUTPUT what it computes, unsharded again.
@@ -7,7 +7,6 @@ model, gives it its part of the parameters, and writes to OUTPUT what it compute
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -94,7 +93,3 @@ def main(source: str, target: str) -> None:
     if dist.get_rank() == 0:
         torch.save(results, target)
     initialize.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

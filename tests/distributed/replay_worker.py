@@ -1,10 +1,9 @@
-"""One tensor-parallel process of `test_replay.py`: ``replay_worker.py INPUT OUTPUT``. Decodes, and scores every
+"""One tensor-parallel process of `test_replay.py`: ``main(INPUT, OUTPUT)``. Decodes, and scores every
 decoding through the packed layout."""
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -59,7 +58,3 @@ def main(source: str, target: str) -> None:
     if dist.get_rank() == 0:
         torch.save(results, target)
     initialize.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

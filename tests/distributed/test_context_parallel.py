@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from tests.distributed.test_invariance import ELBO, PP2, PREFERENCE, RECOMPUTE, SELECTIVE, SFT, SHARDED, TP2, Layout
-from tests.support import launch, oracles
+from tests.support import oracles
 from tests.support.launch import disagreements, layout_metrics, uneven_pairs
 from tests.unit.test_attention import oracle_mask, random_qkv, random_sequence
 from tests.unit.test_sharding import assigned
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-WORKER = Path(__file__).with_name("context_worker.py")
 CP2 = {"context_parallel_size": 2}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 ANCHOR, BF16 = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {"bf16": True}
@@ -75,16 +74,14 @@ def test_bf16_is_close(folder, server):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in alone], rel=0.02)
 
 
-def test_attention_across_processes_equals_the_dense_softmax(tmp_path):
+def test_attention_across_processes_equals_the_dense_softmax(server, tmp_path):
     sequence, rows = assigned(random_sequence(2, padding=1), 2)
     ours = [t.detach() for t in random_qkv(len(sequence), 4, 2)]
     theirs = random_qkv(len(sequence), 4, 2)
     upstream = torch.randn(len(sequence), 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     case = {"rows": rows, "coordinates": sequence.coordinates(), "block_size": sequence.block_size, "qkv": ours}
     torch.save({**case, "upstream": upstream}, tmp_path / "case.pt")
-    command = [str(WORKER), str(tmp_path / "case.pt"), str(tmp_path / "result.pt")]
-    finished = launch.Job({}, tmp_path / "log", 2, command).wait()
-    assert finished.status == 0, finished.output
+    server.call("tests.distributed.context_worker", tmp_path / "case.pt", tmp_path / "result.pt", processes=2)
     result = torch.load(tmp_path / "result.pt")
 
     expected = oracles.dense_attention(*theirs, oracle_mask(sequence), 0.3)

@@ -18,7 +18,6 @@ from tests.support import launch, oracles
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-WORKER = Path(__file__).with_name("conversion_worker.py")
 GGUF_WORKER = Path(__file__).with_name("smollm2_worker.py")
 
 # What a folder's own code is to the converter: files that it copies. transformers runs them when it is allowed to.
@@ -35,12 +34,15 @@ class ForCausalLM(Qwen2ForCausalLM):
 """
 
 
-def megatron(folder: Path, tokens: torch.Tensor, block_size: int, greedy: int = 0, ranks: int = 1) -> dict:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("function")
+
+
+def megatron(server, folder: Path, tokens: torch.Tensor, block_size: int, greedy: int = 0, ranks: int = 1) -> dict:
     case, target = folder.with_name(f"case{ranks}.pt"), folder.with_name(f"result{ranks}.pt")
     torch.save({"folder": str(folder), "tokens": tokens, "block_size": block_size, "greedy": greedy}, case)
-    command = [str(WORKER), str(case), str(target)]
-    result = launch.Job({}, folder.with_name(f"worker{ranks}.log"), ranks, command).wait(timeout=240)
-    assert result.status == 0, result.output
+    server.call("tests.distributed.conversion_worker", case, target, processes=ranks)
     return torch.load(target)
 
 
@@ -51,7 +53,7 @@ def block_causal(length: int, block_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_logits(tmp_path, tied, ranks):
+def test_logits(server, tmp_path, tied, ranks):
     from transformers import AutoModelForCausalLM
 
     source = folders.write_folder(tmp_path / "hf", tied=tied, shards=2)
@@ -71,7 +73,7 @@ def test_logits(tmp_path, tied, ranks):
     tokens = torch.randint(0, folders.SHAPE["vocabulary"], (40,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = oracles.qwen2_logits(model, tokens, torch.arange(40), block_causal(40, 8))
-    found = megatron(tmp_path / "megatron", tokens, 8, ranks=ranks)["logits"]
+    found = megatron(server, tmp_path / "megatron", tokens, 8, ranks=ranks)["logits"]
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -107,7 +109,7 @@ def smollm2(tmp_path_factory) -> Path:
     return root / "hf"
 
 
-def test_real_weights(smollm2, tmp_path):
+def test_real_weights(server, smollm2, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import_checkpoint(smollm2, tmp_path / "megatron", ImportOptions(add_mask_token=True, progress=False))
@@ -125,7 +127,7 @@ def test_real_weights(smollm2, tmp_path):
     with torch.no_grad():
         expected = model(tokens[None]).logits[0]
         continued = model.generate(tokens[None], max_new_tokens=12, do_sample=False)[0]
-    found = megatron(tmp_path / "megatron", tokens, 1, greedy=12)
+    found = megatron(server, tmp_path / "megatron", tokens, 1, greedy=12)
     torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-3)
     assert found["tokens"].tolist() == continued.tolist()
     assert "Paris" in tokenizer.decode(continued)

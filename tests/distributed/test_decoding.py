@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
 
 from tests.support import oracles
-from tests.support.launch import REPOSITORY, _environment
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -55,7 +52,12 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> dict:
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("decoding")
+
+
+@pytest.fixture(scope="module")
+def job() -> dict:
     model = peer()
     parameters = megatron_from_qwen2(model.state_dict(), heads=4, groups=2, tied=False)
     cases = [
@@ -80,23 +82,11 @@ def expected(job) -> dict:
         }
 
 
-def decode(job: dict, folder, processes: int, stages: int = 1) -> list:
-    source, target, log = folder / "job.pt", folder / "out.pt", folder / "log.txt"
-    torch.save(job, source)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "tests.distributed.decoding_worker",
-        str(source),
-        str(target),
-        str(stages),
-    ]
-    with log.open("wb") as file:
-        status = subprocess.run(command, stdout=file, stderr=file, env=_environment(), cwd=REPOSITORY, timeout=400)
-    assert status.returncode == 0, log.read_text()
-    return torch.load(target, weights_only=False)
+def decode(server, job: dict, folder, processes: int, stages: int = 1) -> list:
+    torch.save(job, folder / "job.pt")
+    worker = "tests.distributed.decoding_worker"
+    server.call(worker, folder / "job.pt", stages, folder / "out.pt", processes=processes)
+    return torch.load(folder / "out.pt", weights_only=False)
 
 
 # Across processes one prompt at a time is slow, and the same code as five: one setting of it will do there; under a
@@ -109,9 +99,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("processes", "stages", "choose"), LAYOUTS.values(), ids=LAYOUTS)
-def test_cached_decoding_is_decoding_without_cache(job, expected, tmp_path, processes, stages, choose):
+def test_cached_decoding_is_decoding_without_cache(server, job, expected, tmp_path, processes, stages, choose):
     part = dict(job, cases=choose(job["cases"]))
-    results = decode(part, tmp_path, processes, stages)
+    results = decode(server, part, tmp_path, processes, stages)
     for case, completions in zip(part["cases"], results, strict=True):
         setting = {key: value for key, value in case["options"].items() if key != "max_new_tokens"}
         for prompt, got, (tokens, steps) in zip(
@@ -120,10 +110,10 @@ def test_cached_decoding_is_decoding_without_cache(job, expected, tmp_path, proc
             assert (got.tokens, got.steps) == (tokens, steps), (case, len(prompt))
 
 
-def test_prompts_through_flex_attention_give_the_same_tokens(job, expected, tmp_path):
+def test_prompts_through_flex_attention_give_the_same_tokens(server, job, expected, tmp_path):
     """What a GPU does: prompts padded to few lengths, one call a layer. Uncompiled here, which is a dense oracle."""
     part = dict(job, cases=job["cases"][1::9], attention_backend="flex")
-    for case, completions in zip(part["cases"], decode(part, tmp_path, 1), strict=True):
+    for case, completions in zip(part["cases"], decode(server, part, tmp_path, 1), strict=True):
         setting = {key: value for key, value in case["options"].items() if key != "max_new_tokens"}
         assert [(got.tokens, got.steps) for got in completions] == expected[tuple(setting.items())]
 

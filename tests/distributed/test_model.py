@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.diffusion.estimators import NoiseRequest, dtrpo, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
-from tests.support import launch, oracles
+from tests.support import oracles
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-WORKER = Path(__file__).with_name("model_worker.py")
 VOCABULARY, MASK, B = 64, 63, 4
 SHAPE = dict(hidden_size=32, ffn_hidden_size=48, heads=8, groups=4)
 ROTARY_BASE = 10000.0
@@ -69,6 +66,11 @@ def megatron(named, tied: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
 def sequence():
     return packed_sequence()
 
@@ -89,7 +91,7 @@ def expected(sequence):
 
 
 @pytest.fixture(scope="module")
-def case_file(sequence, tmp_path_factory):
+def case_file(sequence, folder):
     cases = {}
     for name, (tied, parallel, logit_rows) in CASES.items():
         settings = dict(
@@ -113,20 +115,18 @@ def case_file(sequence, tmp_path_factory):
             sequence=sequence,
             seed=21,
         )
-    path = tmp_path_factory.mktemp("model") / "cases.pt"
+    path = folder / "cases.pt"
     torch.save(cases, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def results(case_file):
+def results(case_file, server):
     """Tensor-parallel size -> what `model_worker.py` wrote."""
     out = {}
     for ranks in (1, 2):
         target = case_file.with_name(f"tp{ranks}.pt")
-        command = [str(WORKER), str(case_file), str(target)]
-        result = launch.Job({}, case_file.with_name(f"tp{ranks}.log"), ranks, command).wait(timeout=150)
-        assert result.status == 0, result.output
+        server.call("tests.distributed.model_worker", case_file, target, processes=ranks)
         out[ranks] = torch.load(target)
     return out
 

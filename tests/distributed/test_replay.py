@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 from collections import defaultdict
 
 import pytest
 import torch
 
 from tests.support import oracles
-from tests.support.launch import REPOSITORY, _environment
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -58,19 +55,18 @@ def peer():
     return model
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("replay")
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
-def results(request, peer, tmp_path_factory) -> list:
+def results(request, peer, server, folder) -> list:
     """Per options and prompt: the completion, and (position, log-probability) by the packed layout."""
-    folder = tmp_path_factory.mktemp("replay")
     parameters = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
     job = {"model": MODEL, "parameters": parameters, "prompts": prompts(), "options": OPTIONS}
     torch.save(job | {"vocab_size": VOCAB, "mask_id": MASK, "end_ids": END_IDS}, folder / "job.pt")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    command = [sys.executable, *launcher, "-m", "tests.distributed.replay_worker", "job.pt", "out.pt"]
-    command[-2:] = [str(folder / name) for name in command[-2:]]
-    with (folder / "log.txt").open("wb") as file:
-        status = subprocess.run(command, stdout=file, stderr=file, env=_environment(), cwd=REPOSITORY, timeout=300)
-    assert status.returncode == 0, (folder / "log.txt").read_text()
+    server.call("tests.distributed.replay_worker", folder / "job.pt", folder / "out.pt", processes=request.param)
     return torch.load(folder / "out.pt", weights_only=False)
 
 

@@ -5,8 +5,9 @@ one job a line, ``{"arguments": [...], "processes": 2, "log": FILE}``, and answe
 their end with their exit statuses. As torchrun does, it asks the others to end when one has failed, and kills them
 half a minute later.
 
-A job may name another ``verb``, e.g. ``generate``, and ``events``: what happens to which ranks in the middle of it,
-each ``[before, call, action, ranks]``: before that call, from 1, of the function ``module:name``.
+A job may name another ``verb``, e.g. ``generate``, or a ``module`` whose ``main(*arguments)`` is called instead, and
+``events``: what happens to which ranks in the middle of it, each ``[before, call, action, ranks]``: before that call,
+from 1, of the function ``module:name``.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def _fork(rank: int, job: dict, port: int) -> int:
 
 
 def _run(job: dict) -> int:
+    if "module" in job:
+        return importlib.import_module(job["module"]).main(*job["arguments"]) or 0
     return importlib.import_module(VERBS[job.get("verb", "train")][0]).main(job["arguments"])
 
 

@@ -230,6 +230,13 @@ class ForkServer:
         assert answer, f"no end within {timeout} s:\n{output}"
         return json.loads(answer), output
 
+    def call(self, module: str, *arguments: Path | str, processes: int = 1, timeout: float = 240) -> None:
+        """Calls ``main(*arguments)`` of a test's module in every rank. Output goes beside the last argument, a file."""
+        log = Path(arguments[-1]).with_suffix(".log")
+        words = {"module": module, "arguments": list(map(str, arguments))}
+        statuses, output = self.run({}, log, processes, timeout, **words)
+        assert statuses == [0] * processes, output
+
     def _kill_when(self, moment: Callable[[], bool], delay: float, ranks: list[int], timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not moment() and time.monotonic() < deadline:

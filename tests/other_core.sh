@@ -14,7 +14,14 @@ bash requirements/setup_cpu.sh
 release=${1:-0.19.2}
 shift || true
 if [ $# = 0 ]; then
-    set -- tests/unit/test_model.py
+    # Model, precision, planning; then resume, scoring, conversion, decoding and interleaving in several processes.
+    set -- tests/unit/test_{versions,precision,planning,recomputation,optimizer_state,step,conversion}.py \
+        tests/distributed/test_{model,resume,scoring,decoding,interleaving,conversion_layouts,conversion_function}.py
+fi
+
+if .venv/bin/python -c "from importlib.metadata import version; raise SystemExit(version('megatron-core') != '$release')"; then
+    echo "megatron-core $release is what .venv has: bash tests/run.sh runs everything on it" >&2
+    exit 0
 fi
 
 # An environment of its own in front of .venv, so that processes that tests start have it, too.

@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 def test_every_line_of_the_matrix_says_what_was_read_what_was_run_and_where():
     text = (REPOSITORY / "docs" / "status.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    table = [line for line in text.split("## Features")[1].splitlines() if line.startswith("|")]
     assert table[0] == "| what | read | run | where |" and len(table) > 20
     for line in table[2:]:
         what, _, run, where = (cell.strip() for cell in line.strip("|").split("|"))

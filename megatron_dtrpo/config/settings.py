@@ -41,6 +41,7 @@ class ModelSettings:
     rotary_base: float = setting(1000000.0, "Base of the rotary angles (rope_theta).")
     norm_epsilon: float = setting(1e-6, "Epsilon of the RMS norms.", at_least=0)
     add_qkv_bias: bool = setting(True, "Biases on the query, key and value projections, as Qwen2 has.")
+    qk_layernorm: bool = setting(False, "RMS norms of queries and keys over the width of a head, as Qwen3 has.")
     untie_embeddings_and_output_weights: bool = setting(True, "Separate embedding and output matrices.")
     init_method_std: float = setting(0.02, "Standard deviation of random initial weights.", at_least=0)
     vocab_size: int | None = setting(None, "Vocabulary before padding; default: the tokenizer's.", at_least=1)
@@ -49,7 +50,7 @@ class ModelSettings:
         "Pad the vocabulary to a multiple of this, whatever the layout, so that TP does not change the model.",
         at_least=1,
     )
-    block_size: int = setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size).", at_least=1)
+    block_size: int = setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size, SDAR's block_size).", at_least=1)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -207,7 +208,7 @@ class ObjectiveChoices:
     block_start: str | None = setting(
         None,
         "Where a block's first token is read: the clean pass, as the decoder does (default for preference), or the "
-        "noisy view, as Fast-dLLM v2 trains (default for sft).",
+        "noisy view, as Fast-dLLM v2 trains (default for sft). Families of prediction shift 0 have no such choice.",
         ("clean", "noisy"),
     )
     num_views: int | None = setting(

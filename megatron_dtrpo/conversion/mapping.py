@@ -86,6 +86,7 @@ STATEFUL_IN_LAYER = tuple(
         "mlp.linear_fc2",
     )
 )
+_QK_NORMS = tuple(f"decoder.layers.{{n}}.self_attention.{letter}_layernorm" for letter in "qk")
 
 
 def _tensor(name: str, rule: Rule, layer: int | None, model: ModelSettings, of: dict[str, int]) -> MegatronTensor:
@@ -159,5 +160,6 @@ def segments_between(tensor: MegatronTensor, start: int, stop: int) -> list[tupl
 
 
 def stateful_keys(model: ModelSettings) -> list[str]:
-    layers = [pattern.format(n=layer) for layer in range(model.num_layers) for pattern in STATEFUL_IN_LAYER]
+    patterns = STATEFUL_IN_LAYER + (_QK_NORMS if model.qk_layernorm else ())
+    layers = [pattern.format(n=layer) for layer in range(model.num_layers) for pattern in patterns]
     return [*STATEFUL, *layers]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _QKV_BIAS = "decoder.layers.*.self_attention.linear_qkv.bias"
+_Q_NORM, _K_NORM = (f"decoder.layers.*.self_attention.{letter}_layernorm.weight" for letter in "qk")
 
 
 class Shape(NamedTuple):
@@ -32,8 +33,8 @@ SHAPES = {
     "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight": Shape(("hidden",), None, False),
     "decoder.layers.*.self_attention.linear_qkv.weight": Shape(("query", "key", "key"), "hidden", True),
     _QKV_BIAS: Shape(("query", "key", "key"), None, True),
-    "decoder.layers.*.self_attention.q_layernorm.weight": Shape(("head",), None, False),
-    "decoder.layers.*.self_attention.k_layernorm.weight": Shape(("head",), None, False),
+    _Q_NORM: Shape(("head",), None, False),
+    _K_NORM: Shape(("head",), None, False),
     "decoder.layers.*.self_attention.linear_proj.weight": Shape(("hidden",), "query", True),
     "decoder.layers.*.mlp.linear_fc1.layer_norm_weight": Shape(("hidden",), None, False),
     "decoder.layers.*.mlp.linear_fc1.weight": Shape(("ffn", "ffn"), "hidden", True),
@@ -45,6 +46,8 @@ SHAPES = {
 # Parameters that a model has only under a setting.
 _CONDITIONS = {
     _QKV_BIAS: lambda model: model.add_qkv_bias,
+    _Q_NORM: lambda model: model.qk_layernorm,
+    _K_NORM: lambda model: model.qk_layernorm,
     HEAD: lambda model: model.untie_embeddings_and_output_weights,
 }
 

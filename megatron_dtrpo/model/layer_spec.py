@@ -29,15 +29,18 @@ def _with_our_attention(spec: ModuleSpec) -> ModuleSpec:
     return spec
 
 
-def _local_layer_spec() -> ModuleSpec:
-    spec = _with_our_attention(get_gpt_layer_local_spec(normalization="RMSNorm"))
+def _local_layer_spec(qk_layernorm: bool) -> ModuleSpec:
+    spec = _with_our_attention(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm))
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    if qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 
-def _transformer_engine_layer_spec() -> ModuleSpec:
-    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec())
+def _transformer_engine_layer_spec(qk_layernorm: bool) -> ModuleSpec:
+    return _with_our_attention(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm))
 
 
 def _transformer_engine_norm() -> type:
@@ -62,13 +65,15 @@ class LayerSpec(ModuleSpec):
 
     def __call__(self, args=None, config=None, vp_stage=None) -> ModuleSpec:
         """A spec with the backend that ``args`` names (itself, or as ``args.transformer_impl``); default: Transformer
-        Engine's where it is installed and there is a GPU."""
+        Engine's where it is installed and there is a GPU. With norms of queries and keys where ``config.qk_layernorm``
+        or else ``args.qk_layernorm`` says so."""
         named = args if isinstance(args, str) else getattr(args, "transformer_impl", None)
-        return BACKENDS[named or default_transformer_impl()][0]()
+        source = args if config is None else config
+        return BACKENDS[named or default_transformer_impl()][0](getattr(source, "qk_layernorm", False))
 
 
 def _default_layer_spec() -> LayerSpec:
-    spec = BACKENDS[default_transformer_impl()][0]()
+    spec = BACKENDS[default_transformer_impl()][0](False)
     return LayerSpec(module=spec.module, params=spec.params, submodules=spec.submodules)
 
 
@@ -79,4 +84,4 @@ def block_diffusion_block_spec(config: TransformerConfig, vp_stage: int | None =
     """The spec of this pipeline stage's layers and of the final norm, with the backend that ``config`` names."""
     layer_spec, final_norm = BACKENDS[config.transformer_impl]
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=final_norm())
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config.qk_layernorm)] * layers, layer_norm=final_norm())

@@ -26,6 +26,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to ``[..., h]``."""
+        # A key is a view of the fused projection's output, all of which it would keep for its gradient.
+        x = x.contiguous()
         if speed.is_on() and cpu_kernels.supports(x):
             return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return super().forward(x)

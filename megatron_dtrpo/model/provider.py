@@ -33,7 +33,7 @@ def _interleaving(parallel: ParallelSettings) -> dict:
 
 
 def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> TransformerConfig:
-    """megatron-core's configuration of a Qwen2-shaped transformer."""
+    """megatron-core's configuration of a transformer shaped as Qwen2 or Qwen3."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -47,6 +47,7 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,

@@ -96,6 +96,8 @@ class LayerActivations:
     """Both norms' outputs and the residual stream between them."""
     attention: int
     """Rotated queries and keys, values, the attention's output and its log-sum-exp."""
+    qk_norms: int
+    """Queries and keys before their norms, and the norms' scales, one a head; nothing without such norms."""
     rotary: int
     """Cosines and sines, made anew for queries and for keys in every layer; the fused kernel keeps the angles, of which
     all layers have one copy. (Left to the machine, it is not counted on.)"""
@@ -104,7 +106,7 @@ class LayerActivations:
 
     @property
     def total(self) -> int:
-        return self.inputs + self.norms + self.attention + self.rotary + self.mlp
+        return self.inputs + self.norms + self.attention + self.qk_norms + self.rotary + self.mlp
 
 
 def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> LayerActivations:
@@ -115,11 +117,12 @@ def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: 
     narrow = 1 if parallel.fp8_format else width
     local = tokens // tp if parallel.sequence_parallel else tokens
     h, f, (q, k) = model.hidden_size, model.ffn_hidden_size, parameters.widths(model)
-    heads = model.num_attention_heads
+    heads, groups = model.num_attention_heads, model.num_query_groups
     return LayerActivations(
         inputs=width * local * h,
         norms=2 * narrow * local * h + width * local * h,
         attention=(width * tokens * (2 * q + 2 * k) + 4 * tokens * heads) // tp,
+        qk_norms=(width * tokens * (q + k) + 4 * tokens * (heads + groups)) // tp if model.qk_layernorm else 0,
         rotary=0 if parallel.apply_rope_fusion else 4 * width * tokens * model.kv_channels,
         mlp=(width * tokens * 2 * f + narrow * tokens * f) // tp,
     )

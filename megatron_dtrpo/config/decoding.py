@@ -8,8 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class DecodingOptions:
     """``small_block_size`` divides the block size. With ``sub_block_cache`` the passes of a sub-block after its first
-    token is known compute that sub-block only, against keys and values that its last whole-block pass left: Fast-dLLM
-    v2's approximation. ``temperature`` 0 is greedy, and then ``top_p`` has no effect."""
+    one (with prediction shift 1: after its first token is known) compute that sub-block only, against keys and values
+    that its last whole-block pass left: Fast-dLLM v2's approximation. ``temperature`` 0 is greedy, and then ``top_p``
+    has no effect."""
 
     max_new_tokens: int = 512
     threshold: float = 0.9

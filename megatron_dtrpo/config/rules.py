@@ -12,6 +12,7 @@ from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_named
 
 
 def _demand(condition, message: str) -> None:
@@ -26,10 +27,17 @@ def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     )
 
 
-def fill_objective_defaults(objective: ObjectiveSettings) -> None:
+def chooses_block_start(family: str) -> bool:
+    """Whether a block's first token may be read in two places: only where the row before it predicts it."""
+    return family_named(family).prediction_shift == 1
+
+
+def fill_objective_defaults(objective: ObjectiveSettings, has_block_start: bool = True) -> None:
+    """``has_block_start``: of `chooses_block_start`."""
     kind = OBJECTIVES[objective.objective]
     objective.estimator = objective.estimator or kind.estimator
-    objective.block_start = objective.block_start or kind.block_start
+    if has_block_start:
+        objective.block_start = objective.block_start or kind.block_start
     objective.loss_type = objective.loss_type or ["sigmoid"]
     if objective.num_views is None:
         objective.num_views = ESTIMATORS[objective.estimator].default_views
@@ -38,7 +46,14 @@ def fill_objective_defaults(objective: ObjectiveSettings) -> None:
 def _fill_defaults(config: Config) -> None:
     """Resolves the defaults that depend on another setting."""
     model = config.model
-    fill_objective_defaults(config.objective)
+    mismatch = family_named(model.family).mismatch(model)
+    _demand(mismatch is None, f"{mismatch}: change {(mismatch or '').partition(' ')[0]} or family")
+    _demand(
+        config.objective.block_start is None or chooses_block_start(model.family),
+        f"block_start {config.objective.block_start}: a model of family {model.family} predicts every token at its own "
+        "row: leave it out",
+    )
+    fill_objective_defaults(config.objective, chooses_block_start(model.family))
     if model.num_query_groups is None:
         model.num_query_groups = model.num_attention_heads
     if model.kv_channels is None:
@@ -81,7 +96,7 @@ def validate(config: Config, world_size: int) -> int:
         _multiple("seq_length", data.seq_length, "context_parallel_size x block_size =", cp * model.block_size)
     _demand(model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} is odd: rotary angles need an even width")
     _demand(
-        model.block_size > 1 or objective.block_start == "noisy",
+        model.block_size > 1 or objective.block_start != "clean",
         "block_size 1 with block_start clean leaves nothing to unmask: choose a larger block_size",
     )
     if parallel.sequence_parallel:
@@ -112,7 +127,7 @@ def validate(config: Config, world_size: int) -> int:
         f"estimator {objective.estimator} does not fit objective {objective.objective}: leave it out or choose another",
     )
     _demand(
-        objective.block_start in estimator.block_starts,
+        objective.block_start is None or objective.block_start in estimator.block_starts,
         f"estimator {objective.estimator} with block_start {objective.block_start} is biased: it would read a block's "
         "first token from a block that is itself half masked, which no decoding does: give --block-start clean",
     )

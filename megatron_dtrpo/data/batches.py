@@ -32,6 +32,7 @@ from megatron_dtrpo.diffusion.layout import (
     packed_length,
     turn_blocks,
 )
+from megatron_dtrpo.families.registry import family_of
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,19 @@ class Decoded:
 class Noising:
     """How examples become packed documents; the same for training, reference scores and evaluation.
 
-    ``stream`` is the sign of the views' numbers: another stream is other noise of the same kind.
+    ``stream`` is the sign of the views' numbers: another stream is other noise of the same kind. ``shift`` and
+    ``block_start``: where a prediction is read, see `lay_out`.
     """
 
     estimator: str
     options: EstimatorOptions
     num_views: int
-    block_start: str
+    block_start: str | None
     block_size: int
     mask_id: int
     seed: int
     stream: int = POLICY
+    shift: int = 1
 
     @classmethod
     def from_config(cls, config: Config, mask_id: int) -> Noising:
@@ -78,6 +81,7 @@ class Noising:
             block_size=config.model.block_size,
             mask_id=mask_id,
             seed=config.optimizer.seed,
+            shift=family_of(config.model).prediction_shift,
         )
 
     def for_reference(self) -> Noising:
@@ -98,7 +102,7 @@ class Noising:
         """Packed tokens of every example, int64 ``[n]``."""
         prompt, responses = (lengths.astype(np.int64) for lengths in store.lengths)
         if self.kind.every_step:
-            copies = noisy_copies(store, self.block_size)
+            copies = noisy_copies(store, self.block_size, self.block_start)
         else:
             views = total_views(self.estimator, self.num_views, self.options)
             copies = views * turn_block_counts(store, self.block_size)
@@ -140,6 +144,7 @@ class Noising:
             block_size=self.block_size,
             mask_id=self.mask_id,
             block_start=self.block_start,
+            shift=self.shift,
             behind=[(one.discarded[:, 0], one.discarded[:, 1]) for one in recorded or ()],
             every_step=self.kind.every_step,
             turns=turns,

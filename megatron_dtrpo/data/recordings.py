@@ -28,12 +28,13 @@ def starts_alone(steps: np.ndarray, prompt_length: int, block_size: int) -> bool
     return bool((steps[others] > steps[start[others]]).all())
 
 
-def fits_last_block(example: Example, response: int, block_size: int) -> bool:
+def fits_last_block(example: Example, response: int, block_size: int, block_start: str | None) -> bool:
     """Whether what was thrown away lies in the response's last block and was written while that was decoded."""
     prompt_length, steps = len(example.prompt), example.steps[response]
     discarded = example.discarded[response]
     stop = round_up(prompt_length + len(steps), block_size) - prompt_length  # of the last block, in places
-    earlier = steps[: max(stop - block_size + 1, 0)]  # of the blocks before, and of this one's first token
+    # Of the blocks before, and of this one's first token where that is a step of its own.
+    earlier = steps[: max(stop - block_size + (block_start == "clean"), 0)]
     return bool((discarded[:, 0] < stop).all() and (discarded[:, 2] > earlier.max(initial=-1)).all())
 
 
@@ -51,7 +52,7 @@ def require_recordings(store: TokenStore, who: str) -> None:
         )
 
 
-def require_steps(store: TokenStore, indices: Iterable[int], block_size: int) -> None:
+def require_steps(store: TokenStore, indices: Iterable[int], block_size: int, block_start: str | None) -> None:
     """Raises UserError naming the first of ``indices`` whose steps no decoder of these blocks takes."""
     for index in indices:
         example = store[int(index)]
@@ -59,9 +60,12 @@ def require_steps(store: TokenStore, indices: Iterable[int], block_size: int) ->
             steps, prompt_length = example.steps[number], len(example.prompt)
             for holds, problem in (
                 (blocks_in_order(steps, prompt_length, block_size), "steps do not increase from block to block"),
-                (starts_alone(steps, prompt_length, block_size), "steps do not begin with the first token in a block"),
                 (
-                    fits_last_block(example, number, block_size),
+                    block_start != "clean" or starts_alone(steps, prompt_length, block_size),
+                    "steps do not begin with the first token in a block",
+                ),
+                (
+                    fits_last_block(example, number, block_size, block_start),
                     "discarded holds tokens of another block than the last one",
                 ),
             ):
@@ -75,21 +79,23 @@ def require_steps(store: TokenStore, indices: Iterable[int], block_size: int) ->
 _CHUNK = 4096  # examples whose steps are sorted at once
 
 
-def noisy_copies(store: TokenStore, block_size: int) -> np.ndarray:
-    """Noisy blocks that replay every step of every response, int64 [n, responses]: the steps that wrote each block, its
-    first token left out. Every example is recorded."""
+def noisy_copies(store: TokenStore, block_size: int, block_start: str | None) -> np.ndarray:
+    """Noisy blocks that replay every step of every response, int64 [n, responses]: the steps that wrote each block,
+    its first token left out with ``block_start="clean"``. Every example is recorded."""
     chunks = range(0, len(store), _CHUNK)
-    return np.concatenate([_copies(store, first, min(first + _CHUNK, len(store)), block_size) for first in chunks])
+    is_alone = block_start == "clean"
+    copies = [_copies(store, first, min(first + _CHUNK, len(store)), block_size, is_alone) for first in chunks]
+    return np.concatenate(copies)
 
 
-def _copies(store: TokenStore, first: int, stop: int, block_size: int) -> np.ndarray:
+def _copies(store: TokenStore, first: int, stop: int, block_size: int, starts_alone: bool) -> np.ndarray:
     steps, lengths = store.recorded(first, stop)
     examples, parts = lengths.shape
     part = np.repeat(np.arange(examples * parts), lengths.ravel())
     start = np.repeat(lengths.cumsum() - lengths.ravel(), lengths.ravel())
     prompt = np.repeat(lengths[:, 0], lengths.sum(1))
     position = prompt + np.arange(len(steps)) - start
-    read = (part % parts > 0) & (position % block_size > 0)
+    read = (part % parts > 0) & ((position % block_size > 0) | (not starts_alone))
     thrown = store.discarded(first, stop).astype(np.int64)
     thrown_part = (thrown[:, 0] - first) * parts + 1 + thrown[:, 1]
     part = np.concatenate([part[read], thrown_part])

@@ -5,7 +5,9 @@ step: those whose confidence exceeds a threshold, and always the surest. A full 
 more, clean: that pass fills the key/value cache for good, and its last row predicts the next block's first token.
 
 `Decoding.next_pass` says what the model is to compute, `Decoding.update` takes the predictions. Positions are
-absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1.
+absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1. In a model of
+prediction shift 0 it is read from the row of p itself: a block's first token is masked as the others are, and the clean
+pass fills the cache and predicts nothing.
 
 Once an end token is written, the tokens behind it in the block return to ``[MASK]``, which training sees there
 (`layout.lay_out`). The model saw those that earlier steps had written: they are part of the recorded trajectory, as
@@ -79,8 +81,11 @@ class Decoding:
         mask_id: int,
         end_ids: frozenset[int],
         max_positions: int,
+        shift: int = 1,
     ):
-        """``prompt``: P >= 1 token ids, P < max_positions. No position from ``max_positions`` on is written."""
+        """``prompt``: P >= 1 token ids, P < max_positions. No position from ``max_positions`` on is written. ``shift``:
+        of `Family.prediction_shift`."""
+        self.shift = shift
         self.options, self.block_size, self.mask_id, self.end_ids = options, block_size, mask_id, end_ids
         self.prompt_length = len(prompt)
         self.limit = min(self.prompt_length + options.max_new_tokens, max_positions)
@@ -95,19 +100,19 @@ class Decoding:
         self.finished = False
         # Where the clean tokens begin that the cache does not hold yet; None: it holds all before the block.
         self._clean_start = 0 if self.block > 0 else None
-        self._whole_block_cached = False
+        self._refreshed: int | None = None  # the sub-block whose first pass was the last one over the whole block
         self._asked: list[int] = []
 
     def next_pass(self) -> Pass:
         """What is to be computed next; only while not `finished`."""
         if self._clean_start is not None:
             start, count, visible = self._clean_start, self.block - self._clean_start, self.block
-            # The block's first token is predicted here, unless the prompt holds it.
-            self._asked = [self.block] if self.block >= self.prompt_length else []
+            # Its last row predicts the block's first token, if any, unless the prompt holds it.
+            self._asked = [self.block] if self.shift and self.block >= self.prompt_length else []
         else:
             start, count = self._noisy_extent()
             visible = self.block + self.block_size
-        rows = [position - 1 - start for position in self._asked]
+        rows = [position - self.shift - start for position in self._asked]
         return Pass(start, self.tokens[start : start + count], rows, visible)
 
     def _noisy_extent(self) -> tuple[int, int]:
@@ -115,8 +120,9 @@ class Decoding:
         masked, size = self._masked(), self.options.small_block_size
         sub_start = masked[0] // size * size
         self._asked = [position for position in masked if position < sub_start + size]
-        approximate = self.options.sub_block_cache and self._whole_block_cached and masked[0] > sub_start
-        self._whole_block_cached = True
+        within = masked[0] - self.shift >= sub_start  # the rows that are read lie in the sub-block
+        approximate = self.options.sub_block_cache and self._refreshed == sub_start and within
+        self._refreshed = sub_start
         return (sub_start, size) if approximate else (self.block, self.block_size)
 
     def update(self, tokens: Sequence[int], confidence: Tensor) -> None:
@@ -180,7 +186,7 @@ class Decoding:
             return
         self._clean_start, self.block = self.block, following
         self._append_masks(self.block_size)
-        self._whole_block_cached = False
+        self._refreshed = None
 
     def _append_masks(self, count: int) -> None:
         self.tokens += [self.mask_id] * count

@@ -76,11 +76,11 @@ class Blocks:
         lie behind its end, in its last block."""
         grid.view(-1)[self.prompt_length - self.start + place] = values
 
-    def maskable(self, block_start: str) -> Tensor:
+    def maskable(self, block_start: str | None) -> Tensor:
         """Bool ``[n, B]``: the response tokens that noise may mask.
 
         With ``block_start="clean"`` the first token of a block is a decoding step of its own, read from the clean
-        pass, and stays visible in every noisy view.
+        pass, and stays visible in every noisy view. None: as ``"noisy"``, see `lay_out`.
         """
         maskable = self.is_response()
         if block_start == "clean":
@@ -181,7 +181,8 @@ def lay_out(
     *,
     block_size: int,
     mask_id: int,
-    block_start: str,
+    block_start: str | None,
+    shift: int = 1,
     behind: Sequence[tuple[Tensor, Tensor]] = (),
     every_step: bool = False,
     turns: Sequence[Turns] | None = None,
@@ -197,10 +198,11 @@ def lay_out(
             weight 0 are not read.
         block_start: ``"clean"`` reads the first token of a block from the clean pass, weight 1, once for all views;
             ``"noisy"`` reads it, as any other token, from the row before it in its own view, or from the prompt
-            where the block before is all prompt.
+            where the block before is all prompt. None with ``shift`` 0, where there is nothing to choose.
+        shift: 1 where a token is predicted by the row before it, 0 where by its own row (`Family.prediction_shift`).
         behind: per response places, counted from the response's first token, and ids, int64 ``[d]`` each, of tokens
             behind its end that ``masked`` shows in some view.
-        every_step: leaves out the noisy copies of blocks that nothing is read from; with ``block_start="clean"`` only.
+        every_step: leaves out the noisy copies of blocks that nothing is read from; not with ``block_start="noisy"``.
         turns: per response, the parts that the assistant writes, in order, the last up to its end; default: all of it.
         steps: per response, of one turn each, int64 ``[n, B]``: the recorded step that wrote each token.
     """
@@ -246,9 +248,10 @@ def lay_out(
                 noisy = written.masked_fill(hidden[k, own].flatten(), mask_id)
                 parts.append(_run(noisy[kept], r + 1, number * views + k + 1, position[kept]))
                 read = weights.nonzero().squeeze(1)
-                # The token shift: the row before. What lies before the turn's first block is clean.
+                # What lies before the turn's first block is clean.
                 row = length - 1 + kept.cumsum(0)
-                rows = torch.where(read == 0, clean_row[blocks.start - 1], row[read - 1])
+                source = read - shift
+                rows = torch.where(source < 0, clean_row[blocks.start - 1], row[source])
                 step = steps[r].flatten()[read] if len(steps) else torch.full_like(read, k + 1)
                 targets.append((rows, written[read], weights[read].double(), r, position[read] // B, step))
                 length += int(kept.sum())

@@ -63,10 +63,12 @@ class Family:
     parameters: Mapping[str, Rule]
     """Megatron's name of each parameter that a model of this family may have, in the model's order, and its rule."""
     settings: Callable[[dict, str | Path], dict[str, Any]]
-    """Fields of `ModelSettings` from a config.json and its path, without the block size. Raises UserError for what the
-    model here would compute otherwise than the configuration says."""
+    """Fields of `ModelSettings` from a config.json and its path, without the block size and `layers`. Raises UserError
+    for what the model here would compute otherwise than the configuration says."""
     new_config: Callable[[ModelSettings], dict]
     """config.json of a model that was trained from random weights."""
+    layers: Mapping[str, Any]
+    """Fields of `ModelSettings` that say what a layer has, with the values that every model of the family has."""
     mask_token: str
     """The token that stands for a masked position; ``--add-mask-token`` adds it where a tokenizer has none."""
     prediction_shift: int
@@ -76,8 +78,15 @@ class Family:
     block_size_key: str
     """The key of config.json that holds the block size."""
     block_size: int | None
-    """Where config.json lacks the key; None: such a model has no blocks yet, and import is told how many tokens."""
+    """Where config.json lacks the key; None: import is told how many tokens."""
+    starting_point: bool = False
+    """It predicts token by token until it is trained to predict by blocks, of any size."""
     assumptions: Callable[[dict, str | Path], list[str]] = lambda config, where: []
     """What ``settings`` filled in and a user may not have meant, a line each."""
-    mismatch: Callable[[ModelSettings], str | None] = lambda model: None
-    """Why a model of these settings is none of this family, for the error of an export; None where it is one."""
+
+    def mismatch(self, model: ModelSettings) -> str | None:
+        """Why a model of these settings is none of this family; None where it is one."""
+        for key, value in self.layers.items():
+            if getattr(model, key) != value:
+                return f"{key} is {str(not value).lower()}, in family {self.name} it is {str(value).lower()}"
+        return None

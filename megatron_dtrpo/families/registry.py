@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "fast_dllm_v2": "megatron_dtrpo.families.qwen2:FAST_DLLM_V2",
     "qwen2": "megatron_dtrpo.families.qwen2:QWEN2",
+    "sdar": "megatron_dtrpo.families.qwen3:SDAR",
+    "a2d_qwen3": "megatron_dtrpo.families.qwen3:A2D_QWEN3",
+    "qwen3": "megatron_dtrpo.families.qwen3:QWEN3",
 }
 
 # Of a model that is trained from random weights, and of checkpoints from before the family was recorded.
 DEFAULT_FAMILY = "fast_dllm_v2"
-DEFAULT_BLOCK_SIZE = 32  # where neither config.json nor the user says one
+DEFAULT_BLOCK_SIZE = 32  # of a starting point, where neither config.json nor the user says one
 
 
 def families() -> list[Family]:
@@ -28,9 +31,14 @@ def families() -> list[Family]:
     return [resolve_name(row) for row in FAMILIES.values()]
 
 
+def family_named(name: str) -> Family:
+    """The row with this name."""
+    return resolve_name(FAMILIES[name])
+
+
 def family_of(model: ModelSettings) -> Family:
     """The row of a model's family."""
-    return resolve_name(FAMILIES[model.family])
+    return family_named(model.family)
 
 
 def family_of_config(config: dict, where: str | Path) -> Family:
@@ -43,6 +51,11 @@ def family_of_config(config: dict, where: str | Path) -> Family:
     raise UserError(
         f"{where}: unknown architecture {', '.join(map(str, names)) or '(none)'}: known are {', '.join(known)}"
     )
+
+
+def same_predictions(one: Family, other: Family) -> bool:
+    """Whether the same weights predict the same tokens in either family."""
+    return (one.prediction_shift, one.attention) == (other.prediction_shift, other.attention)
 
 
 def mask_tokens() -> tuple[str, ...]:

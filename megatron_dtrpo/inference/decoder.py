@@ -17,6 +17,7 @@ from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
+from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
 from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width
@@ -55,10 +56,12 @@ class BlockDecoder:
         block_size: int,
         max_positions: int,
         attention_backend: str = "auto",
+        shift: int = 1,
     ):
-        """``attention_backend``: of the settings; for prompts, blocks are always attended by SDPA."""
+        """``attention_backend``: of the settings; for prompts, blocks are always attended by SDPA. ``shift``: of
+        `Family.prediction_shift`."""
         self.model, self.vocabulary = model, vocabulary
-        self.block_size, self.max_positions = block_size, max_positions
+        self.block_size, self.max_positions, self.shift = block_size, max_positions, shift
         self.device = next(model.parameters()).device
         self.backend = choose_backend(attention_backend, self.device.type)
 
@@ -132,6 +135,7 @@ class BlockDecoder:
             mask_id=self.vocabulary.mask_id,
             end_ids=self.vocabulary.end_ids,
             max_positions=self.max_positions,
+            shift=self.shift,
         )
 
     def _capacity(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
@@ -208,4 +212,11 @@ def make_decoder(
     """A decoder that stops at the tokenizer's end token and at ``end_ids``."""
     size = min(tokenizer.vocab_size, settings.vocab_size)
     vocabulary = Vocabulary(size, tokenizer.mask_id, frozenset([tokenizer.eos_id, *end_ids]))
-    return BlockDecoder(model, vocabulary, settings.block_size, settings.max_position_embeddings, attention_backend)
+    return BlockDecoder(
+        model,
+        vocabulary,
+        settings.block_size,
+        settings.max_position_embeddings,
+        attention_backend,
+        family_of(settings).prediction_shift,
+    )

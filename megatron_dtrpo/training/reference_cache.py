@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import reference_format
-from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.config.settings import FIELDS, Config
 from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ class ReferenceCache:
     def require(self, inputs: dict) -> None:
         """Raises UserError naming the first of ``inputs`` that is another one here."""
         for key, mine in inputs.items():
-            theirs = self._inputs.get(key)
+            theirs = self._inputs.get(key, FIELDS[key].default if key in FIELDS else None)  # a setting may be newer
             if theirs == mine:
                 continue
             if key in _FINGERPRINTS:

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.rules import fill_objective_defaults
+from megatron_dtrpo.config.rules import chooses_block_start, fill_objective_defaults
 from megatron_dtrpo.config.settings import FIELDS, Config, RunSettings
 from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.errors import UserError
@@ -138,17 +138,18 @@ def source_iterations(run: RunSettings) -> dict:
 
 
 def _check_pinned(config: Config, first: dict) -> None:
-    now = _resolved(config)
+    now = _resolved(config, first.get("family", FIELDS["family"].default))
     for key in (*_PINNED, *ESTIMATORS[now["estimator"]].options):
         theirs = first.get(key, FIELDS[key].default)  # a run may be older than the setting
         if now[key] != theirs:
             raise UserError(f"{config.run.save}: this run has {key} {theirs}, not {now[key]}")
 
 
-def _resolved(config: Config) -> dict:
-    """All settings, with the defaults that depend on the objective filled in, as a run's record has them."""
+def _resolved(config: Config, family: str) -> dict:
+    """All settings, with the defaults that depend on the objective filled in, as the record of a run of a model of
+    this ``family`` has them."""
     config = copy.deepcopy(config)
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, chooses_block_start(family))
     return config.to_flat()
 
 

@@ -34,6 +34,7 @@ from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError
+from megatron_dtrpo.families.registry import family_of, same_predictions
 from megatron_dtrpo.files import write_atomically
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
@@ -72,9 +73,10 @@ def check_reference_architecture(config: Config) -> None:
     """Raises UserError naming the first setting in which the reference differs from the model. How either was
     initialised and how either is exported does not matter."""
     folder, ours = config.run.reference, config.model
-    saved = dataclasses.replace(
-        checkpoint_folder.load_model_config(folder), init_method_std=ours.init_method_std, family=ours.family
-    )
+    saved = checkpoint_folder.load_model_config(folder)
+    if same_predictions(family_of(saved), family_of(ours)):
+        saved = dataclasses.replace(saved, family=ours.family)
+    saved = dataclasses.replace(saved, init_method_std=ours.init_method_std)
     checkpoint_folder.check_same_architecture(config.model, saved, folder)
 
 
@@ -206,7 +208,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     usable, skipped = select_by_length(store, noising.packed_lengths(store), data.seq_length, data.overlong)
     _check_positions(store, usable, config)
     if needs_steps:
-        _check_steps(store, usable, config.model.block_size)
+        _check_steps(store, usable, config.model.block_size, noising.block_start)
     return Data(store, SampleOrder(usable, config.optimizer.seed, data.shuffle), noising, skipped)
 
 
@@ -221,12 +223,12 @@ def _check_positions(store: TokenStore, usable: np.ndarray, config: Config) -> N
         )
 
 
-def _check_steps(store: TokenStore, usable: np.ndarray, block_size: int) -> None:
+def _check_steps(store: TokenStore, usable: np.ndarray, block_size: int, block_start: str | None) -> None:
     """Raises UserError on every process if some row's recorded steps do not fit the blocks."""
     problem = None
     if initialize.rank() == 0:
         try:
-            require_steps(store, usable, block_size)
+            require_steps(store, usable, block_size, block_start)
         except UserError as error:
             problem = error
     objects.raise_together(problem)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 
 class _WideRMSNorm(torch.nn.Module):
@@ -57,7 +57,44 @@ def qwen2(
         rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
         attn_implementation="sdpa",  # eager computes its softmax in fp32
     )
-    model = Qwen2ForCausalLM(config)
+    return _randomized(Qwen2ForCausalLM(config), dtype, seed)
+
+
+def qwen3(
+    *,
+    vocab_size: int = 61,
+    hidden_size: int = 32,
+    ffn_hidden_size: int = 48,
+    layers: int = 2,
+    heads: int = 4,
+    groups: int = 2,
+    head_dim: int = 12,
+    tied: bool = False,
+    rotary_base: float = 10000.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Qwen3ForCausalLM:
+    """A tiny Qwen3, as `qwen2`: norms of queries and keys, no biases, heads that are not hidden size / heads wide."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=ffn_hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
+        attn_implementation="sdpa",
+    )
+    return _randomized(Qwen3ForCausalLM(config), dtype, seed)
+
+
+def _randomized(model, dtype: torch.dtype, seed: int):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,14 +107,13 @@ def qwen2(
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
     model = model.to(dtype).eval()
     if dtype == torch.float64:
-        for layer in model.model.layers:
-            layer.input_layernorm = _WideRMSNorm(layer.input_layernorm.weight, config.rms_norm_eps)
-            layer.post_attention_layernorm = _WideRMSNorm(layer.post_attention_layernorm.weight, config.rms_norm_eps)
-        model.model.norm = _WideRMSNorm(model.model.norm.weight, config.rms_norm_eps)
+        norms = [(parent, name) for parent in model.modules() for name, _ in parent.named_children() if "norm" in name]
+        for parent, name in norms:
+            setattr(parent, name, _WideRMSNorm(getattr(parent, name).weight, model.config.rms_norm_eps))
     return model
 
 
-def qwen2_logits(model: Qwen2ForCausalLM, tokens: Tensor, position: Tensor, sees: Tensor) -> Tensor:
+def qwen2_logits(model: Qwen2ForCausalLM | Qwen3ForCausalLM, tokens: Tensor, position: Tensor, sees: Tensor) -> Tensor:
     """Logits ``[S, V]`` of tokens ``[S]`` at positions ``[S]`` where query q attends to key k iff ``sees[q, k]``."""
     additive = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, -torch.inf)
     output = model(
@@ -122,8 +158,11 @@ def plain_layout(
     return PlainLayout(length, torch.tensor(noisy + clean), torch.tensor(list(range(length)) * 2), sees)
 
 
-def read_from(position: int, block_size: int, block_start: str) -> tuple[str, int]:
-    """The half and the position in `PlainLayout` whose logits predict the token at ``position``."""
+def read_from(position: int, block_size: int, block_start: str | None) -> tuple[str, int]:
+    """The half and the position in `PlainLayout` whose logits predict the token at ``position``. ``block_start`` None:
+    of a model that predicts every token at its own row."""
+    if block_start is None:
+        return "noisy", position
     if position % block_size == 0 and block_start == "clean":
         return "clean", position - 1
     return "noisy", position - 1
@@ -209,7 +248,7 @@ def block_causal(tokens: int, block_size: int) -> Tensor:
 
 
 def decode_without_cache(
-    model: Qwen2ForCausalLM,
+    model: Qwen2ForCausalLM | Qwen3ForCausalLM,
     prompt: Sequence[int],
     *,
     block_size: int,
@@ -220,12 +259,14 @@ def decode_without_cache(
     end_id: int,
     vocab_size: int,
     sub_block_cache: bool = False,
+    shift: int = 1,
 ) -> tuple[list[int], list[int]]:
     """Greedy block-diffusion decoding that recomputes everything in every step: the response, and which step wrote each
     token.
 
     With ``sub_block_cache`` a step inside a sub-block whose first token is known runs that sub-block's tokens only; the
-    rest of the block is seen as it was in the last step that ran the whole block.
+    rest of the block is seen as it was in the last step that ran the whole block. ``shift`` 0: a token is predicted at
+    its own row, and a block's first token is written as the others are.
     """
     tokens, written = list(prompt), {}
     last = len(prompt) + max_new_tokens
@@ -234,7 +275,7 @@ def decode_without_cache(
         length = len(tokens)
         if snapshot is None:
             logits = qwen2_logits(model, torch.tensor(tokens), torch.arange(length), block_causal(length, block_size))
-            rows = {p: logits[p - 1] for p in positions}
+            rows = {p: logits[p - shift] for p in positions}
         else:  # [earlier blocks, the block as it was, the sub-block as it is]
             start = positions[0] // small_block_size * small_block_size
             fresh = range(start, start + small_block_size)
@@ -246,7 +287,7 @@ def decode_without_cache(
             sees[length:, length:] = True
             now = tokens[: length - block_size] + snapshot + [tokens[p] for p in fresh]
             logits = qwen2_logits(model, torch.tensor(now), position, sees)
-            rows = {p: logits[length + p - 1 - start] for p in positions}
+            rows = {p: logits[length + p - shift - start] for p in positions}
         found = {}
         for p, row in rows.items():
             allowed = row.clone()
@@ -257,14 +298,15 @@ def decode_without_cache(
 
     step, block = 0, len(prompt) // block_size * block_size
     while True:
-        if block == len(tokens) and block > 0:  # the first token of a block is read from the clean pass before it
+        # With shift 1 the first token of a block is read from the clean pass before it.
+        if shift == 1 and block == len(tokens) and block > 0:
             logits = qwen2_logits(model, torch.tensor(tokens), torch.arange(block), block_causal(block, block_size))[-1]
             logits[mask_id] = logits[vocab_size:] = -torch.inf
             tokens.append(int(logits.argmax()))
             written[block] = step
             step += 1
         tokens += [mask_id] * (block + block_size - len(tokens))
-        snapshot = None
+        snapshot, entered = None, None
         while True:
             ends = [p for p in written if tokens[p] == end_id]
             stop = min([block + block_size, last, *ends])
@@ -277,8 +319,8 @@ def decode_without_cache(
                 break
             start = masked[0] // small_block_size * small_block_size
             asked = [p for p in masked if p < start + small_block_size]
-            if not sub_block_cache or snapshot is None or asked[0] == start:
-                snapshot = tokens[block:]
+            if not sub_block_cache or snapshot is None or asked[0] - shift < start or start != entered:
+                snapshot, entered = tokens[block:], start
                 found = proposals(asked, None)
             else:
                 found = proposals(asked, snapshot)

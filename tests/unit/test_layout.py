@@ -48,7 +48,8 @@ class Document:
     masked: list[torch.Tensor]
     weight: list[torch.Tensor]
 
-    def lay_out(self, block_start: str) -> PackedSequence:
+    def lay_out(self, block_start: str | None) -> PackedSequence:
+        """None: with shift 0."""
         return lay_out(
             self.prompt,
             self.responses,
@@ -57,6 +58,7 @@ class Document:
             block_size=B,
             mask_id=MASK,
             block_start=block_start,
+            shift=0 if block_start is None else 1,
         )
 
     def masked_positions(self, response: int, view: int) -> set[int]:
@@ -186,7 +188,7 @@ def assert_equals_plain_layout(model, documents, sequence, block_start) -> None:
     assert sequence.responses == response_number
 
 
-@pytest.mark.parametrize("block_start", ["clean", "noisy"])
+@pytest.mark.parametrize("block_start", ["clean", "noisy", None])
 @pytest.mark.parametrize("views", [1, 2])
 def test_pairs_equal_the_plain_layout(model, views, block_start):
     documents = make_documents(PAIRS, views, block_start)
@@ -194,7 +196,7 @@ def test_pairs_equal_the_plain_layout(model, views, block_start):
     assert_equals_plain_layout(model, documents, sequence, block_start)
 
 
-@pytest.mark.parametrize("block_start", ["clean", "noisy"])
+@pytest.mark.parametrize("block_start", ["clean", "noisy", None])
 def test_single_responses_equal_the_plain_layout(model, block_start):
     # Fine-tuning: one response to a prompt.
     documents = make_documents([(p, r[:1]) for p, r in PAIRS], 2, block_start, seed=1)
@@ -352,7 +354,7 @@ def test_the_tail_is_masked_and_never_read():
         assert (sequence.target_token != MASK).all()
 
 
-@pytest.mark.parametrize("block_start", ["clean", "noisy"])
+@pytest.mark.parametrize("block_start", ["clean", "noisy", None])
 @pytest.mark.parametrize(
     ("prompt_length", "response_length", "turns"),
     [
@@ -373,7 +375,7 @@ def test_each_turn_is_laid_out_as_a_response_of_its_own(model, prompt_length, re
         assert_equals_plain_layout(model, [one], one.lay_out(block_start), block_start)
         alone.append(one)
     masked, weight = (torch.cat([getattr(one, name)[0] for one in alone], 1) for name in ("masked", "weight"))
-    known = {"block_size": B, "mask_id": MASK, "block_start": block_start}
+    known = {"block_size": B, "mask_id": MASK, "block_start": block_start, "shift": 0 if block_start is None else 1}
     sequence = lay_out(prompt, [response], [masked], [weight], turns=[turns], **known)
     sequence_length = packed_length(prompt_length, [response_length], B, 0, [2 * masked.shape[1]])
     assert len(sequence) == sequence_length

@@ -212,13 +212,13 @@ def test_the_first_row_that_cannot_be_replayed_is_named(tmp_path, tokenizer):
         bad = {**good, "chosen_steps": steps, "chosen_discarded": thrown}
         store = build(tmp_path, [good, good, bad], tokenizer)
         require_recordings(store, "estimator x")
-        require_steps(store, [0, 1], 4)
+        require_steps(store, [0, 1], 4, "clean")
         with pytest.raises(UserError, match=rf"rows.jsonl:3: {problem}"):
-            require_steps(store, range(3), 4)
+            require_steps(store, range(3), 4, "clean")
     store = build(
         tmp_path,
         [{**good, "chosen_steps": [0, 1, 3], "chosen_discarded": [{**THROWN, "step": 2, "until": 3}]}],
         tokenizer,
     )
-    require_steps(store, [0], 4)
-    require_steps(store, [0], 16)
+    require_steps(store, [0], 4, "clean")
+    require_steps(store, [0], 16, "clean")

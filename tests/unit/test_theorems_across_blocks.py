@@ -34,12 +34,12 @@ def models():
     return [oracles.qwen2(seed=seed) for seed in (0, 1)]
 
 
-def step_log_prob(model, block: int, shown: frozenset[int], new: frozenset[int]) -> float:
+def step_log_prob(model, block: int, shown: frozenset[int], new: frozenset[int], shift: int = 1) -> float:
     """Log-probability of the tokens ``new`` that a decoding step writes in ``block``, whose positions ``shown`` are
     written already and whose earlier blocks are full. A block's first token is read from the full block before."""
     tokens = [WHOLE[p] if p < max(P, block * B) or p in shown else MASK for p in range(block * B + B)]
     log_probs = forward(model, tokens)
-    return sum(log_probs[p - 1, WHOLE[p]].item() for p in new)
+    return sum(log_probs[p - shift, WHOLE[p]].item() for p in new)
 
 
 def forward(model, tokens: list[int]) -> torch.Tensor:
@@ -49,8 +49,8 @@ def forward(model, tokens: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits, -1)
 
 
-def free(block: int, block_start: str) -> tuple[int, ...]:
-    return tuple(p for p in RESPONSE_BLOCKS[block] if block_start == "noisy" or p % B)
+def free(block: int, block_start: str | None) -> tuple[int, ...]:
+    return tuple(p for p in RESPONSE_BLOCKS[block] if block_start != "clean" or p % B)
 
 
 def group_sizes(tokens: int, steps: int) -> list[int]:
@@ -68,30 +68,31 @@ def orders(block: int, block_start: str, steps: int) -> list[list[frozenset[int]
     return found
 
 
-def decoding_log_prob(model, block: int, groups: list[frozenset[int]]) -> float:
+def decoding_log_prob(model, block: int, groups: list[frozenset[int]], shift: int = 1) -> float:
     """Of one block: its first token as a step of its own where ``groups`` leave it out, then group by group."""
     written = sum((list(group) for group in groups), [])
     first = frozenset(RESPONSE_BLOCKS[block]) - set(written)
     total, shown = 0.0, frozenset()
     for group in ([first] if first else []) + groups:
-        total += step_log_prob(model, block, shown, group)
+        total += step_log_prob(model, block, shown, group, shift)
         shown |= group
     return total
 
 
-def expected_decoding(model, block_start: str, steps: int) -> float:
+def expected_decoding(model, block_start: str | None, steps: int) -> float:
     """The log-probability of the response's decoding, averaged over all orders."""
-    total = 0.0
+    total, shift = 0.0, int(block_start is not None)
     for block in RESPONSE_BLOCKS:
-        values = [decoding_log_prob(model, block, groups) for groups in orders(block, block_start, steps)]
+        values = [decoding_log_prob(model, block, groups, shift) for groups in orders(block, block_start, steps)]
         total += sum(values) / len(values)
     return total
 
 
 class Estimate:
-    """``L`` of the response by the package's layout and predicate, for noise given position by position."""
+    """``L`` of the response by the package's layout and predicate, for noise given position by position.
+    ``block_start`` None: of a model with prediction shift 0."""
 
-    def __init__(self, model, block_start: str):
+    def __init__(self, model, block_start: str | None):
         self.model, self.block_start, self.known = model, block_start, {}
 
     def __call__(self, masked: torch.Tensor, weight: torch.Tensor) -> float:
@@ -110,6 +111,7 @@ class Estimate:
             block_size=B,
             mask_id=MASK,
             block_start=self.block_start,
+            shift=int(self.block_start is not None),
         )
         where = sequence.coordinates()
         sees = visible(where.at((slice(None), None)), where.at((None, slice(None))))
@@ -218,6 +220,14 @@ def test_theorem_1_of_trajectory(models):
     outcomes = set(values)  # two steps in block 1, two in block 2: four equally likely outcomes
     assert len(outcomes) == 4 and sum(outcomes) / 4 == pytest.approx(wanted, abs=1e-10)
     assert estimate(*ESTIMATORS["exact_trajectory"].draw(request)) == pytest.approx(wanted, abs=1e-10)
+
+
+@pytest.mark.parametrize(("of_block", "steps"), [(dtrpo_draws, 1), (dtrpo_draws, 2), (elbo_draws, 8)])
+def test_tokens_at_their_own_rows_have_no_block_start(models, of_block, steps):
+    """With prediction shift 0 a block's first token is masked as any other, and nothing is biased."""
+    wanted = expected_decoding(models[0], None, steps)
+    assert expectation(Estimate(models[0], None), of_block, steps) == pytest.approx(wanted, abs=1e-10)
+    assert abs(wanted - expected_decoding(models[0], "noisy", steps)) > 0.1
 
 
 @pytest.mark.parametrize("block_start", ["clean", "noisy"])

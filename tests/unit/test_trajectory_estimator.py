@@ -181,7 +181,7 @@ def test_lengths_are_known_before_anything_is_laid_out(tmp_path):
         rows.append(row)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     store = build_token_store(tmp_path / "rows.jsonl", "preference", tokenizer, tmp_path / "cache")
-    assert noisy_copies(store, B).shape == (60, 2) and store.first_incomplete is None
+    assert noisy_copies(store, B, "clean").shape == (60, 2) and store.first_incomplete is None
     lengths = EXACT.packed_lengths(store)
     for index, (one, other) in enumerate(pairs):
         prompt, responses = torch.tensor(one.prompt), [torch.tensor(r.response) for r in (one, other)]

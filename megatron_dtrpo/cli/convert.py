@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     to.add_argument(
         "--add-mask-token",
         action="store_true",
-        help="Reserve the mask token |<MASK>| in the tokenizer, "
+        help="Reserve the mask token of the model's family in the tokenizer, "
         "behind its last token; for models that are no diffusion models yet.",
     )
     to.add_argument("--mask-token", metavar="TOKEN", help="Use this token of the tokenizer as the mask.")
@@ -68,7 +68,7 @@ def build_parser() -> Parser:
         "--block-size",
         type=_positive,
         metavar="N",
-        help="Tokens per diffusion block, where config.json has no bd_size. Default: 32.",
+        help="Tokens per diffusion block, where config.json has none. Default: 32 for Qwen2 and Qwen3, others need it.",
     )
     to.add_argument(
         "--make-vocab-size-divisible-by",

@@ -59,18 +59,20 @@ def model_settings(
     where: str | Path,
     block_size: int | None = None,
     make_vocab_size_divisible_by: int = ModelSettings.make_vocab_size_divisible_by,
+    reads_blocks: bool = True,
 ) -> ModelSettings:
-    """The settings of the same model here. ``block_size`` fills in where the configuration has none.
+    """The settings of the same model here. ``block_size`` fills in where the configuration has none; where
+    ``reads_blocks`` is False it need not be known.
 
     Raises:
         UserError: naming the file ``where`` and the key.
     """
     try:
         family = family_of_config(config, where)
-        values = family.settings(config, where)
+        values = {**family.settings(config, where), **family.layers}
         return ModelSettings(
             family=family.name,
-            block_size=_block_size(family, config, where, block_size),
+            block_size=_block_size(family, config, where, block_size, reads_blocks),
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             **values,
         )
@@ -78,11 +80,13 @@ def model_settings(
         raise UserError(f"{where}: a value has the wrong type: {error}") from None
 
 
-def _block_size(family: Family, config: dict, where: str | Path, given: int | None) -> int:
+def _block_size(family: Family, config: dict, where: str | Path, given: int | None, is_read: bool) -> int:
     key = family.block_size_key
     own = positive(config, key, where) if key in config else family.block_size
     if own is not None and given is not None and own != given:
         raise UserError(f"{where}: {key} is {own}: it cannot be imported with --block-size {given}")
+    if own is None and given is None and is_read and not family.starting_point:
+        raise UserError(f"{where}: no {key}, and a model of family {family.name} has one: give --block-size")
     return own or given or DEFAULT_BLOCK_SIZE
 
 

@@ -17,7 +17,7 @@ from megatron_dtrpo.conversion.template import find_template
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.registry import family_of_config
+from megatron_dtrpo.families.registry import family_of, family_of_config
 
 
 def inspect(folder: str | Path) -> dict[str, str]:
@@ -54,7 +54,7 @@ def _megatron(folder: Path) -> dict[str, str]:
 
 def _huggingface(folder: Path) -> dict[str, str]:
     config = read_config(folder)
-    model = model_settings(config, folder / CONFIG)
+    model = model_settings(config, folder / CONFIG, reads_blocks=False)
     with SafetensorsFolder(folder) as weights:
         parameters = sum(math.prod(stored.shape) for stored in weights.tensors.values())
         dtypes = [stored.dtype for stored in weights.tensors.values()]
@@ -65,15 +65,23 @@ def _huggingface(folder: Path) -> dict[str, str]:
         "mask token": _mask_token(lambda: build_tokenizer("HuggingFaceTokenizer", folder)),
         "iteration": "none",
     }
-    if family_of_config(config, folder / CONFIG).block_size_key not in config:
-        lines["block size"] = f"none ({model.block_size} unless import is given --block-size)"
+    family = family_of_config(config, folder / CONFIG)
+    if family.block_size_key not in config:
+        is_told = family.block_size is None and not family.starting_point
+        lines["block size"] = (
+            "none (import must be given --block-size)"
+            if is_told
+            else f"none ({model.block_size} unless import is given --block-size)"
+        )
     return lines
 
 
 def _model_lines(model: ModelSettings, parameters: int, dtypes: list[torch.dtype]) -> dict[str, str]:
     embeddings = "untied" if model.untie_embeddings_and_output_weights else "tied"
     heads = f"{model.num_attention_heads} query and {model.num_query_groups} key/value heads"
+    family = family_of(model)
     return {
+        "family": f"{family.name}, prediction shift {family.prediction_shift}, attention {family.attention}",
         "parameters": f"{parameters:,}",
         "layers": f"{model.num_layers} of width {model.hidden_size}, {heads} of width {model.kv_channels}",
         "vocabulary": f"{model.vocab_size}, padded to {model.padded_vocab_size}, {embeddings}",

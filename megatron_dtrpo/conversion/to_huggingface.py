@@ -38,7 +38,7 @@ from megatron_dtrpo.conversion.template import (
 from megatron_dtrpo.conversion.tokenizer_export import export_tokenizer
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.registry import family_of, family_of_config
+from megatron_dtrpo.families.registry import family_of, family_of_config, same_predictions
 
 CHUNK_BYTES = 8 << 20  # what is in memory at a time, beside the stored part that it comes from
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -138,7 +138,7 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
     _check_reference(options.hf_reference, family.architecture)
     block_size = None if family.block_size_key in config else model.block_size
     theirs = model_settings(config, template / CONFIG, block_size, model.make_vocab_size_divisible_by)
-    if family_of(model).parameters != family.parameters:
+    if family_of(model).parameters != family.parameters or not same_predictions(family_of(model), family):
         raise UserError(
             f"{template / CONFIG}: of another model: family is {family.name} there, {model.family} in {megatron_path}"
         )

@@ -24,6 +24,7 @@ from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.template import FOLDER, Source, save_template
 from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
+from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.files import write_atomically
@@ -34,7 +35,7 @@ _CONTENT = {"non_homogeneous_layers": True}  # one key per layer, as training wr
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """``tokenizer`` False leaves the tokenizer out, where only weights matter."""
+    """``tokenizer`` False leaves the tokenizer out, and the block size may be unknown: where only weights matter."""
 
     params_dtype: torch.dtype | None = None  # None: as stored
     add_mask_token: bool = False
@@ -54,7 +55,13 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
     if options.add_mask_token and options.mask_token is not None:
         raise UserError("--mask-token names a token that is there, --add-mask-token adds one: give one of the two")
     config = read_config(hf_path)
-    settings = model_settings(config, hf_path / CONFIG, options.block_size, options.make_vocab_size_divisible_by)
+    settings = model_settings(
+        config,
+        hf_path / CONFIG,
+        options.block_size,
+        options.make_vocab_size_divisible_by,
+        reads_blocks=options.tokenizer,
+    )
     with SafetensorsFolder(hf_path) as weights:
         head_is_double = _check_names_and_shapes(weights, settings)
         dtypes = {name: stored.dtype for name, stored in weights.tensors.items() if not ignored(name)}
@@ -77,6 +84,8 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
                     options.eos_token,
                     family_of(settings).mask_token,
                 )
+                if options.mask_token is None:
+                    _require_mask_of(config, tokenizer, hf_path / CONFIG)
                 model = dataclasses.replace(settings, vocab_size=max(settings.vocab_size, tokenizer.vocab_size))
                 if model.vocab_size != settings.vocab_size:
                     _require_only_mask_is_new(settings, tokenizer, hf_path, options.add_mask_token)
@@ -133,11 +142,21 @@ def _require_equal(weights: SafetensorsFolder, name: str, other: str) -> None:
             raise UserError(f"{weights.folder}: {name} differs from {other}, though tie_word_embeddings is true")
 
 
-def _require_only_mask_is_new(settings: ModelSettings, tokenizer, folder: Path, added: bool) -> None:
+def _require_only_mask_is_new(settings: ModelSettings, tokenizer: Tokenizer, folder: Path, added: bool) -> None:
     if not added or tokenizer.mask_id != settings.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {settings.vocab_size}: "
             "they do not belong together"
+        )
+
+
+def _require_mask_of(config: dict, tokenizer: Tokenizer, where: Path) -> None:
+    """A model knows its mask token by its number, whatever the tokenizer's files call it."""
+    trained = config.get("mask_token_id")
+    if trained not in (None, tokenizer.mask_id):
+        raise UserError(
+            f"{where}: mask_token_id is {trained}, the tokenizer's mask token {tokenizer.mask_token} has the id "
+            f"{tokenizer.mask_id}: name the right one with --mask-token"
         )
 
 

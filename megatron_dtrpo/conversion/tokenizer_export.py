@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json
 from megatron_dtrpo.conversion.template import GENERATION_CONFIG
-from megatron_dtrpo.conversion.tokenizer_files import MASK_TOKEN, vocabulary
+from megatron_dtrpo.conversion.tokenizer_files import vocabulary
 from megatron_dtrpo.data.tokenizer import METADATA_FILE, load_tokenizer
 from megatron_dtrpo.data.tokenizer_libraries import ByteLevel
+from megatron_dtrpo.families.registry import mask_tokens
 
 SETTINGS_FILE = "tokenizer_config.json"
 # Of the byte-level tokenizer, beside the tokens' names. None stands for none: left out, classes of transformers fill
@@ -66,11 +67,13 @@ def _write_end_token(saved: Path, target: Path) -> list[str]:
 
 def _write_mask_token(saved: Path, target: Path) -> list[str]:
     token, default = read_json(saved / METADATA_FILE)["mask_token"], _named(saved, "mask_token")
-    has_usual = MASK_TOKEN in vocabulary(saved)
-    if token == (MASK_TOKEN if has_usual else default):
+    ids = vocabulary(saved)
+    usual = next((name for name in mask_tokens() if name in ids), None)
+    next_time = usual or default
+    if token == next_time or (token in ids and ids[token] == ids.get(next_time)):  # SDAR's files name a token twice
         return []
     _name_token(target, "mask_token", token)
-    advice = f"; an import takes {MASK_TOKEN} unless it is given --mask-token '{token}'" if has_usual else ""
+    advice = f"; an import takes {usual} unless it is given --mask-token '{token}'" if usual else ""
     return [f"the mask token is {token}, as in the run: written into the tokenizer{advice}"]
 
 

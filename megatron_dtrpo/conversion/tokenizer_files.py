@@ -14,9 +14,7 @@ from pathlib import Path
 from megatron_dtrpo.conversion.hf_config import CONFIG, read_json, refuse_lfs_pointer
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.qwen2 import FAST_DLLM_V2
 
-MASK_TOKEN = FAST_DLLM_V2.mask_token  # of a tokenizer that is not told otherwise
 _KIND = "HuggingFaceTokenizer"
 _SPECIAL = "additional_special_tokens"
 _FILES = (
@@ -37,8 +35,8 @@ def import_tokenizer(
     target: Path,
     mask_token: str | None,
     add_mask_token: bool,
-    eos_token: str | None = None,
-    own_mask: str = MASK_TOKEN,
+    eos_token: str | None,
+    own_mask: str,
 ) -> Tokenizer:
     """Saves the tokenizer of a Hugging Face folder to ``target``, as training reads it. ``own_mask`` is the mask token
     of the model's family, which ``add_mask_token`` adds. Raises UserError."""

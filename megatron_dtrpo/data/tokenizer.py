@@ -293,8 +293,9 @@ def build_tokenizer(
     """Build a tokenizer by Megatron-LM's name for it.
 
     ``HuggingFaceTokenizer`` takes a folder, ``SentencePieceTokenizer`` a ``.model`` file, ``ByteLevelTokenizer``
-    nothing. The mask token defaults to Fast-dLLM's ``|<MASK>|``, then to the tokenizer's own, or for SentencePiece to
-    the symbol ``[MASK]``; the end token to the tokenizer's own. Raises UserError where a file or token is missing.
+    nothing. The mask token defaults to a family's that is in the vocabulary (``|<MASK>|``, ``<MASK>``), then to the
+    tokenizer's own, or for SentencePiece to the symbol ``[MASK]``; the end token to the tokenizer's own. Raises
+    UserError where a file or token is missing.
     """
     if tokenizer_type not in LIBRARIES:
         raise UserError(f"tokenizer_type: unknown {tokenizer_type!r}; use one of {', '.join(TOKENIZER_TYPES)}")

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_dtrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_dtrpo.config.settings import ModelSettings
+    from megatron_dtrpo.families.family import Family
+
+DEFAULT_ROPE_THETA = 10000.0  # transformers' for Qwen2, Qwen3 and Llama
 
 
 def positive(config: dict, key: str, where: str | Path) -> int:
@@ -59,3 +66,53 @@ def refuse_other_computations(config: dict, where: str | Path) -> None:
     for key, unsupported in lacking.items():
         if unsupported:
             raise UserError(f"{where}: {key} is {config.get(key)!r}: the model here does not compute that")
+
+
+def decoder_settings(config: dict, where: str | Path) -> dict[str, Any]:
+    """`Family.settings` of a family whose config.json has transformers' keys for a decoder."""
+    refuse_other_computations(config, where)
+    return {
+        **heads(config, where),
+        "num_layers": positive(config, "num_hidden_layers", where),
+        "hidden_size": positive(config, "hidden_size", where),
+        "ffn_hidden_size": positive(config, "intermediate_size", where),
+        "max_position_embeddings": positive(config, "max_position_embeddings", where),
+        "rotary_base": rotary_base(config, where, DEFAULT_ROPE_THETA),
+        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "init_method_std": float(config.get("initializer_range", 0.02)),
+        "vocab_size": positive(config, "vocab_size", where),
+    }
+
+
+def decoder_assumptions(config: dict, where: str | Path) -> list[str]:
+    """`Family.assumptions` for `decoder_settings`."""
+    if rope(config).get("rope_theta") is not None:
+        return []
+    return [f"{where}: no rope_theta: taken as {DEFAULT_ROPE_THETA:.0f}, transformers' own default"]
+
+
+def decoder_config(family: Family, model: ModelSettings) -> dict:
+    """`Family.new_config` for `decoder_settings`, under the family's own architecture."""
+    return {
+        "architectures": [family.architecture],
+        "attention_dropout": 0.0,
+        family.block_size_key: model.block_size,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_method_std,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "model_type": family.model_type,
+        "num_attention_heads": model.num_attention_heads,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_query_groups,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": model.vocab_size,
+    }

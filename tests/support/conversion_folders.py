@@ -23,10 +23,17 @@ SHAPE = dict(layers=4, hidden=56, ffn=40, heads=28, groups=4, width=2, vocabular
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MASK = "|<MASK>|"
 FAST_DLLM, QWEN2 = "Fast_dLLM_QwenForCausalLM", "Qwen2ForCausalLM"
+SDAR, A2D, QWEN3 = "SDARForCausalLM", "A2DQwen3LMHeadModel", "Qwen3ForCausalLM"
+MODEL_TYPES = {FAST_DLLM: "Fast_dLLM_Qwen", QWEN2: "qwen2", SDAR: "sdar", A2D: "a2d-qwen3", QWEN3: "qwen3"}
+LIKE_QWEN3 = (SDAR, A2D, QWEN3)  # norms of queries and keys, no biases
+MASKS = {FAST_DLLM: MASK, QWEN2: MASK, SDAR: "<MASK>", A2D: "<MASK>", QWEN3: "<MASK>"}
 
 
-def random_weights(dtype=torch.float32, tied=False, seed=0, shape=None) -> dict[str, torch.Tensor]:
-    """Name -> tensor of a Qwen2-shaped model; values are small enough for a forward pass to mean something."""
+def random_weights(
+    dtype=torch.float32, tied=False, seed=0, shape=None, architecture=FAST_DLLM
+) -> dict[str, torch.Tensor]:
+    """Name -> tensor of a model shaped as Qwen2 or Qwen3; values are small enough for a forward pass to mean
+    something."""
     s = {**SHAPE, **(shape or {})}
     query, key = s["heads"] * s["width"], s["groups"] * s["width"]
     sizes = {"model.embed_tokens.weight": (s["vocabulary"], s["hidden"])}
@@ -46,6 +53,9 @@ def random_weights(dtype=torch.float32, tied=False, seed=0, shape=None) -> dict[
             layer + "input_layernorm.weight": (s["hidden"],),
             layer + "post_attention_layernorm.weight": (s["hidden"],),
         }
+        if architecture in LIKE_QWEN3:
+            sizes = {name: size for name, size in sizes.items() if not name.endswith("bias")}
+            sizes |= {f"{layer}self_attn.{letter}_norm.weight": (s["width"],) for letter in "qk"}
     sizes["model.norm.weight"] = (s["hidden"],)
     if not tied:
         sizes["lm_head.weight"] = (s["vocabulary"], s["hidden"])
@@ -67,7 +77,7 @@ def config(architecture=FAST_DLLM, tied=False, dtype=torch.float32, shape=None, 
         "initializer_range": 0.02,
         "intermediate_size": s["ffn"],
         "max_position_embeddings": 512,
-        "model_type": "Fast_dLLM_Qwen" if architecture == FAST_DLLM else "qwen2",
+        "model_type": MODEL_TYPES[architecture],
         "num_attention_heads": s["heads"],
         "num_hidden_layers": s["layers"],
         "num_key_value_heads": s["groups"],
@@ -85,10 +95,14 @@ def config(architecture=FAST_DLLM, tied=False, dtype=torch.float32, shape=None, 
             "bd_size": 8,
             "conplemenrary_mask": True,
         }
+    if architecture in LIKE_QWEN3:
+        values |= {"attention_bias": False, "head_dim": s["width"]}
+    if architecture == SDAR:
+        values |= {"block_size": 4, "fuse_cross_entropy": True, "mask_token_id": 259}
     return {**values, **changes}
 
 
-def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS) -> None:
+def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS, mask_token=MASK) -> None:
     """Byte-level Qwen2 tokenizer without merges: 256 bytes, then the special tokens, then perhaps the mask token."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -96,10 +110,10 @@ def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS) -> None:
     _dump(folder / "vocab.json", {letters[b]: b for b in range(256)})
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = [*specials, *([MASK] if mask else [])]
+    added = [*specials, *([mask_token] if mask else [])]
     description = {
         "added_tokens_decoder": {str(256 + i): {"content": token, **flags} for i, token in enumerate(added)},
-        "additional_special_tokens": [MASK] if mask else [],
+        "additional_special_tokens": [mask_token] if mask else [],
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -144,8 +158,8 @@ def write_folder(
     folder.mkdir(parents=True)
     _dump(folder / "config.json", config(architecture, tied, dtype, shape, **changes))
     _dump(folder / "generation_config.json", {"eos_token_id": [258, 256], "temperature": 0.7})
-    write_tokenizer(folder, mask, specials)
-    write_weights(folder, random_weights(dtype, tied, seed, shape), shards)
+    write_tokenizer(folder, mask, specials, MASKS[architecture])
+    write_weights(folder, random_weights(dtype, tied, seed, shape, architecture), shards)
     return folder
 
 

@@ -110,7 +110,7 @@ def test_sentencepiece_is_exported_as_its_own_file(tmp_path):
     assert "tokenizer.model" in note and "AutoTokenizer does not" in note
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "tokenizer.model"]
     assert (target / "tokenizer.model").read_bytes() == file.read_bytes()
-    again = import_tokenizer(target, tmp_path / "again", "<x>", False)
+    again = import_tokenizer(target, tmp_path / "again", "<x>", False, None, "|<MASK>|")
     assert again.fingerprint() == load_tokenizer(tmp_path / "saved").fingerprint()
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
     texts = random_texts(100)
@@ -176,7 +176,7 @@ def test_exported_and_imported(tmp_path, trained, kind, architecture):
     """Beside Fast-dLLM's configuration too, whose code is not run for it."""
     ours = build_tokenizer(kind, trained if kind == "HuggingFaceTokenizer" else None)
     theirs, notes = exported(ours, tmp_path, folders.config(architecture))
-    import_tokenizer(tmp_path / "hf", tmp_path / "again", None, False)
+    import_tokenizer(tmp_path / "hf", tmp_path / "again", None, False, None, "|<MASK>|")
     again = load_tokenizer(tmp_path / "again")
     assert again.tokenizer_type == "HuggingFaceTokenizer" and notes == []
     assert (again.mask_id, again.eos_id, again.vocab_size) == (ours.mask_id, ours.eos_id, ours.vocab_size)

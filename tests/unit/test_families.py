@@ -4,6 +4,7 @@ docs/extending.md, whose code is run."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -21,7 +22,7 @@ from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_check
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.parameters import SHAPES
-from megatron_dtrpo.families.registry import FAMILIES, families, family_of_config
+from megatron_dtrpo.families.registry import FAMILIES, families, family_of_config, same_predictions
 from tests.conftest import REPOSITORY
 from tests.support import conversion_folders as folders
 
@@ -66,26 +67,40 @@ def test_a_row_agrees_with_itself(family):
         init_method_std=0.5,
         max_position_embeddings=77,
         untie_embeddings_and_output_weights=False,
+        **family.layers,
     )
     assert family.mismatch(model) is None
+    for key, value in family.layers.items():
+        other = dataclasses.replace(model, **{key: not value})
+        assert family.mismatch(other).startswith(f"{key} is {str(not value).lower()}, in family {name} it is")
     config = family.new_config(model)
-    read = family_of_config(config, "config.json").settings(config, "config.json")
-    assert read == {key: getattr(model, key) for key in read} and len(read) >= 12
+    again = family_of_config(config, "config.json")
+    read = again.settings(config, "config.json")
+    assert read == {key: getattr(model, key) for key in read} and len(read) + len(family.layers) >= 13
     assert config[family.block_size_key] == 4
+    assert same_predictions(again, family) and again.layers == family.layers
 
 
 def test_a_row_has_the_name_that_it_is_found_by():
     assert [family.name for family in families()] == list(FAMILIES)
 
 
+def _block_size(family) -> str:
+    if family.block_size is not None:
+        return f"{family.block_size_key}`, else {family.block_size}"
+    return f"{family.block_size_key}`, else `--block-size" + ("`, else 32" if family.starting_point else "")
+
+
 def test_the_table_of_models_is_the_registry():
     lines = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if "| `" in line]
+    first = lines.index("| family | architecture in config.json | block size | shift | attention | mask token |") + 2
+    table = itertools.takewhile(bool, lines[first:])
+    rows = [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
     expected = [
         [
             family.name,
             family.architecture,
-            f"{family.block_size_key}`, else {family.block_size or '`--block-size'}",
+            _block_size(family),
             str(family.prediction_shift),
             family.attention,
             family.mask_token.replace("|", "\\|"),
@@ -116,7 +131,7 @@ def test_an_import_records_its_family_and_older_checkpoints_have_none(tmp_path, 
 def pebble(monkeypatch):
     """The family of docs/extending.md, registered."""
     page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
-    section = page[page.index("## A model family") :]
+    section = page[page.index("### A family with names of its own") :]
     module = types.ModuleType("pebble")
     exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], vars(module))
     monkeypatch.setitem(sys.modules, "pebble", module)
@@ -192,7 +207,7 @@ def test_a_family_refuses_settings_and_names_that_are_not_its_own(tmp_path, pebb
     path = tmp_path / "megatron" / checkpoint_folder.MODEL_CONFIG
     model = checkpoint_folder.load_model_config(tmp_path / "megatron")
     checkpoint_folder.save_model_config(path.parent, dataclasses.replace(model, family="pebble"))
-    with pytest.raises(UserError, match="add_qkv_bias is true: Pebble has no biases, so it cannot be exported"):
+    with pytest.raises(UserError, match="add_qkv_bias is true, in family pebble it is false, so it cannot be exported"):
         export_checkpoint(path.parent, tmp_path / "back", ExportOptions(**QUIET))
     checkpoint_folder.save_model_config(path.parent, dataclasses.replace(model, family="pebble", add_qkv_bias=False))
     with pytest.raises(UserError, match="family is fast_dllm_v2 there, pebble in"):

@@ -34,6 +34,7 @@ SMALL = ModelSettings(
     vocab_size=250,
     block_size=8,
 )
+SDAR = replace(SMALL, family="sdar", add_qkv_bias=False, qk_layernorm=True, kv_channels=24)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,7 @@ def layout(tp=1, pp=1, **settings) -> ParallelSettings:
         (SMALL, layout(tp=2, pp=2)),
         (replace(SMALL, add_qkv_bias=False, untie_embeddings_and_output_weights=False), layout(pp=4)),
         (replace(SMALL, untie_embeddings_and_output_weights=False), layout(tp=2)),
+        (SDAR, layout(tp=2, pp=2)),
         (SMALL, layout(pp=2, num_virtual_stages_per_pipeline_rank=2)),
     ],
 )
@@ -153,6 +155,7 @@ def saved_bytes(model, sequence) -> int:
     return sum(size for size, _ in storages.values())
 
 
+@pytest.mark.parametrize("settings", [SMALL, SDAR], ids=["qwen2", "sdar"])
 @pytest.mark.parametrize(
     "recompute",
     [
@@ -162,7 +165,7 @@ def saved_bytes(model, sequence) -> int:
     ],
     ids=["none", "mlp", "full"],
 )
-def test_activations_are_what_autograd_saves(recompute):
+def test_activations_are_what_autograd_saves(recompute, settings):
     """Within 1%, once what is the CPU's own is taken into account: it does not keep what its linear layers can make
     again, the norms' outputs (but their scales, a number a token) and the product in the MLP, and saves cosines and
     sines once for all layers."""
@@ -172,20 +175,20 @@ def test_activations_are_what_autograd_saves(recompute):
     parallel = ParallelSettings(**recompute)
     initialize.start(parallel, 1)
     try:
-        model = build_model(SMALL, parallel)
+        model = build_model(settings, parallel)
         initialize_weights(model, 1)
         sequence = packed(1000)
         measured = saved_bytes(model, sequence)
     finally:
         initialize.stop()
     tokens = len(sequence)
-    layer = memory.layer_activations(SMALL, parallel, tokens)
+    layer = memory.layer_activations(settings, parallel, tokens)
     normed, scales = 4 * tokens * SMALL.hidden_size, 2 * 4 * tokens
     product = 4 * tokens * SMALL.ffn_hidden_size
-    cos_sin = 2 * 4 * tokens * SMALL.kv_channels
+    cos_sin = 2 * 4 * tokens * settings.kv_channels
     final = normed + scales // 2
     if recompute.get("recompute_granularity") == "full":
-        rotary_input = 4 * tokens * SMALL.kv_channels
+        rotary_input = 4 * tokens * settings.kv_channels
         expected = SMALL.num_layers * layer.inputs + rotary_input + final
     else:
         # A recomputed MLP is given a norm's output, which is kept for it.

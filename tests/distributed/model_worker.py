@@ -33,6 +33,9 @@ def run_case(case: dict, ranks: int) -> dict:
     parallel.sequence_parallel &= ranks > 1  # as `config.validate` does
     gpt.LOGIT_ROWS = case["logit_rows"]
     model = build_model(settings, parallel)
+    if case["wide"]:
+        model.double()
+        model.config.params_dtype = torch.float64
     out = {}
 
     initialize_weights(model, case["seed"])
@@ -55,7 +58,10 @@ def run_case(case: dict, ranks: int) -> dict:
     gradients = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        if getattr(parameter, "sequence_parallel", False):  # each rank saw a part of the sequence
+        # Each rank saw a part of the sequence, or normed the queries and keys of its own heads.
+        if getattr(parameter, "sequence_parallel", False) or name.endswith(
+            ("q_layernorm.weight", "k_layernorm.weight")
+        ):
             dist.all_reduce(gradient)
         gradients[name] = gather(name, gradient)
     out["gradients"] = gradients
@@ -65,7 +71,7 @@ def run_case(case: dict, ranks: int) -> dict:
     out["log_probs"] = everyone[0]
     with torch.no_grad():
         hidden = model(sequence.tokens, sequence.position, attention)
-    out["hidden_shape"] = tuple(hidden.shape)
+    out["hidden"] = hidden
     return out
 
 

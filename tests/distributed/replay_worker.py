@@ -27,13 +27,12 @@ def replayed(model, noising, prompt: list[int], completion) -> list[tuple[int, f
     with torch.no_grad():
         log_probs = model(document.tokens, document.position, attention, document.target_row, document.target_token)
     assert document.target_weight.eq(1).all()
-    return list(zip((document.position[document.target_row] + 1).tolist(), log_probs.tolist(), strict=True))
+    position = document.position[document.target_row] + noising.shift
+    return list(zip(position.tolist(), log_probs.tolist(), strict=True))
 
 
-def main(source: str, target: str) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    parallel = ParallelSettings(tensor_model_parallel_size=ranks)
-    initialize.start(parallel, seed=1)
+def run(job: dict, ranks: int, parallel: ParallelSettings) -> list:
+    """Per options and prompt: the completion, and what it replays."""
     from megatron_dtrpo.config.decoding import DecodingOptions
     from megatron_dtrpo.config.estimators import EstimatorOptions
     from megatron_dtrpo.data.batches import Noising
@@ -41,20 +40,28 @@ def main(source: str, target: str) -> None:
     from megatron_dtrpo.model.initialization import global_parameter_names
     from megatron_dtrpo.model.provider import build_model
 
-    job = torch.load(source, weights_only=False)
     model = build_model(ModelSettings(**job["model"]), parallel)
     with torch.no_grad():
         for name, parameter in global_parameter_names(model).items():
             parameter.copy_(oracles.split_for_tensor_parallel(name, job["parameters"][name], ranks)[dist.get_rank()])
     vocabulary = Vocabulary(job["vocab_size"], job["mask_id"], frozenset(job["end_ids"]))
-    block_size = job["model"]["block_size"]
-    decoder = BlockDecoder(model, vocabulary, block_size, max_positions=4096)
-    noising = Noising("exact_trajectory", EstimatorOptions(), 1, "clean", block_size, job["mask_id"], seed=0)
+    block_size, shift = job["model"]["block_size"], job["shift"]
+    decoder = BlockDecoder(model, vocabulary, block_size, max_positions=4096, shift=shift)
+    start = "clean" if shift else None
+    noising = Noising("exact_trajectory", EstimatorOptions(), 1, start, block_size, job["mask_id"], seed=0, shift=shift)
     results = []
     for options in job["options"]:
         completions = decoder.decode(job["prompts"], DecodingOptions(**options), batch_size=5, seed=3)
         scores = [replayed(model, noising, *one) for one in zip(job["prompts"], completions, strict=True)]
         results.append(list(zip(completions, scores, strict=True)))
+    return results
+
+
+def main(source: str, target: str) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    parallel = ParallelSettings(tensor_model_parallel_size=ranks)
+    initialize.start(parallel, seed=1)
+    results = {shift: run(job, ranks, parallel) for shift, job in torch.load(source, weights_only=False).items()}
     if dist.get_rank() == 0:
         torch.save(results, target)
     initialize.stop()

@@ -33,6 +33,9 @@ MLP_ONLY = {"trainable_modules": ["mlp"]}
 ELBO, VRPO = ({"estimator": name, "steps_per_block": 8} for name in ("elbo", "vrpo"))  # the default: it is not read
 SIMPO = {"loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5]}  # has no reference
 TIED = {"untie_embeddings_and_output_weights": False}
+# Norms of queries and keys, no biases, wide heads, blocks of 4, tokens read at their own rows.
+QK_NORMS = {"trainable_modules": ["q_layernorm", "k_layernorm"]}
+SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12, "block_size": 4}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ LAYOUTS = {
     "elbo, DP2": Layout(2, {**ELBO, **SHARDED, "seq_length": 1000}, "elbo"),
     "vrpo": Layout(1, VRPO, None),
     "vrpo, TP2 SP": Layout(2, {**VRPO, **TP2, "sequence_parallel": True, "micro_batch_size": 1}, "vrpo"),
+    "sdar": Layout(1, SDAR, None),
+    "sdar, TP2": Layout(2, {**SDAR, **TP2}, "sdar"),
+    "sdar, norms of queries and keys": Layout(1, {**SDAR, **QK_NORMS}, None),
+    # Each process norms the heads that it has; the norms' gradients are added up, with sequence parallelism or without.
+    "sdar, norms of queries and keys, TP2": Layout(2, {**SDAR, **QK_NORMS, **TP2}, "sdar, norms of queries and keys"),
+    "sdar, TP2 SP x PP2": Layout(4, {**SDAR, **TP2, **PP2, "sequence_parallel": True}, "sdar"),
+    "sdar, PP2": Layout(2, {**SDAR, **PP2}, "sdar"),
+    "sdar, CP2": Layout(2, {**SDAR, "context_parallel_size": 2}, "sdar"),
+    "sdar, DP2": Layout(2, {**SDAR, **SHARDED, "seq_length": 1000}, "sdar"),
     "simpo": Layout(1, SIMPO, None),
     "simpo, TP2 x PP2": Layout(4, {**SIMPO, **TP2, **PP2, "micro_batch_size": 3}, "simpo"),
 }
@@ -106,7 +118,9 @@ def test_the_runs_trained(metrics_of):
     """Agreement would be cheap if nothing moved, or if both ways to train were one."""
     rows = metrics_of("one process")
     assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
-    assert all(disagreements(rows, metrics_of(other)) for other in ("MLP only", "tied", "elbo", "vrpo", "simpo"))
+    assert all(
+        disagreements(rows, metrics_of(other)) for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar")
+    )
     assert abs(metrics_of("elbo")[0]["rewards/margins"]) > 1e-3  # its reference has other noise
 
 

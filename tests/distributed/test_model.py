@@ -1,4 +1,5 @@
-"""The model on megatron-core against transformers' Qwen2 with the same weights, with and without tensor parallelism."""
+"""The model on megatron-core against transformers' Qwen2 and Qwen3 with the same weights, with and without tensor
+parallelism."""
 
 from __future__ import annotations
 
@@ -17,29 +18,33 @@ VOCABULARY, MASK, B = 64, 63, 4
 SHAPE = dict(hidden_size=32, ffn_hidden_size=48, heads=8, groups=4)
 ROTARY_BASE = 10000.0
 
-# name -> (tied embeddings, parallel settings, logit rows alive at once)
+# name -> (peer, parallel settings, logit rows alive at once)
 CASES = {
-    "plain": (False, {}, 2048),
-    "sequence_parallel": (False, {"sequence_parallel": True}, 2048),
-    "tied": (True, {}, 2048),
-    "tied_sequence_parallel": (True, {"sequence_parallel": True}, 2048),
-    "logits_in_chunks": (True, {"sequence_parallel": True}, 7),
+    "plain": ("untied", {}, 2048),
+    "sequence_parallel": ("untied", {"sequence_parallel": True}, 2048),
+    "tied": ("tied", {}, 2048),
+    "tied_sequence_parallel": ("tied", {"sequence_parallel": True}, 2048),
+    "logits_in_chunks": ("tied", {"sequence_parallel": True}, 7),
     "recompute": (
-        False,
+        "untied",
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         2048,
     ),
+    "sdar": ("sdar", {}, 2048),
+    "sdar_sequence_parallel": ("sdar", {"sequence_parallel": True}, 2048),
 }
+# In float64, so that hidden states agree to 1e-9; its tokens are read at their own rows.
+SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 6}
 
 
-def packed_sequence():
+def packed_sequence(block_start: str | None):
     """Four pairs on awkward places of the block grid, noised by dtrpo, and padding."""
     generator = torch.Generator().manual_seed(5)
     documents = []
     for index, (P, lengths) in enumerate([(3, (9, 1)), (8, (4, 13)), (9, (6, 7)), (6, (2, 3))]):
         noise = []
         for branch, length in enumerate(lengths, start=1):
-            maskable = Blocks(P, length, B).maskable("clean")
+            maskable = Blocks(P, length, B).maskable(block_start)
             generators = [noise_generator(7, 0, index, branch, view) for view in (1, 2)]
             noise.append(dtrpo(NoiseRequest(maskable, generators, EstimatorOptions(steps_per_block=2))))
         documents.append(
@@ -50,19 +55,24 @@ def packed_sequence():
                 [n.weight for n in noise],
                 block_size=B,
                 mask_id=MASK,
-                block_start="clean",
+                block_start=block_start,
+                shift=0 if block_start is None else 1,
             )
         )
     sequence = concatenate(documents)
     return pad_to(sequence, len(sequence) + 2 * B, pad_id=0)
 
 
-def qwen2(tied: bool):
-    return oracles.qwen2(vocab_size=VOCABULARY, tied=tied, rotary_base=ROTARY_BASE, dtype=torch.float32, **SHAPE)
+def peer(name: str):
+    """transformers' own model."""
+    known = dict(vocab_size=VOCABULARY, rotary_base=ROTARY_BASE, **SHAPE)
+    if name == "sdar":
+        return oracles.qwen3(head_dim=SDAR["kv_channels"], dtype=torch.float64, **known)
+    return oracles.qwen2(tied=name == "tied", dtype=torch.float32, **known)
 
 
-def megatron(named, tied: bool) -> dict[str, torch.Tensor]:
-    return megatron_from_qwen2(dict(named), SHAPE["heads"], SHAPE["groups"], tied)
+def megatron(named, name: str) -> dict[str, torch.Tensor]:
+    return megatron_from_qwen2(dict(named), SHAPE["heads"], SHAPE["groups"], tied=name == "tied")
 
 
 @pytest.fixture(scope="module")
@@ -71,48 +81,52 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sequence():
-    return packed_sequence()
+def sequences():
+    """The packed sequence that each peer is run on."""
+    clean = packed_sequence("clean")
+    return {"untied": clean, "tied": clean, "sdar": packed_sequence(None)}
 
 
 @pytest.fixture(scope="module")
-def expected(sequence):
-    """tied -> Qwen2's log-probabilities of the targets and the gradients of their weighted sum."""
-    sees = oracles.sees_by_description(sequence.document, sequence.branch, sequence.view, sequence.position, B)
+def expected(sequences):
+    """Peer -> hidden states, log-probabilities of the targets and the gradients of their weighted sum."""
     out = {}
-    for tied in (False, True):
-        model = qwen2(tied)
+    for name, sequence in sequences.items():
+        sees = oracles.sees_by_description(sequence.document, sequence.branch, sequence.view, sequence.position, B)
+        model, hidden = peer(name), []
+        model.model.register_forward_hook(lambda module, given, output, to=hidden: to.append(output.last_hidden_state))
         logits = oracles.qwen2_logits(model, sequence.tokens, sequence.position, sees)
         log_probs = torch.log_softmax(logits, -1)[sequence.target_row, sequence.target_token]
         (log_probs * sequence.target_weight.float()).sum().backward()
-        gradients = megatron(((name, p.grad) for name, p in model.named_parameters()), tied)
-        out[tied] = log_probs.detach(), gradients
+        gradients = megatron(((name, p.grad) for name, p in model.named_parameters()), name)
+        out[name] = hidden[0][0].detach(), log_probs.detach(), gradients
     return out
 
 
 @pytest.fixture(scope="module")
-def case_file(sequence, folder):
+def case_file(sequences, folder):
     cases = {}
-    for name, (tied, parallel, logit_rows) in CASES.items():
+    for name, (whose, parallel, logit_rows) in CASES.items():
         settings = dict(
             num_layers=2,
             hidden_size=SHAPE["hidden_size"],
             ffn_hidden_size=SHAPE["ffn_hidden_size"],
             num_attention_heads=SHAPE["heads"],
             num_query_groups=SHAPE["groups"],
-            kv_channels=SHAPE["hidden_size"] // SHAPE["heads"],
             rotary_base=ROTARY_BASE,
             vocab_size=VOCABULARY,
             make_vocab_size_divisible_by=4,
-            untie_embeddings_and_output_weights=not tied,
+            untie_embeddings_and_output_weights=whose != "tied",
             block_size=B,
+            **(SDAR if whose == "sdar" else {"kv_channels": SHAPE["hidden_size"] // SHAPE["heads"]}),
         )
         cases[name] = dict(
             model=settings,
             parallel=parallel,
             logit_rows=logit_rows,
-            parameters={n: p.detach() for n, p in megatron(qwen2(tied).named_parameters(), tied).items()},
-            sequence=sequence,
+            parameters={n: p.detach() for n, p in megatron(peer(whose).named_parameters(), whose).items()},
+            sequence=sequences[whose],
+            wide=whose == "sdar",
             seed=21,
         )
     path = folder / "cases.pt"
@@ -133,18 +147,18 @@ def results(case_file, server):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_log_probs_equal_qwen2(results, expected, sequence, ranks, name):
-    log_probs, _ = expected[CASES[name][0]]
+def test_log_probs_equal_qwen2(results, expected, ranks, name):
+    hidden, log_probs, _ = expected[CASES[name][0]]
     got = results[ranks][name]
-    assert got["log_probs"].dtype == torch.float32
-    torch.testing.assert_close(got["log_probs"], log_probs, rtol=0, atol=1e-4)
-    assert got["hidden_shape"] == (len(sequence), 1, SHAPE["hidden_size"])
+    close = dict(rtol=0, atol=1e-9 if hidden.dtype == torch.float64 else 1e-4)
+    torch.testing.assert_close(got["log_probs"], log_probs, **close)
+    torch.testing.assert_close(got["hidden"][:, 0], hidden, **close)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients_equal_qwen2(results, expected, ranks, name):
-    _, gradients = expected[CASES[name][0]]
+    *_, gradients = expected[CASES[name][0]]
     got = results[ranks][name]["gradients"]
     assert set(got) == set(gradients)
     for parameter, gradient in gradients.items():

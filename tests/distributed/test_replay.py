@@ -38,6 +38,9 @@ OPTIONS = [
     {"max_new_tokens": 21, "temperature": 1.0, "top_p": 1.0, "threshold": 0.5, "small_block_size": 4},
     {"max_new_tokens": 30, "temperature": 0.0, "threshold": 0.2, "small_block_size": 8},
 ]
+SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12}
+MODELS = {1: MODEL, 0: {**MODEL, **SDAR}}
+OPTIONS = {1: OPTIONS, 0: OPTIONS[:1]}
 
 
 def prompts() -> list[list[int]]:
@@ -47,12 +50,14 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def peer():
-    """Sure of some tokens; forbidden ones, the mask and the padding, are probable enough to be missed."""
-    model = oracles.qwen2(vocab_size=PADDED, seed=3)
+def peers() -> dict:
+    """By prediction shift. Sure of some tokens; forbidden ones, the mask and the padding, are probable enough to be
+    missed."""
+    found = {1: oracles.qwen2(vocab_size=PADDED, seed=3), 0: oracles.qwen3(vocab_size=PADDED, seed=3)}
     with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
-    return model
+        for model in found.values():
+            model.lm_head.weight.mul_(2.0)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +66,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
-def results(request, peer, server, folder) -> list:
-    """Per options and prompt: the completion, and (position, log-probability) by the packed layout."""
-    parameters = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
-    job = {"model": MODEL, "parameters": parameters, "prompts": prompts(), "options": OPTIONS}
-    torch.save(job | {"vocab_size": VOCAB, "mask_id": MASK, "end_ids": END_IDS}, folder / "job.pt")
+def results(request, peers, server, folder) -> dict:
+    """Per shift, options and prompt: the completion, and (position, log-probability) by the packed layout."""
+    known = {"prompts": prompts(), "vocab_size": VOCAB, "mask_id": MASK, "end_ids": END_IDS}
+    jobs = {
+        shift: {
+            **known,
+            "shift": shift,
+            "model": MODELS[shift],
+            "parameters": megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False),
+            "options": OPTIONS[shift],
+        }
+        for shift, peer in peers.items()
+    }
+    torch.save(jobs, folder / "job.pt")
     server.call("tests.distributed.replay_worker", folder / "job.pt", folder / "out.pt", processes=request.param)
     return torch.load(folder / "out.pt", weights_only=False)
 
@@ -84,32 +98,33 @@ def by_step(values) -> dict[int, float]:
     return total
 
 
-def step_by_step(model, prompt: list[int], everything) -> dict[int, float]:
+def step_by_step(model, shift: int, prompt: list[int], everything) -> dict[int, float]:
     """What every step wrote, from a forward pass of its own over what was there."""
     total = {}
     for now in sorted({step for _, _, step, *_ in everything}):
         new = {p: token for p, token, step, *_ in everything if step == now}
         shown = dict(enumerate(prompt)) | {p: token for p, token, step, until, _ in everything if step < now <= until}
         begin = min(new) // BLOCK * BLOCK
-        # A block's first token is read from the pass that finished the block before.
-        length = begin if begin in new else begin + BLOCK
+        # With shift 1 a block's first token is read from the pass that finished the block before.
+        length = begin if shift and begin in new else begin + BLOCK
         tokens = torch.tensor([shown.get(p, MASK) for p in range(length)])
         with torch.no_grad():
             logits = oracles.qwen2_logits(model, tokens, torch.arange(length), oracles.block_causal(length, BLOCK))
         log_probs = torch.log_softmax(logits, -1)
-        total[now] = sum(log_probs[p - 1, token].item() for p, token in new.items())
+        total[now] = sum(log_probs[p - shift, token].item() for p, token in new.items())
     return total
 
 
-def test_every_step_is_replayed(peer, results):
+@pytest.mark.parametrize("shift", MODELS)
+def test_every_step_is_replayed(peers, results, shift):
     thrown = 0
-    for options, done in zip(OPTIONS, results, strict=True):
+    for options, done in zip(OPTIONS[shift], results[shift], strict=True):
         for prompt, (completion, scores) in zip(prompts(), done, strict=True):
             everything = written(prompt, completion)
             step_of = {position: step for position, _, step, *_ in everything}
             decoder = by_step((step, math.log(confidence)) for *_, step, _, confidence in everything)
             packed = by_step((step_of[position], value) for position, value in scores)
-            oracle = step_by_step(peer, prompt, everything)
+            oracle = step_by_step(peers[shift], shift, prompt, everything)
             assert len(scores) == len(everything) == len(step_of)
             assert sorted(decoder) == sorted(packed) == sorted(oracle)
             for step in decoder:
@@ -120,12 +135,12 @@ def test_every_step_is_replayed(peer, results):
     assert thrown > 20
 
 
-def test_the_discarded_tokens_matter(peer, results):
+def test_the_discarded_tokens_matter(peers, results):
     """Without them the same recording is another number: what was seen, and what was written, is missing."""
     differences = []
-    for done in results:
+    for done in results[1]:
         for prompt, (completion, _) in zip(prompts(), done, strict=True):
             if completion.discarded:
                 kept = written(prompt, completion._replace(discarded=[]))
-                differences.append(sum(step_by_step(peer, prompt, kept).values()) - completion.log_likelihood())
+                differences.append(sum(step_by_step(peers[1], 1, prompt, kept).values()) - completion.log_likelihood())
     assert sum(abs(difference) > 0.1 for difference in differences) > 10

@@ -26,6 +26,7 @@ MODEL = ModelSettings(
     vocab_size=128,
     block_size=8,
 )
+SDAR = replace(MODEL, family="sdar", add_qkv_bias=False, qk_layernorm=True, kv_channels=32)
 FP8 = ParallelSettings(bf16=True, fp8_format="hybrid")
 
 
@@ -259,7 +260,7 @@ def test_a_run_keeps_its_format():
     """Also one that was started before there was the setting: without FP8 then."""
     from megatron_dtrpo.training import resume
 
-    now, first = Config(), resume._resolved(Config())
+    now, first = Config(), resume._resolved(Config(), "fast_dllm_v2")
     for key in ("fp8_format", "fp8_recipe", "fp8_reference"):
         del first[key]
     resume._check_pinned(now, first)
@@ -383,11 +384,11 @@ def alone():
     initialize.stop()
 
 
-def build(transformer_impl: str, seed: int = 1, **settings):
+def build(transformer_impl: str, seed: int = 1, shape: ModelSettings = MODEL, **settings):
     from megatron_dtrpo.model.initialization import initialize_weights
     from megatron_dtrpo.model.provider import build_model
 
-    model = build_model(MODEL, ParallelSettings(transformer_impl=transformer_impl, **settings))
+    model = build_model(shape, ParallelSettings(transformer_impl=transformer_impl, **settings))
     initialize_weights(model, seed)
     return model
 
@@ -446,17 +447,18 @@ def test_both_backends_are_one_model(fused, alone):
     torch.testing.assert_close(log_probs(local), log_probs(other), rtol=0, atol=1e-4)  # different fp32 products
 
 
+@pytest.mark.parametrize("shape", [MODEL, SDAR], ids=["qwen2", "sdar"])
 @pytest.mark.parametrize("writer, reader", [("local", "transformer_engine"), ("transformer_engine", "local")])
-def test_either_backend_reads_the_others_checkpoint(fused, alone, tmp_path, writer, reader):
+def test_either_backend_reads_the_others_checkpoint(fused, alone, tmp_path, writer, reader, shape):
     """The final norm's extra state is in Transformer Engine's checkpoints alone."""
     from megatron_dtrpo.checkpoint import distributed as checkpoint
 
-    written = build(writer, seed=5)
+    written = build(writer, seed=5, shape=shape)
     with torch.no_grad():
         for parameter in written.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
     write(written, tmp_path)
-    read = build(reader)
+    read = build(reader, shape=shape)
     checkpoint.load(tmp_path, 1, read)
     torch.testing.assert_close(log_probs(read), log_probs(written), rtol=0, atol=1e-4)  # different fp32 products
     keys = (tmp_path / "iter_0000001" / ".metadata").read_bytes()

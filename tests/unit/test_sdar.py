@@ -3,6 +3,7 @@ against transformers' Qwen3 in float64: hidden states, a noisy block's cross-ent
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -25,6 +26,8 @@ from megatron_dtrpo.data.tokenizer import METADATA_FILE, load_tokenizer
 from megatron_dtrpo.diffusion.layout import Coordinates, concatenate
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.training import resume
+from megatron_dtrpo.training.setup import check_reference_architecture
 from tests.support import conversion_folders as folders
 from tests.support import oracles
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
@@ -174,6 +177,25 @@ def test_layers_of_another_family_are_not_trained(key):
     expected = f"^{key} is {str(other).lower()}, in family sdar it is {str(not other).lower()}: change {key} or family$"
     with pytest.raises(UserError, match=expected):
         validate(config_of(**{key: other}), 1)
+
+
+def test_a_resumed_run_and_a_reference_keep_the_shift(tmp_path):
+    """A resumed run's settings are compared before its model is known, and its record says the family."""
+    first = config_of(load="base")
+    validate(first, 1)
+    resume._check_pinned(Config(), first.to_flat())
+    with pytest.raises(UserError, match="this run has block_start None, not clean"):
+        resume._check_pinned(Config.from_flat({"block_start": "clean"}), first.to_flat())
+    for family in ("a2d_qwen3", "qwen3"):
+        folder = tmp_path / family
+        folder.mkdir()
+        checkpoint_folder.save_model_config(folder, dataclasses.replace(MODEL, family=family))
+        config = config_of(reference=str(folder))
+        if family == "a2d_qwen3":
+            check_reference_architecture(config)
+            continue
+        with pytest.raises(UserError, match="family is qwen3 there, sdar here"):
+            check_reference_architecture(config)
 
 
 @pytest.fixture(scope="module")

@@ -97,9 +97,10 @@ class Result:
         return [line for line in self.output.splitlines() if line.startswith("error:")]
 
 
-def _environment() -> dict[str, str]:
+def _environment(core: str | None = None) -> dict[str, str]:
+    """``core``: folder of another megatron-core, before the one that is installed."""
     inherited = {key: value for key, value in os.environ.items() if key not in _TORCHRUN}
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(filter(None, [core, str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
@@ -176,7 +177,8 @@ def train(settings: dict, processes: int = 1, timeout: float = 120) -> list[dict
 class ForkServer:
     """Trains as `train` does, in processes forked from one that has the slow imports behind it."""
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, core: str | None = None):
+        """``core``: see `_environment`."""
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.fork_server"],
@@ -184,7 +186,7 @@ class ForkServer:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=_environment(),
+                env=_environment(core),
                 cwd=REPOSITORY,
             )
 

@@ -72,12 +72,14 @@ class LayerSpec(ModuleSpec):
         return BACKENDS[named or default_transformer_impl()][0](getattr(source, "qk_layernorm", False))
 
 
-def _default_layer_spec() -> LayerSpec:
-    spec = BACKENDS[default_transformer_impl()][0](False)
+def _default_layer_spec(qk_layernorm: bool) -> LayerSpec:
+    spec = BACKENDS[default_transformer_impl()][0](qk_layernorm)
     return LayerSpec(module=spec.module, params=spec.params, submodules=spec.submodules)
 
 
-block_diffusion_layer_spec = _default_layer_spec()
+block_diffusion_layer_spec = _default_layer_spec(qk_layernorm=False)
+# For Megatron-LM's --spec with its --qk-layernorm, which an uncalled spec knows nothing of.
+block_diffusion_qk_layernorm_layer_spec = _default_layer_spec(qk_layernorm=True)
 
 
 def block_diffusion_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

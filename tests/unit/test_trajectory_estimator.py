@@ -182,11 +182,14 @@ def test_lengths_are_known_before_anything_is_laid_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     store = build_token_store(tmp_path / "rows.jsonl", "preference", tokenizer, tmp_path / "cache")
     assert noisy_copies(store, B, "clean").shape == (60, 2) and store.first_incomplete is None
-    lengths = EXACT.packed_lengths(store)
+    own = dataclasses.replace(EXACT, block_start=None, shift=0)
+    lengths, of_own = EXACT.packed_lengths(store), own.packed_lengths(store)
     for index, (one, other) in enumerate(pairs):
         prompt, responses = torch.tensor(one.prompt), [torch.tensor(r.response) for r in (one, other)]
         document = EXACT.document(Sample(0, index), prompt, responses, [one.decoded(), other.decoded()])
         assert lengths[index] == len(document)
+        document = own.document(Sample(0, index), prompt, responses, [one.decoded(), other.decoded()])
+        assert of_own[index] == len(document) >= lengths[index]
         assert [d.tolist() for d in store[index].discarded] == [
             [list(token) for token in sorted(r.discarded)] for r in (one, other)
         ]

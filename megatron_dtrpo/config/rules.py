@@ -12,7 +12,7 @@ from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.registry import family_named
+from megatron_dtrpo.families.registry import family_of
 
 
 def _demand(condition, message: str) -> None:
@@ -27,13 +27,8 @@ def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     )
 
 
-def chooses_block_start(family: str) -> bool:
-    """Whether a block's first token may be read in two places: only where the row before it predicts it."""
-    return family_named(family).prediction_shift == 1
-
-
 def fill_objective_defaults(objective: ObjectiveSettings, has_block_start: bool = True) -> None:
-    """``has_block_start``: of `chooses_block_start`."""
+    """``has_block_start``: of the model's `Family`."""
     kind = OBJECTIVES[objective.objective]
     objective.estimator = objective.estimator or kind.estimator
     if has_block_start:
@@ -46,14 +41,15 @@ def fill_objective_defaults(objective: ObjectiveSettings, has_block_start: bool 
 def _fill_defaults(config: Config) -> None:
     """Resolves the defaults that depend on another setting."""
     model = config.model
-    mismatch = family_named(model.family).mismatch(model)
+    family = family_of(model)
+    mismatch = family.mismatch(model)
     _demand(mismatch is None, f"{mismatch}: change {(mismatch or '').partition(' ')[0]} or family")
     _demand(
-        config.objective.block_start is None or chooses_block_start(model.family),
-        f"block_start {config.objective.block_start}: a model of family {model.family} predicts every token at its own "
-        "row: leave it out",
+        config.objective.block_start is None or family.has_block_start,
+        f"block_start {config.objective.block_start}: a model of family {family.name} predicts no block's first token "
+        "from another block: leave it out",
     )
-    fill_objective_defaults(config.objective, chooses_block_start(model.family))
+    fill_objective_defaults(config.objective, family.has_block_start)
     if model.num_query_groups is None:
         model.num_query_groups = model.num_attention_heads
     if model.kv_channels is None:

@@ -86,7 +86,9 @@ def _block_size(family: Family, config: dict, where: str | Path, given: int | No
     if own is not None and given is not None and own != given:
         raise UserError(f"{where}: {key} is {own}: it cannot be imported with --block-size {given}")
     if own is None and given is None and is_read and not family.starting_point:
-        raise UserError(f"{where}: no {key}, and a model of family {family.name} has one: give --block-size")
+        raise UserError(
+            f"{where}: no {key}, and a model of family {family.name} has one: import it with --block-size N"
+        )
     return own or given or DEFAULT_BLOCK_SIZE
 
 

@@ -84,6 +84,12 @@ class Family:
     assumptions: Callable[[dict, str | Path], list[str]] = lambda config, where: []
     """What ``settings`` filled in and a user may not have meant, a line each."""
 
+    @property
+    def has_block_start(self) -> bool:
+        """Whether a block's first token may be read in two places: the row before predicts it, and is of another
+        block."""
+        return self.prediction_shift == 1 and self.attention == "block_causal"
+
     def mismatch(self, model: ModelSettings) -> str | None:
         """Why a model of these settings is none of this family; None where it is one."""
         for key, value in self.layers.items():

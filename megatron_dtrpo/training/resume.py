@@ -13,10 +13,11 @@ from pathlib import Path
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.rules import chooses_block_start, fill_objective_defaults
+from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import FIELDS, Config, RunSettings
 from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_named
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.
 _PINNED = (
@@ -149,7 +150,7 @@ def _resolved(config: Config, family: str) -> dict:
     """All settings, with the defaults that depend on the objective filled in, as the record of a run of a model of
     this ``family`` has them."""
     config = copy.deepcopy(config)
-    fill_objective_defaults(config.objective, chooses_block_start(family))
+    fill_objective_defaults(config.objective, family_named(family).has_block_start)
     return config.to_flat()
 
 

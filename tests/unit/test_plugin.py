@@ -9,10 +9,12 @@ import types
 
 import pytest
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.attention import BlockDiffusionAttention
+from megatron_dtrpo.model.norm import RMSNorm
 
 BRIDGE = "megatron_dtrpo.conversion.bridge"
 
@@ -40,6 +42,14 @@ def test_frameworks_that_call_the_layer_get_one():
     assert type(called) is ModuleSpec and called is not spec
     assert core_attention(called) is BlockDiffusionAttention
     assert core_attention(spec()) is BlockDiffusionAttention
+
+
+def test_norms_of_queries_and_keys_are_a_spec_of_their_own_or_an_argument():
+    other = import_module(["megatron_dtrpo.model.layer_spec", "block_diffusion_qk_layernorm_layer_spec"])
+    asked = types.SimpleNamespace(transformer_impl="local", qk_layernorm=True)
+    for spec, norm in ((imported(), IdentityOp), (other, RMSNorm), (imported()(asked), RMSNorm)):
+        attention = spec.submodules.self_attention.submodules
+        assert attention.q_layernorm is attention.k_layernorm is norm
 
 
 BUILD = """

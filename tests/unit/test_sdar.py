@@ -90,7 +90,9 @@ def test_a_family_that_needs_a_block_size_and_has_none(tmp_path, capsys):
     config = json.loads((source / CONFIG).read_text())
     del config["block_size"]
     (source / CONFIG).write_text(json.dumps(config))
-    folders.import_refused(capsys, source, "no block_size, and a model of family sdar has one: give --block-size")
+    folders.import_refused(
+        capsys, source, "no block_size, and a model of family sdar has one: import it with --block-size N"
+    )
     assert inspect(source)["block size"] == "none (import must be given --block-size)"
     assert all(row.equal for row in roundtrip(source, ImportOptions(**QUIET), tmp_path))
     model = import_checkpoint(source, tmp_path / "megatron", ImportOptions(block_size=16, **QUIET))
@@ -166,7 +168,7 @@ def test_there_is_no_block_start_to_choose(estimator):
     assert config.objective.block_start is None
     noising = Noising.from_config(config, MASK)
     assert (noising.shift, noising.block_start) == (0, None)
-    expected = "^block_start noisy: a model of family sdar predicts every token at its own row: leave it out$"
+    expected = "^block_start noisy: a model of family sdar predicts no block's first token from another block: leave"
     with pytest.raises(UserError, match=expected):
         validate(config_of(estimator=estimator, objective=objective, block_start="noisy"), 1)
 

@@ -25,6 +25,8 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
     # megatron-core reports at import which optional kernels it does without, once per process and kernel.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed.*", category=FutureWarning)
+    # Of how megatron-core 0.19 reads a checkpoint's plain values: on each process alone.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*", category=UserWarning)
     warnings.filterwarnings("ignore", module=r"transformers.*", category=FutureWarning)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     # That a CUDA build of torch finds no GPU; `doctor` says so where it matters.

@@ -58,6 +58,7 @@ _SHARDING = {
 
 
 _DISTRIBUTED = "use_distributed_optimizer"
+_COMMON = "common.pt"
 
 
 def _by_key(model) -> dict:
@@ -253,7 +254,7 @@ def _load_stage(chunk, state: dict) -> None:
 
 
 def _content_metadata(folder: Path) -> dict | None:
-    return _explained(folder, lambda: dist_checkpointing.load_content_metadata(str(folder)), "common.pt")
+    return _plain_values(folder, lambda: dist_checkpointing.load_content_metadata(str(folder)))
 
 
 def _is_distributed(optimizer) -> bool:
@@ -266,11 +267,19 @@ def load_progress(directory: str | Path, iteration: int) -> dict:
 
 
 def _progress(folder: Path) -> dict:
-    common = _explained(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)), "common.pt")
+    common = _plain_values(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)))
     progress = common.get("progress") if isinstance(common, dict) else None
     if not progress or _DISTRIBUTED not in progress:
-        raise damaged(folder, "common.pt: it does not say how far training was")
+        raise damaged(folder, f"{_COMMON}: it does not say how far training was")
     return progress
+
+
+def _plain_values(folder: Path, read: Callable):
+    """What ``read`` takes from a checkpoint's plain values. Where they are in its ``.distcp`` files, megatron-core asks
+    ``.metadata`` for their place, and would run code in there: that is checked before."""
+    if not (folder / _COMMON).is_file() and versions.holds_plain_values(_check_description(folder)):
+        return _explained(folder, read)
+    return _explained(folder, read, _COMMON)
 
 
 def _check_optimizer_kind(folder: Path, optimizer) -> None:
@@ -280,8 +289,9 @@ def _check_optimizer_kind(folder: Path, optimizer) -> None:
         raise UserError(f"{folder}: written {kind} use_distributed_optimizer: resume it {kind} that setting")
 
 
-def _check_description(folder: Path) -> None:
-    """Raises UserError unless ``.metadata`` describes tensors and nothing else: torch's reader would run its code."""
+def _check_description(folder: Path) -> list[str]:
+    """The keys that ``.metadata`` describes. Raises UserError unless it describes tensors and objects and nothing else:
+    torch's reader would run its code."""
     try:
         json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -291,7 +301,9 @@ def _check_description(folder: Path) -> None:
     except UserError as error:
         detail = str(error).removeprefix(f"{folder}{os.sep}").removeprefix(".metadata: damaged: ")
         raise damaged(folder, f".metadata: {detail.removeprefix('.metadata: ')}") from None
-    versions.require_readable(folder, described.state_dict_metadata)
+    keys = list(described.state_dict_metadata)
+    versions.require_readable(folder, keys)
+    return keys
 
 
 @contextmanager

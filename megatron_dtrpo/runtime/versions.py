@@ -19,11 +19,17 @@ def save_options() -> dict:
     return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
 
 
+def holds_plain_values(keys: Iterable[str]) -> bool:
+    """Whether a checkpoint's ``.distcp`` files, which hold ``keys``, also hold its plain values, as from 0.19 on.
+    Before, ``common.pt`` held them."""
+    return any(key.startswith("common_state/") for key in keys)
+
+
 def require_readable(folder: Path, keys: Iterable[str]) -> None:
     """Raises UserError for a checkpoint ``folder`` that a newer megatron-core wrote than this one reads. ``keys``: of
-    what its files hold. From 0.19 on plain values are among them, which were in ``common.pt`` before."""
+    what its ``.distcp`` files hold."""
     reads_both = hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists")
-    if not reads_both and any(key.startswith("common_state/") for key in keys):
+    if not reads_both and holds_plain_values(keys):
         raise UserError(
             f"{folder}: written by megatron-core 0.19 or newer, and this is {megatron.core.__version__}: go on with "
             "the version that wrote it, or take the weights over with megatron-dtrpo convert export and import"

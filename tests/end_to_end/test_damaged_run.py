@@ -29,7 +29,8 @@ pytestmark = pytest.mark.end_to_end
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
     "empty": lambda file: file.write_bytes(b""),
-    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    # megatron-core 0.19 writes one file, in which the optimizer, that an export does not read, comes last.
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // (16 if file.suffix == ".distcp" else 2)),
     "garbage": lambda file: file.write_bytes(random.Random(0).randbytes(500)),
 }
 ALL = tuple(DAMAGES)
@@ -122,6 +123,12 @@ def command(base, tmp_path) -> Callable[[str, Path], int]:
     return lambda name, run: commands[name](run)
 
 
+def require_file(run: Path, file: str) -> None:
+    """megatron-core 0.19 has no ``common.pt``: its content is in the ``.distcp`` files, and so is that damage."""
+    if file.endswith("common.pt") and not (run / file).exists():
+        pytest.skip("this megatron-core writes no common.pt")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -135,6 +142,7 @@ def one_line(capfd) -> str:
 
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in REFUSED.items() for file in files])
 def test_a_damaged_file_is_one_line(good, run, command, capfd, tmp_path, name, file):
+    require_file(good, file)
     for damage in REFUSED[name][file]:
         shutil.rmtree(run)
         shutil.copytree(good, run)
@@ -194,10 +202,17 @@ def test_one_bit_of_a_tensors_values_is_found(run, command, capfd, name):
 @pytest.mark.parametrize("name", ["resume", "load", "generate"])
 def test_one_bit_of_the_common_state_is_found(run, command, capfd, name):
     """Plain numbers: the step, the schedule."""
-    file = run / "iter_0000004" / "common.pt"
-    flip_a_bit(file, 0, file.stat().st_size, "common/data.pkl")
+    folder = run / "iter_0000004"
+    stored = read_metadata(folder).storage_data.items()
+    inside = [info for index, info in stored if index.fqn.startswith("common_state/")]
+    if inside:
+        file, where = folder / inside[0].relative_path, f"{inside[0].relative_path}: common_state/shard_0_1"
+        flip_a_bit(file, inside[0].offset, inside[0].length, "archive/data.pkl")
+    else:
+        file, where = folder / "common.pt", "common.pt"
+        flip_a_bit(file, 0, file.stat().st_size, "common/data.pkl")
     assert command(name, run) == 2
-    assert "iter_0000004: damaged: common.pt: its checksum says" in one_line(capfd)
+    assert f"iter_0000004: damaged: {where}: its checksum says" in one_line(capfd)
 
 
 def test_only_what_is_read_is_checked(run, command):
@@ -231,8 +246,9 @@ def test_what_is_not_needed_stops_nobody(run, command, name, file):
 # --- the way on
 
 
-@pytest.mark.parametrize("file", ["iter_0000004/.metadata", "iter_0000004/common.pt", "iter_0000004/__0_1.distcp"])
+@pytest.mark.parametrize("file", ["iter_0000004/.metadata", "iter_0000004/common.pt", "iter_0000004/__0_0.distcp"])
 def test_the_advice_works(good, run, command, capfd, file):
+    require_file(run, file)
     (run / file).unlink()
     assert command("resume", run) == 2
     assert one_line(capfd).endswith("; delete iter_0000004 to go on from iter_0000002")
@@ -248,7 +264,7 @@ def test_the_advice_works(good, run, command, capfd, file):
 
 def test_nothing_is_left_to_go_on_from(run, command, capfd):
     shutil.rmtree(run / "iter_0000002")
-    (run / "iter_0000004" / "common.pt").write_bytes(b"")
+    (run / "iter_0000004" / ".metadata").write_bytes(b"")
     assert command("resume", run) == 2
     assert "no earlier iteration is beside it" in one_line(capfd)
     shutil.rmtree(run / "iter_0000004")

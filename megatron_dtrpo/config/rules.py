@@ -116,6 +116,10 @@ def validate(config: Config, world_size: int) -> int:
     _check_recompute(parallel, model.num_layers // pp // virtual, "virtual stage" if virtual > 1 else "stage")
 
     check_fp8(model, parallel, data.seq_length)
+    _demand(
+        parallel.model_class == "gpt" or parallel.fp8_format is None,
+        f"fp8_format with model_class {parallel.model_class} was never tried: leave one of the two out",
+    )
 
     estimator = ESTIMATORS[objective.estimator]
     _demand(

@@ -97,6 +97,12 @@ class ParallelSettings:
         "is installed and there is a GPU.",
         ("transformer_engine", "local"),
     )
+    model_class: str = setting(
+        "gpt",
+        "Which class of megatron-core computes the model: GPTModel, or HybridModel, which is to replace it there: a "
+        "prototype, with megatron-core 0.18 or newer. Checkpoints are the same; see docs/notes/hybrid_model.md.",
+        ("gpt", "hybrid"),
+    )
     fp8_format: str | None = setting(
         None,
         "Matrix products in FP8: e4m3 throughout, or hybrid with e5m2 gradients. Default: none; see docs/fp8.md.",

@@ -21,7 +21,7 @@ from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
 from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width
-from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.gpt import BlockDiffusionModel
 from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.transfer import send_together
 
@@ -51,7 +51,7 @@ class BlockDecoder:
 
     def __init__(
         self,
-        model: BlockDiffusionGPTModel,
+        model: BlockDiffusionModel,
         vocabulary: Vocabulary,
         block_size: int,
         max_positions: int,
@@ -203,7 +203,7 @@ class BlockDecoder:
 
 
 def make_decoder(
-    model: BlockDiffusionGPTModel,
+    model: BlockDiffusionModel,
     settings: ModelSettings,
     tokenizer: Tokenizer,
     end_ids: Iterable[int] = (),

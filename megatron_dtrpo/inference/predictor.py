@@ -12,15 +12,13 @@ from torch import Tensor
 
 from megatron_dtrpo.diffusion.sampling import most_probable, propose
 from megatron_dtrpo.model.attention import PackedAttention
-from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.gpt import BlockDiffusionModel
 
 
 class Predictor:
     """Proposes tokens; collective over the model-parallel processes."""
 
-    def __init__(
-        self, model: BlockDiffusionGPTModel, *, vocab_size: int, mask_id: int, temperature: float, top_p: float
-    ):
+    def __init__(self, model: BlockDiffusionModel, *, vocab_size: int, mask_id: int, temperature: float, top_p: float):
         """``vocab_size``: without padding; padding and the mask token are never proposed."""
         self.model, self.temperature, self.top_p = model, temperature, top_p
         self.device = next(model.parameters()).device

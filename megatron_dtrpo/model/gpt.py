@@ -7,6 +7,7 @@ runs on the rows that a prediction is read from, never on the whole packed seque
 from __future__ import annotations
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -17,8 +18,17 @@ from megatron_dtrpo.model.limits import LOGIT_ROWS
 from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
 
 
-class BlockDiffusionGPTModel(GPTModel):
-    """One pipeline stage. Constructor as `GPTModel`; ``position_embedding_type`` must be ``"rope"``."""
+class BlockDiffusionModel(LanguageModule):
+    """The two changes, for the classes of megatron-core that have an embedding, rotary angles, a decoder and an output
+    layer: to be inherited before one of them."""
+
+    writes_per_layer = 2
+    """How often a layer writes to the residual stream."""
+
+    @staticmethod
+    def gpt_name(name: str) -> str:
+        """The GPT model's name of a parameter that is called ``name`` in the whole model."""
+        return name
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -100,3 +110,7 @@ class BlockDiffusionGPTModel(GPTModel):
         """Logits ``[N, V / TP]`` of gathered hidden rows ``[N, h]``."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(rows, weight=weight)[0]
+
+
+class BlockDiffusionGPTModel(BlockDiffusionModel, GPTModel):
+    """One pipeline stage. Constructor as `GPTModel`; ``position_embedding_type`` must be ``"rope"``."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
 from megatron_dtrpo.seeds import stable_seed
 
-# Layers that write to the residual stream start smaller, by 1 / sqrt(2 * layers) (GPT-2, Megatron).
+# Layers that write to the residual stream start smaller, by 1 / sqrt(2 * transformer layers) (GPT-2, Megatron).
 _RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 
 # Transformer Engine keeps a norm inside the layer that it feeds; megatron-core's own layers keep it beside that. A
@@ -28,14 +28,14 @@ _FUSED_NORMS = {
 
 
 def global_parameter_names(model: Any) -> dict[str, Any]:
-    """Parameters by the name they have in an unpipelined model: layers are numbered through all stages."""
+    """Parameters by the name they have in an unpipelined GPT model: layers are numbered through all stages."""
     names = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
             number = model.decoder.layers[int(local)].layer_number - 1
             name = f"decoder.layers.{number}.{_FUSED_NORMS.get(rest, rest)}"
-        names[name] = parameter
+        names[model.gpt_name(name)] = parameter
     return names
 
 
@@ -47,8 +47,9 @@ def shared_name(model: Any, name: str) -> str:
 
 @torch.no_grad()
 def initialize_weights(model: Any, seed: int) -> None:
-    """Normal matrices, zero biases, unit norms, in place. ``model`` is one stage of a `BlockDiffusionGPTModel`."""
+    """Normal matrices, zero biases, unit norms, in place. ``model`` is one stage of a `BlockDiffusionModel`."""
     config, tp = model.config, model.pg_collection.tp
+    writes = model.writes_per_layer * config.num_layers
     for name, parameter in global_parameter_names(model).items():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -56,7 +57,7 @@ def initialize_weights(model: Any, seed: int) -> None:
         name = shared_name(model, name)
         std = config.init_method_std
         if name.endswith(_RESIDUAL_WRITERS):
-            std /= math.sqrt(2 * config.num_layers)
+            std /= math.sqrt(writes)
         value = _shard(_draw(name, _full_shape(parameter, tp.size()), seed) * std, parameter, tp)
         parameter.copy_(value)
         keep_exact_value(parameter, value)

@@ -11,9 +11,14 @@ from torch import Tensor
 from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.cpu import speed
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.families.hybrid_names import HALVES
+from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel, BlockDiffusionModel
 from megatron_dtrpo.model.layer_spec import block_diffusion_block_spec
+from megatron_dtrpo.runtime import versions
 from megatron_dtrpo.runtime.precision import fused_gradients, fuses_rotary, transformer_precision
+
+# megatron-core's layers in one transformer layer
+_LAYERS_EACH = {"gpt": 1, "hybrid": HALVES}
 
 
 def _leave(tensor: Tensor) -> Tensor:
@@ -34,8 +39,9 @@ def _interleaving(parallel: ParallelSettings) -> dict:
 
 def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> TransformerConfig:
     """megatron-core's configuration of a transformer shaped as Qwen2 or Qwen3."""
+    each = _LAYERS_EACH[parallel.model_class]
     return TransformerConfig(
-        num_layers=model.num_layers,
+        num_layers=model.num_layers * each,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -68,7 +74,7 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
         calculate_per_token_loss=True,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_num_layers=parallel.recompute_num_layers and parallel.recompute_num_layers * each,
         recompute_modules=parallel.recompute_modules,
         # Asks Apex of every layer that is megatron-core's own; the output layer always is.
         gradient_accumulation_fusion=fused_gradients(parallel) == "apex",
@@ -82,18 +88,20 @@ def transformer_config(model: ModelSettings, parallel: ParallelSettings) -> Tran
     )
 
 
-def build_chunks(model: ModelSettings, parallel: ParallelSettings) -> list[BlockDiffusionGPTModel]:
+def build_chunks(model: ModelSettings, parallel: ParallelSettings) -> list[BlockDiffusionModel]:
     """This rank's part of the model, with uninitialised weights: load a checkpoint or call `initialize_weights`. One
     stage, or under interleaving so many virtual ones, in the order of their layers."""
+    versions.require_model_class(parallel.model_class)
     config, count = transformer_config(model, parallel), parallel.num_virtual_stages_per_pipeline_rank
-    chunks = [_build_stage(model, config, stage) for stage in (range(count) if count > 1 else [None])]
+    build = MODEL_CLASSES[parallel.model_class]
+    chunks = [build(config, **_stage(model, stage)) for stage in (range(count) if count > 1 else [None])]
     if fused_gradients(parallel) == "transformer_engine":
         for chunk in chunks:
             _fuse_gradients_of_layers(chunk)
     return chunks
 
 
-def _fuse_gradients_of_layers(chunk: BlockDiffusionGPTModel) -> None:
+def _fuse_gradients_of_layers(chunk: BlockDiffusionModel) -> None:
     """megatron-core's setting would ask the output layer too, which cannot without Apex. Transformer Engine's layers
     look at an attribute of theirs in every pass."""
     for module in chunk.decoder.modules():
@@ -101,17 +109,16 @@ def _fuse_gradients_of_layers(chunk: BlockDiffusionGPTModel) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def build_model(model: ModelSettings, parallel: ParallelSettings) -> BlockDiffusionGPTModel:
+def build_model(model: ModelSettings, parallel: ParallelSettings) -> BlockDiffusionModel:
     """This rank's only stage, for what cannot run several. Raises UserError under interleaving."""
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
         raise UserError("num_virtual_stages_per_pipeline_rank is for training and scoring pairs: leave it out here")
     return build_chunks(model, parallel)[0]
 
 
-def _build_stage(model: ModelSettings, config: TransformerConfig, vp_stage: int | None) -> BlockDiffusionGPTModel:
-    return BlockDiffusionGPTModel(
-        config=config,
-        transformer_layer_spec=block_diffusion_block_spec(config, vp_stage=vp_stage),
+def _stage(model: ModelSettings, vp_stage: int | None) -> dict:
+    """What megatron-core's classes ask for a stage, but for its configuration and its layers."""
+    return dict(
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -122,3 +129,18 @@ def _build_stage(model: ModelSettings, config: TransformerConfig, vp_stage: int 
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+
+
+def _gpt(config: TransformerConfig, **stage) -> BlockDiffusionModel:
+    layers = block_diffusion_block_spec(config, vp_stage=stage["vp_stage"])
+    return BlockDiffusionGPTModel(config=config, transformer_layer_spec=layers, **stage)
+
+
+def _hybrid(config: TransformerConfig, **stage) -> BlockDiffusionModel:
+    from megatron_dtrpo.model.hybrid import BlockDiffusionHybridModel, hybrid_layer_pattern, hybrid_stack_spec
+
+    layers, pattern = hybrid_stack_spec(config), hybrid_layer_pattern(config)
+    return BlockDiffusionHybridModel(config=config, hybrid_stack_spec=layers, hybrid_layer_pattern=pattern, **stage)
+
+
+MODEL_CLASSES = {"gpt": _gpt, "hybrid": _hybrid}

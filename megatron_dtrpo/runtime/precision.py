@@ -13,6 +13,7 @@ import torch
 from megatron_dtrpo.config.fp8 import RECIPES
 from megatron_dtrpo.config.settings import ParallelSettings
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.runtime import versions
 
 
 def params_dtype(parallel: ParallelSettings) -> torch.dtype:
@@ -94,6 +95,7 @@ def data_parallel_precision(parallel: ParallelSettings) -> dict:
 
 def check_machine(parallel: ParallelSettings) -> None:
     """Raises UserError if this machine cannot run what was asked for; before any weight is loaded."""
+    versions.require_model_class(parallel.model_class)
     if parallel.transformer_impl == "transformer_engine" and not transformer_engine_is_usable():
         lacking = "a GPU" if not torch.cuda.is_available() else "the package transformer_engine"
         raise UserError(f"transformer_impl transformer_engine needs {lacking}: leave it out, or give local")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import megatron.core
@@ -33,4 +34,18 @@ def require_readable(folder: Path, keys: Iterable[str]) -> None:
         raise UserError(
             f"{folder}: written by megatron-core 0.19 or newer, and this is {megatron.core.__version__}: go on with "
             "the version that wrote it, or take the weights over with megatron-dtrpo convert export and import"
+        )
+
+
+def has_hybrid_model() -> bool:
+    """Whether megatron-core has the class that is to replace its GPTModel. From 0.18 on."""
+    return find_spec("megatron.core.models.hybrid") is not None
+
+
+def require_model_class(name: str) -> None:
+    """Raises UserError where megatron-core lacks the class that the setting ``model_class`` names."""
+    if name == "hybrid" and not has_hybrid_model():
+        raise UserError(
+            f"model_class hybrid needs megatron-core 0.18 or newer, and this is {megatron.core.__version__}: leave it "
+            "out here"
         )

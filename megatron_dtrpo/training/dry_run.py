@@ -11,6 +11,7 @@ from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.rules import validate, validate_training
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.model.initialization import global_parameter_names
 from megatron_dtrpo.model.provider import build_chunks, transformer_config
 from megatron_dtrpo.planning.layouts import fits_in, stage_plans
 from megatron_dtrpo.planning.memory import GIB
@@ -75,7 +76,8 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
             simulated_rank.without_memory(),
         ):
             chunks = build_chunks(model, here_buildable)
-            layers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+            names = [name for chunk in chunks for name in global_parameter_names(chunk)]
+            layers = sorted({int(name.split(".")[2]) + 1 for name in names if name.startswith("decoder.layers.")})
             count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
         lines.append(f"stage {stage}: layers {_ranges(layers)}, {count:,} parameters per rank")
     multiple = token_multiple(parallel)

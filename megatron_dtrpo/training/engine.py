@@ -32,7 +32,7 @@ from megatron_dtrpo.data.micro_batch import MicroBatch
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.inference.decoder import BlockDecoder, make_decoder
 from megatron_dtrpo.model.attention import attention_width
-from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
+from megatron_dtrpo.model.gpt import BlockDiffusionModel
 from megatron_dtrpo.model.initialization import initialize_weights
 from megatron_dtrpo.model.provider import build_chunks
 from megatron_dtrpo.objectives.objective import Objective, Outcome
@@ -59,7 +59,7 @@ class Engine:
         optimizer, scheduler: after `prepare_training`.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, chunks: Sequence[BlockDiffusionGPTModel]):
+    def __init__(self, config: Config, tokenizer: Tokenizer, chunks: Sequence[BlockDiffusionModel]):
         """``config``: validated. ``chunks``: on this process's device."""
         self.config, self.tokenizer, self.chunks = config, tokenizer, list(chunks)
         self.device = initialize.device()

@@ -25,7 +25,7 @@ def gather(name: str, part: torch.Tensor) -> torch.Tensor:
 def run_case(case: dict, ranks: int) -> dict:
     from megatron_dtrpo.model import gpt
     from megatron_dtrpo.model.attention import attention_width, plan_attention
-    from megatron_dtrpo.model.initialization import initialize_weights
+    from megatron_dtrpo.model.initialization import global_parameter_names, initialize_weights
     from megatron_dtrpo.model.provider import build_model
 
     settings = ModelSettings(**case["model"])
@@ -39,10 +39,10 @@ def run_case(case: dict, ranks: int) -> dict:
     out = {}
 
     initialize_weights(model, case["seed"])
-    out["initial"] = {name: gather(name, p.detach().clone()) for name, p in model.named_parameters()}
+    out["initial"] = {name: gather(name, p.detach().clone()) for name, p in global_parameter_names(model).items()}
 
     with torch.no_grad():
-        parameters = dict(model.named_parameters())
+        parameters = global_parameter_names(model)
         assert set(parameters) == set(case["parameters"]), set(parameters) ^ set(case["parameters"])
         for name, full in case["parameters"].items():
             part = oracles.split_for_tensor_parallel(name, full, ranks)[dist.get_rank()]
@@ -56,7 +56,7 @@ def run_case(case: dict, ranks: int) -> dict:
     log_probs = model(sequence.tokens, sequence.position, attention, sequence.target_row, sequence.target_token)
     (log_probs * sequence.target_weight.float()).sum().backward()
     gradients = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in global_parameter_names(model).items():
         gradient = parameter.grad
         # Each rank saw a part of the sequence, or normed the queries and keys of its own heads.
         if getattr(parameter, "sequence_parallel", False) or name.endswith(

@@ -9,6 +9,7 @@ import torch
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.diffusion.estimators import NoiseRequest, dtrpo, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, lay_out, pad_to
+from megatron_dtrpo.runtime import versions
 from tests.support import oracles
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
@@ -32,6 +33,12 @@ CASES = {
     ),
     "sdar": ("sdar", {}, 2048),
     "sdar_sequence_parallel": ("sdar", {"sequence_parallel": True}, 2048),
+}
+# With megatron-core's HybridModel, where it has one: name -> the case of the GPT model that it must equal.
+HYBRID = {f"hybrid_{name}": name for name in CASES} if versions.has_hybrid_model() else {}
+CASES |= {
+    name: (peer, {**parallel, "model_class": "hybrid"}, rows)
+    for name, (peer, parallel, rows) in ((name, CASES[same]) for name, same in HYBRID.items())
 }
 # In float64, so that hidden states agree to 1e-9; its tokens are read at their own rows.
 SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 6}
@@ -165,6 +172,18 @@ def test_gradients_equal_qwen2(results, expected, ranks, name):
         scale = gradient.abs().max().item()
         assert scale > 1e-3, parameter  # the comparison compares something
         torch.testing.assert_close(got[parameter], gradient, rtol=0, atol=1e-4 * max(scale, 1), msg=parameter)
+
+
+@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hybrid_model_equals_the_gpt_model(results, ranks, name):
+    got, expected = results[ranks][name], results[ranks][HYBRID[name]]
+    torch.testing.assert_close(got["hidden"], expected["hidden"], rtol=0, atol=1e-6)
+    assert set(got["gradients"]) == set(expected["gradients"])
+    for parameter, gradient in expected["gradients"].items():
+        torch.testing.assert_close(got["gradients"][parameter], gradient, rtol=1e-5, atol=1e-6, msg=parameter)
+    for parameter, value in expected["initial"].items():
+        assert torch.equal(got["initial"][parameter], value), parameter
 
 
 @pytest.mark.parametrize("probability", oracles.SHARP)

@@ -34,8 +34,9 @@ PURE = ("config", "families", "diffusion", "objectives")
 LIGHT = {*sys.stdlib_module_names, "yaml", PACKAGE}  # what config and families import
 
 # Imports inside functions: (file, module) and why it is not at the top.
-OPTIONAL, SLOW, DOCTOR, STARTUP = (
+OPTIONAL, NEWER, SLOW, DOCTOR, STARTUP = (
     "an optional dependency",
+    "it imports what only newer versions of megatron-core have",
     "slow to import, and most runs do without",
     "doctor runs where what it looks for may be missing",
     "a command prints its help and its mistakes before torch is there",
@@ -50,6 +51,7 @@ INSIDE = {
     ("evaluation/formulas.py", "math_verify"): OPTIONAL,
     ("evaluation/generation.py", "tqdm"): SLOW,
     ("model/layer_spec.py", "megatron.core.extensions"): OPTIONAL,
+    ("model/provider.py", f"{PACKAGE}.model.hybrid"): NEWER,
     ("runtime/compiler.py", "torch._dynamo"): SLOW,
     ("training/metric_log.py", "torch.utils.tensorboard"): OPTIONAL,
     ("training/metric_log.py", "wandb"): OPTIONAL,

@@ -15,8 +15,8 @@ release=${1:-0.19.2}
 shift || true
 if [ $# = 0 ]; then
     # Model, precision, planning; then resume, scoring, conversion, decoding and interleaving in several processes.
-    set -- tests/unit/test_{versions,precision,planning,recomputation,optimizer_state,step,conversion}.py \
-        tests/distributed/test_{model,resume,scoring,decoding,interleaving,conversion_layouts,conversion_function}.py
+    set -- tests/unit/test_{versions,precision,planning,recomputation,optimizer_state,step,conversion,hybrid_model}.py \
+        tests/distributed/test_{model,resume,scoring,decoding,interleaving,conversion_layouts,conversion_function,hybrid_model}.py
 fi
 
 if .venv/bin/python -c "from importlib.metadata import version; raise SystemExit(version('megatron-core') != '$release')"; then

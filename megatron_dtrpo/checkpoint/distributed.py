@@ -7,23 +7,17 @@ every process has finished: a folder with the final name is complete, and only t
 from __future__ import annotations
 
 import functools
-import io
-import json
 import os
 import pickle
 import queue
-import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -35,14 +29,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dtrpo.checkpoint.checksums import DIFFERS, is_as_written
-from megatron_dtrpo.checkpoint.folder import TRACKER, complete_iterations, damaged, iteration_folder
-from megatron_dtrpo.checkpoint.torch_dist import Window, read_metadata
+from megatron_dtrpo.checkpoint.damage import explained, require_described
+from megatron_dtrpo.checkpoint.iterations import TRACKER, complete_iterations, damaged, iteration_folder
 from megatron_dtrpo.config.settings import RunSettings
-from megatron_dtrpo.errors import SharedError, StopRequest, UserError, one_line
+from megatron_dtrpo.errors import SharedError, UserError, one_line
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.runtime import objects, versions
@@ -114,8 +106,11 @@ class Writer:
         if self.run.async_save:
             self.pending.schedule_async_request(request)
         else:
-            with _write_errors(partial):
-                request.execute_sync()
+            try:
+                with _write_errors(partial):
+                    request.execute_sync()
+            finally:  # what could not be written is no result of the next save in this process
+                filesystem_async._results_queue = None
 
     def finish(self, wait: bool = True) -> None:
         """Completes an asynchronous checkpoint that every process has written, or, to ``wait``, all; collective."""
@@ -195,13 +190,13 @@ def _parallel_load(folder: Path):
 def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None) -> dict:
     """Loads weights, and optimizer and scheduler where given, under any layout; collective. Returns ``progress``."""
     folder = iteration_folder(directory, iteration)
-    _check_description(folder)
+    require_described(folder)
     if optimizer is not None:
         _check_optimizer_kind(folder, optimizer)
     # Megatron-LM's checkpoints say here whether they keep one key per layer; old ones say nothing and do not.
     sharding = {**_SHARDING, "non_homogeneous_layers": False, **(_content_metadata(folder) or {})}
     wanted = _sharded_state(model, optimizer, sharding, is_loading=True)
-    state, _, absent = _explained(
+    state, _, absent = explained(
         folder,
         lambda: dist_checkpointing.load(
             wanted, str(folder), _parallel_load(folder), strict=StrictHandling.RETURN_UNEXPECTED
@@ -277,9 +272,9 @@ def _progress(folder: Path) -> dict:
 def _plain_values(folder: Path, read: Callable):
     """What ``read`` takes from a checkpoint's plain values. Where they are in its ``.distcp`` files, megatron-core asks
     ``.metadata`` for their place, and would run code in there: that is checked before."""
-    if not (folder / _COMMON).is_file() and versions.holds_plain_values(_check_description(folder)):
-        return _explained(folder, read)
-    return _explained(folder, read, _COMMON)
+    if not (folder / _COMMON).is_file() and versions.holds_plain_values(require_described(folder)):
+        return explained(folder, read)
+    return explained(folder, read, _COMMON)
 
 
 def _check_optimizer_kind(folder: Path, optimizer) -> None:
@@ -287,136 +282,3 @@ def _check_optimizer_kind(folder: Path, optimizer) -> None:
     if progress[_DISTRIBUTED] != _is_distributed(optimizer):
         kind = "with" if progress[_DISTRIBUTED] else "without"
         raise UserError(f"{folder}: written {kind} use_distributed_optimizer: resume it {kind} that setting")
-
-
-def _check_description(folder: Path) -> list[str]:
-    """The keys that ``.metadata`` describes. Raises UserError unless it describes tensors and objects and nothing else:
-    torch's reader would run its code."""
-    try:
-        json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise damaged(folder, f"metadata.json is not JSON ({error})") from None
-    try:
-        described = read_metadata(folder)
-    except UserError as error:
-        detail = str(error).removeprefix(f"{folder}{os.sep}").removeprefix(".metadata: damaged: ")
-        raise damaged(folder, f".metadata: {detail.removeprefix('.metadata: ')}") from None
-    keys = list(described.state_dict_metadata)
-    versions.require_readable(folder, keys)
-    return keys
-
-
-@contextmanager
-def _no_code_of_pickles() -> Iterator[None]:
-    """Inside, torch.load builds tensors and plain values only, whatever its caller or the environment asks for: torch's
-    reader of distributed checkpoints would run the code of a pickle inside a .distcp file."""
-    wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextmanager
-def _checksums_compared(folder: Path) -> Iterator[None]:
-    """Inside, torch's reader of distributed checkpoints compares the checksum of each piece of a tensor that it reads,
-    once. A process reads its own share only."""
-    reader_class: Any = FileSystemReader
-    unchecked_slice, checked = reader_class._slice_file, set()
-
-    def checked_slice(reader, file, info):
-        if (info.relative_path, info.offset) not in checked:
-            if not is_as_written(io.BufferedReader(Window(file.fileno(), info.offset, info.length))):
-                key = next(index.fqn for index, other in reader.storage_data.items() if other == info)
-                raise damaged(folder, f"{info.relative_path}: {key}: {DIFFERS}")
-            checked.add((info.relative_path, info.offset))
-        return unchecked_slice(reader, file, info)
-
-    reader_class._slice_file = checked_slice
-    try:
-        yield
-    finally:
-        reader_class._slice_file = unchecked_slice
-
-
-def _require_as_written(folder: Path, file: str) -> None:
-    with (folder / file).open("rb") as stream:
-        if not is_as_written(stream):
-            raise damaged(folder, f"{file}: {DIFFERS}")
-
-
-def _explained(folder: Path, read: Callable, file: str = ""):
-    """Turns what megatron-core and torch raise into one line: about keys and shapes, or about a damaged ``file``."""
-    try:
-        with _no_code_of_pickles(), _checksums_compared(folder):
-            if file and (folder / file).is_file():
-                _require_as_written(folder, file)
-            return read()
-    except (Exception, CheckpointException) as error:  # a damaged file raises what it likes; torch's is no Exception
-        failures = getattr(error, "failures", None)  # torch wraps each rank's error, traceback and all
-        cause = next(iter(failures.values()))[0] if failures else error
-        if isinstance(cause, (UserError, StopRequest)):
-            raise cause from None
-        reason = "it is missing" if file and not (folder / file).exists() else _in_one_line(cause)
-        broken = "" if file else _broken_file(folder)
-        if broken:
-            raise damaged(folder, broken) from error
-        if not file and isinstance(cause, (CheckpointingException, CheckpointException, KeyError, ValueError)):
-            raise UserError(f"{folder}: does not load into this model: {reason}") from error
-        raise damaged(folder, f"{file}{': ' if file else ''}{reason}") from error
-
-
-_SMALL = 4096  # bytes; larger parts of an archive are a tensor's values, which torch.load does not compare either
-
-
-def _broken_file(folder: Path) -> str:
-    """Which file with tensors or objects is missing, too short or damaged, and at which of them; empty where all look
-    whole. Reads a few hundred bytes of each."""
-    described = read_metadata(folder)
-    pieces: dict[str, dict[tuple[int, int], str]] = {}
-    for index, info in described.storage_data.items():
-        pieces.setdefault(info.relative_path, {})[info.offset, info.length] = index.fqn
-    for name, tensors in sorted(pieces.items()):
-        try:
-            with (folder / name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                end = max(offset + length for offset, length in tensors)
-                if size < end:
-                    return f"{name}: has {size} bytes of {end}"
-                broken = [key for span, key in sorted(tensors.items()) if not _is_archive(file.fileno(), *span)]
-        except FileNotFoundError:
-            return f"{name}: it is missing"
-        except OSError as error:
-            return f"{name}: {one_line(error)}"
-        if broken:
-            others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-            return f"{name}: {broken[0]}{others}: not what torch.save writes"
-    return ""
-
-
-def _is_archive(descriptor: int, offset: int, length: int) -> bool:
-    """Whether a stretch of a file looks like what torch.save writes, as far as its small parts and the heads of the
-    others tell."""
-    try:
-        with zipfile.ZipFile(io.BufferedReader(Window(descriptor, offset, length))) as archive:
-            for part in archive.infolist():
-                with archive.open(part) as stream:  # which compares the head, and at the end the checksum
-                    stream.read() if part.file_size <= _SMALL else None
-            return any(part.filename.endswith("data.pkl") for part in archive.infolist())
-    except OSError:
-        raise
-    except Exception:  # a damaged archive raises what it likes
-        return False
-
-
-def _in_one_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    if isinstance(error, pickle.UnpicklingError):  # torch advises at length how to run the code all the same
-        named = re.search(r"GLOBAL (\S+)", text)
-        return f"it names {named[1]}; code in a checkpoint is never run" if named else "not what torch.save writes"
-    return one_line(error)

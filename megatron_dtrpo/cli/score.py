@@ -84,7 +84,7 @@ def _drop_missing_reference(run, given: set[str]) -> None:
 
 def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[dict]:
     """``other_reference``: than that of the run that is scored."""
-    from megatron_dtrpo.checkpoint.folder import require_latest
+    from megatron_dtrpo.checkpoint.iterations import require_latest
     from megatron_dtrpo.runtime import initialize
     from megatron_dtrpo.training import resume
     from megatron_dtrpo.training.engine import Engine

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.dtypes import dtype_name
@@ -23,7 +24,7 @@ from megatron_dtrpo.families.registry import family_of, family_of_config
 def inspect(folder: str | Path) -> dict[str, str]:
     """Lines that describe ``folder``, in order. Raises UserError if it is no checkpoint that we know."""
     folder = Path(folder)
-    if (folder / checkpoint_folder.MODEL_CONFIG).is_file() or (folder / checkpoint_folder.TRACKER).is_file():
+    if (folder / checkpoint_folder.MODEL_CONFIG).is_file() or (folder / iterations.TRACKER).is_file():
         return _megatron(folder)
     if (folder / CONFIG).is_file():
         return _huggingface(folder)
@@ -36,10 +37,10 @@ def inspect(folder: str | Path) -> dict[str, str]:
 
 def _megatron(folder: Path) -> dict[str, str]:
     model = checkpoint_folder.load_model_config(folder)
-    iteration = checkpoint_folder.require_latest(folder)
+    iteration = iterations.require_latest(folder)
     expected = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
     keys = {part.tensor.key: part.tensor for parts in expected.values() for part in parts}
-    with TorchDistReader(checkpoint_folder.iteration_folder(folder, iteration)) as reader:
+    with TorchDistReader(iterations.iteration_folder(folder, iteration)) as reader:
         dtypes = [reader.dtype(t.key, t.layer) for t in keys.values() if reader.find(t.key, t.layer) is not None]
     template = find_template(folder)
     name = "trained here" if template is None else architecture(read_config(template), template)

@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dtrpo.checkpoint.folder import METRICS_FILE, MODEL_CONFIG, TRACKER
+from megatron_dtrpo.checkpoint.folder import METRICS_FILE, MODEL_CONFIG
+from megatron_dtrpo.checkpoint.iterations import TRACKER
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.files import partial_name, publish_folder
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config, read_json
@@ -73,8 +74,8 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
     template, config, model = _description(megatron_path, options)
     iteration = options.iteration
     if iteration is None:
-        iteration = checkpoint_folder.require_latest(megatron_path)
-    folder = checkpoint_folder.iteration_folder(megatron_path, iteration)
+        iteration = iterations.require_latest(megatron_path)
+    folder = iterations.iteration_folder(megatron_path, iteration)
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{megatron_path}: no complete checkpoint of iteration {iteration}")
     parts = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))

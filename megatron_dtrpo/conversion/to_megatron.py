@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, read_config
@@ -95,10 +96,10 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
             plan = mapping.megatron_tensors(model, settings.vocab_size)
             rows = _Rows(weights, options, model, mask_row)
             require_space(partial, sum(rows.nbytes(tensor) for tensor in plan))
-            _write_weights(checkpoint_folder.iteration_folder(partial, 0), plan, rows, options.progress)
+            _write_weights(iterations.iteration_folder(partial, 0), plan, rows, options.progress)
             checkpoint_folder.save_model_config(partial, model)
             save_template(partial / FOLDER, config, hf_path, Source.of(dtypes, head_is_double))
-            write_atomically(partial / checkpoint_folder.TRACKER, "0")
+            write_atomically(partial / iterations.TRACKER, "0")
     return model
 
 

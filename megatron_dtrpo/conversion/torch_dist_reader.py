@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dtrpo.checkpoint.checksums import DIFFERS, is_as_written
-from megatron_dtrpo.checkpoint.folder import damaged
+from megatron_dtrpo.checkpoint.iterations import damaged
 from megatron_dtrpo.checkpoint.torch_dist import Window, read_metadata
 from megatron_dtrpo.errors import UserError, one_line
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config
@@ -65,9 +66,9 @@ def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
     initialize.enable_device()
     folder = Path(folder)
     is_huggingface = any((folder / name).is_file() for name in (CONFIG, ADAPTER))
-    is_huggingface &= not (folder / checkpoint_folder.TRACKER).exists()
+    is_huggingface &= not (folder / iterations.TRACKER).exists()
     with _converted(folder) if is_huggingface else _as_it_is(folder) as folder:
-        iteration = checkpoint_folder.require_latest(folder)
+        iteration = iterations.require_latest(folder)
         config.model = checkpoint_folder.load_model_config(folder)
         config.parallel.sequence_parallel = False  # a sub-block may hold fewer tokens than there are ranks
         refuse_fp8(config.parallel, "decoding and evaluation")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import FIELDS, Config, RunSettings
@@ -62,7 +63,7 @@ def return_to_first_start(config: Config) -> None:
     """A resumed run keeps the starting point of its first start, which is its reference policy, its special tokens,
     and what is pinned."""
     run = config.run
-    if run.save is None or checkpoint_folder.latest_iteration(run.save) is None:
+    if run.save is None or iterations.latest_iteration(run.save) is None:
         return
     record = Path(run.save) / checkpoint_folder.RUN_CONFIG
     if not record.exists():
@@ -121,12 +122,12 @@ def run_reference_iteration(folder: str | Path) -> int:
 
 
 def _source_iteration(run_folder: str | Path | None, key: str, folder: str | Path) -> int:
-    first, resumed = None, None if run_folder is None else checkpoint_folder.latest_iteration(run_folder)
+    first, resumed = None, None if run_folder is None else iterations.latest_iteration(run_folder)
     if resumed is not None:
         first = checkpoint.load_progress(run_folder, resumed).get(f"{key}_iteration")
     if first is None:
-        return checkpoint_folder.require_latest(folder)
-    if first not in checkpoint_folder.complete_iterations(Path(folder)):
+        return iterations.require_latest(folder)
+    if first not in iterations.complete_iterations(Path(folder)):
         role = {"load": "this run started from", "reference": "this run's reference is"}[key]
         raise UserError(f"{folder}: {role} its iteration {first}, which is not there any more")
     return first

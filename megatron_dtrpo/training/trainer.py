@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.config.estimators import ESTIMATORS
@@ -73,7 +74,7 @@ class Trainer:
 
     def _build(self, tokenizer: Tokenizer) -> None:
         config, run = self.config, self.config.run
-        resume_from = checkpoint_folder.latest_iteration(run.save)
+        resume_from = iterations.latest_iteration(run.save)
         if resume_from is not None:
             saved = checkpoint_folder.load_model_config(run.save)
             checkpoint_folder.check_same_architecture(config.model, saved, run.save)
@@ -287,7 +288,7 @@ class Trainer:
     def _last_checkpoint(self) -> str:
         """What is left of a run that ends here; completes a checkpoint that is being written; collective."""
         self.writer.finish()
-        last = checkpoint_folder.latest_iteration(self.config.run.save)
+        last = iterations.latest_iteration(self.config.run.save)
         return f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
 
     def _save(self) -> None:

@@ -38,12 +38,13 @@ def main(source: str, target: str) -> None:
     initialize.start(parallel, seed=1)
     from megatron_dtrpo.checkpoint import distributed as checkpoint
     from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+    from megatron_dtrpo.checkpoint import iterations
     from megatron_dtrpo.model.provider import build_model
 
     folder = case["folder"]
     settings = checkpoint_folder.load_model_config(folder)
     model = build_model(settings, parallel)
-    checkpoint.load(folder, checkpoint_folder.require_latest(folder), model)
+    checkpoint.load(folder, iterations.require_latest(folder), model)
     model.eval()
     tokens = case["tokens"]
     out = {"logits": logits(model, tokens, case["block_size"])[:, : settings.vocab_size]}

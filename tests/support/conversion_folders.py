@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.cli import convert
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
@@ -183,7 +184,7 @@ def read_megatron(folder: Path, iteration: int = 0) -> dict[str, torch.Tensor]:
     """Every tensor of a Megatron checkpoint, unsharded, the vocabulary padded."""
     model = checkpoint_folder.load_model_config(folder)
     tensors = {}
-    with TorchDistReader(checkpoint_folder.iteration_folder(folder, iteration)) as reader:
+    with TorchDistReader(iterations.iteration_folder(folder, iteration)) as reader:
         for tensor in mapping.megatron_tensors(model, model.vocab_size):
             tensors[tensor.key] = torch.empty(tensor.shape, dtype=reader.dtype(tensor.key, tensor.layer))
             reader.read_rows(tensor.key, tensor.layer, 0, tensors[tensor.key])

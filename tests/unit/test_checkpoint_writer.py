@@ -8,7 +8,7 @@ import queue
 import pytest
 
 from megatron_dtrpo.checkpoint.distributed import _Results
-from megatron_dtrpo.checkpoint.folder import complete_iterations
+from megatron_dtrpo.checkpoint.iterations import complete_iterations
 
 
 def test_results_of_a_forked_process_come_back():

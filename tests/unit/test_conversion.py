@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.conversion import to_huggingface as export_module
 from megatron_dtrpo.conversion import to_megatron as import_module
 from megatron_dtrpo.conversion.hf_config import model_settings
@@ -164,7 +165,7 @@ def test_reads_one_key_for_all_layers(tmp_path):
 
     source = folders.write_folder(tmp_path / "hf")
     import_checkpoint(source, tmp_path / "megatron", WEIGHTS_ONLY)
-    folder = checkpoint_folder.iteration_folder(tmp_path / "megatron", 0)
+    folder = iterations.iteration_folder(tmp_path / "megatron", 0)
     tensors = folders.read_megatron(tmp_path / "megatron")
     joint: dict[str, list] = {}
     for key, value in tensors.items():

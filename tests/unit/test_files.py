@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from megatron_dtrpo.checkpoint import folder
+from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.checkpoint.folder import hold_folder
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically, write_json
@@ -64,14 +64,14 @@ def test_a_removed_folder_is_never_half_of_itself(tmp_path, monkeypatch):
 
 def test_run_folders_are_read_without_torch(tmp_path):
     for number in (2, 10, 30):
-        iteration = folder.iteration_folder(tmp_path, number)
+        iteration = iterations.iteration_folder(tmp_path, number)
         iteration.mkdir()
         for name in ("metadata.json", ".metadata")[: 1 if number == 30 else 2]:
             (iteration / name).touch()
-    (tmp_path / folder.TRACKER).write_text("10")
+    (tmp_path / iterations.TRACKER).write_text("10")
     script = (
-        "import sys; from megatron_dtrpo.checkpoint import folder;"
-        "print(folder.complete_iterations(sys.argv[1]), folder.require_latest(sys.argv[1]));"
+        "import sys; from megatron_dtrpo.checkpoint import folder, iterations;"
+        "print(iterations.complete_iterations(sys.argv[1]), iterations.require_latest(sys.argv[1]));"
         "print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
@@ -112,7 +112,7 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
 
 def test_a_hugging_face_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="latest_checkpointed_iteration.txt is missing"):
-        folder.require_latest(tmp_path)
+        iterations.require_latest(tmp_path)
     (tmp_path / "config.json").touch()
     with pytest.raises(UserError, match="a Hugging Face folder: turn it into a checkpoint with megatron-dtrpo convert"):
-        folder.require_latest(tmp_path)
+        iterations.require_latest(tmp_path)

@@ -410,9 +410,9 @@ def write(model, folder):
     from megatron.core import dist_checkpointing
 
     from megatron_dtrpo.checkpoint import distributed as checkpoint
-    from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+    from megatron_dtrpo.checkpoint import iterations
 
-    target = checkpoint_folder.iteration_folder(folder, 1)
+    target = iterations.iteration_folder(folder, 1)
     target.mkdir(parents=True)
     state = checkpoint._sharded_state(model, None, checkpoint._SHARDING, is_loading=False)
     dist_checkpointing.save(state, str(target), content_metadata=checkpoint._SHARDING)

@@ -16,7 +16,8 @@ shift || true
 if [ $# = 0 ]; then
     # Model, precision, planning; then resume, scoring, conversion, decoding and interleaving in several processes.
     set -- tests/unit/test_{versions,precision,planning,recomputation,optimizer_state,step,conversion,hybrid_model}.py \
-        tests/distributed/test_{model,resume,scoring,decoding,interleaving,conversion_layouts,conversion_function,hybrid_model}.py
+        tests/distributed/test_{model,resume,releases,scoring,decoding,interleaving}.py \
+        tests/distributed/test_{conversion_layouts,conversion_function,hybrid_model}.py
 fi
 
 if .venv/bin/python -c "from importlib.metadata import version; raise SystemExit(version('megatron-core') != '$release')"; then
@@ -45,5 +46,7 @@ if [ ! -f "$overlay/complete" ]; then
 fi
 "$overlay/bin/python" -c "from importlib.metadata import version; assert version('megatron-core') == '$release'"
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+# Tests of two releases take this one and .venv's own.
+MEGATRON_DTRPO_OTHER_CORE=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+export MEGATRON_DTRPO_OTHER_CORE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 exec "$overlay/bin/python" -m pytest --durations=10 -n 2 --dist loadfile -p no:cacheprovider "$@"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.support.launch import TINY_MODEL, Job, train, uneven_pairs, verb, write_lines
+from tests.support.launch import TINY_MODEL, ForkServer, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -51,9 +51,16 @@ def verifier_is_importable(settings):
 
 
 @pytest.fixture(scope="module")
-def alone(settings):
+def server(settings, verifier_is_importable):
+    server = ForkServer(settings["data_path"].parent / "server.log")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def alone(server, settings):
     save = settings["data_path"].parent / "alone"
-    train({**settings, "save": save})
+    server.train({**settings, "save": save})
     return save
 
 
@@ -75,27 +82,29 @@ def test_when_and_what(alone):
     ],
     ids=["TP2 x PP2, SP", "DP2, overlapped", "CP2"],
 )
-def test_layouts_agree(settings, alone, tmp_path, processes, layout):
-    train({**settings, **layout, "save": tmp_path / "run"}, processes)
+def test_layouts_agree(server, settings, alone, tmp_path, processes, layout):
+    server.train({**settings, **layout, "save": tmp_path / "run"}, processes)
     for row, other in zip(evaluations(tmp_path / "run"), evaluations(alone), strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
-def test_the_tools_give_the_same_numbers(settings, alone, tmp_path):
+def test_the_tools_give_the_same_numbers(server, settings, alone, tmp_path):
     rows = settings["eval_data_path"].read_text().splitlines()[:12]
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text("\n".join(rows) + "\n")
     base = tmp_path / "base"
-    train(
+    server.train(
         {**{k: v for k, v in settings.items() if not k.startswith("eval")}, "lr": 1e-30, "train_iters": 1, "save": base}
     )
     words = {"checkpoint": alone, "reference": base, "data": heldout}
-    result = Job(words, tmp_path / "score.log", 1, verb("score")).wait()
+    statuses, output = server.run(words, tmp_path / "score.log", verb="score")
+    assert statuses == [0], output
     last = evaluations(alone)[-1]
-    margin = float(re.search(r"reward margin +(-?[\d.]+)", result.output)[1])
-    assert margin == pytest.approx(last["eval/rewards/margins"], abs=1e-4), result.output
+    margin = float(re.search(r"reward margin +(-?[\d.]+)", output)[1])
+    assert margin == pytest.approx(last["eval/rewards/margins"], abs=1e-4), output
     words = {"checkpoint": alone, "prompts": heldout, "output": tmp_path / "out.jsonl", "max_new_tokens": 10}
-    assert Job(words, tmp_path / "generate.log", 1, verb("generate")).wait().status == 0
+    statuses, output = server.run(words, tmp_path / "generate.log", verb="generate")
+    assert statuses == [0], output
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     tokens, passes = sum(len(row["completion_ids"]) for row in rows), sum(row["completion_passes"] for row in rows)
     assert last["eval/completions/mean_length"] == pytest.approx(tokens / len(rows))

@@ -9,6 +9,19 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# The longest files of tests, longest first. The two workers of run.sh share whole files, in the order of collection: a
+# long one that started last would leave one of them idle.
+LONGEST = """
+    test_examples_7b test_conversion_commands test_resume test_decoding test_benchmarks test_gpu_check test_real_input
+    test_periodic_evaluation test_reference_cache test_overlap test_context_parallel test_stopping test_reference
+    test_evaluate test_invariance test_bad_input test_doctor_command test_failures test_interleaving test_generate
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

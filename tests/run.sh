@@ -29,4 +29,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # No test may depend on what the Hugging Face hub answers today.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 
-exec .venv/bin/python -m pytest --durations=10 -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY_MODEL, Job, disagreements, flags, uneven_pairs, verb
+from tests.support.launch import TINY_MODEL, ForkServer, disagreements, flags, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -72,30 +72,30 @@ def live(folder, train) -> list[dict]:
     return train("live", **EVALUATION, eval_data_path=folder / "pairs.jsonl", **checkpoints)
 
 
-def score(folder: Path, name: str, **words) -> tuple[str, dict[str, float]]:
+def score(server: ForkServer, folder: Path, name: str, **words) -> tuple[str, dict[str, float]]:
     """The tool's output, and the mean over pairs of every number."""
     words = {"data": folder / "pairs.jsonl", "output": folder / f"{name}.jsonl", **words}
-    result = Job(words, folder / f"{name}.log", 1, verb("score")).wait()
-    assert result.status == 0, result.output
+    statuses, output = server.run(words, folder / f"{name}.log", verb="score")
+    assert statuses == [0], output
     rows = [json.loads(line) for line in words["output"].read_text().splitlines()]
     assert len(rows) == 10
-    return result.output, {key: sum(row[key] for row in rows) / 10 for key in rows[0] if key != "source"}
+    return output, {key: sum(row[key] for row in rows) / 10 for key in rows[0] if key != "source"}
 
 
-def test_the_first_step_is_the_score_of_two_checkpoints(folder, live):
+def test_the_first_step_is_the_score_of_two_checkpoints(server, folder, live):
     """The tool loads one checkpoint after the other into a whole model, and shares nothing between them."""
     settings = {"seq_length": 1200, "num_views": 2}
-    _, expected = score(folder, "two", checkpoint=folder / "base", reference=folder / "other", **settings)
+    _, expected = score(server, folder, "two", checkpoint=folder / "base", reference=folder / "other", **settings)
     for key, value in expected.items():
         assert live[0][key] == pytest.approx(value, rel=1e-5), key
     assert abs(live[0]["loss"] - 0.693147) > 1e-2
 
 
-def test_evaluation_and_score_use_the_runs_reference(folder, live):
+def test_evaluation_and_score_use_the_runs_reference(server, folder, live):
     """The last evaluation is what the tool says of the run, which it compares with its own reference unasked."""
     first, last = (json.loads(line) for line in (folder / "live" / "eval.jsonl").read_text().splitlines())
     assert first["eval/rewards/margins"] == pytest.approx(live[0]["rewards/margins"], rel=1e-5)
-    output, expected = score(folder, "run", checkpoint=folder / "live")
+    output, expected = score(server, folder, "run", checkpoint=folder / "live")
     for key, value in expected.items():
         assert last[f"eval/{key}"] == pytest.approx(value, rel=1e-5), key
     assert "rewards/margins" in expected and f"reference            {folder / 'moving_other'}\n" in output
@@ -122,21 +122,21 @@ def test_layouts_agree(train, live, layout):
     assert disagreements(train(next(iter(layout)), 2, **layout), live) == []
 
 
-def test_cached_is_live_bit_for_bit(folder, train, live):
+def test_cached_is_live_bit_for_bit(server, folder, train, live):
     words = settings_of(folder, output=folder / "scores")
-    result = Job(words, folder / "scores.log", 1, verb("reference")).wait()
-    assert result.status == 0, result.output
+    statuses, output = server.run(words, folder / "scores.log", verb="reference")
+    assert statuses == [0], output
     assert train("cached", reference_cache=folder / "scores") == live
 
 
 def test_a_resumed_run_keeps_it(folder, train, live, server, alone, capfd):
     """Also where starting point and reference have trained on since, in training and in scoring; and says so where the
     iteration that it had is gone."""
-    _, before = score(folder, "before", checkpoint=folder / "live")
+    _, before = score(server, folder, "before", checkpoint=folder / "live")
     for seed, name in enumerate(("moving_base", "moving_other")):
         moved = {**SETTINGS, "train_iters": 3 + seed, "lr": 0.01, "data_path": folder / "pairs.jsonl", "seed": seed}
         server.train({**moved, "save": folder / name})
-    assert score(folder, "after", checkpoint=folder / "live")[1] == before
+    assert score(server, folder, "after", checkpoint=folder / "live")[1] == before
     save = shutil.copytree(folder / "live", folder / "resumed")
     shutil.rmtree(save / "iter_0000004")
     (save / "latest_checkpointed_iteration.txt").write_text("2")
@@ -153,7 +153,7 @@ def test_a_resumed_run_keeps_it(folder, train, live, server, alone, capfd):
         capfd, settings_of(folder, **again)
     )
     shutil.rmtree(mine)
-    output, scores = score(folder, "without", checkpoint=folder / "live")
+    output, scores = score(server, folder, "without", checkpoint=folder / "live")
     assert f"warning: {folder / 'live'}: its reference {mine} is not there: no rewards; give --reference DIR" in output
     assert scores.keys() == {"logps/chosen", "logps/rejected"}
 
@@ -199,13 +199,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_are_one_line(checkpoints, alone, capfd, tmp_path, name):
+def test_refusals_are_one_line(server, checkpoints, alone, capfd, tmp_path, name):
     change, reason = REFUSED[name]
     (checkpoints / "pairs").mkdir(exist_ok=True)
     if name == "a cache of another":
         words = settings_of(checkpoints, reference=None, output=checkpoints / "cache")
-        result = Job(words, checkpoints / "cache.log", 1, verb("reference")).wait()
-        assert result.status == 0, result.output
+        statuses, output = server.run(words, checkpoints / "cache.log", verb="reference")
+        assert statuses == [0], output
     paths = {key: checkpoints / change[key] for key in ("reference", "reference_cache") if key in change}
     line = refusal(capfd, settings_of(checkpoints, **{**change, **paths}, save=tmp_path / "run"))
     assert reason in line, line

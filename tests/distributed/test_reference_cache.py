@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.launch import TINY_MODEL, ForkServer, Job, disagreements, flags, uneven_pairs, verb, write_lines
+from tests.support.launch import TINY_MODEL, ForkServer, disagreements, flags, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -53,16 +53,16 @@ def settings_of(folder: Path, **others) -> dict:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def precompute(folder: Path, name: str, processes: int = 1, **settings) -> Path:
+def precompute(server: ForkServer, folder: Path, name: str, processes: int = 1, **settings) -> Path:
     settings = settings_of(folder, **settings, output=folder / name)
-    result = Job(settings, folder / f"{name}.log", processes, verb("reference")).wait()
-    assert result.status == 0, result.output
+    statuses, output = server.run(settings, folder / f"{name}.log", processes, verb="reference")
+    assert statuses == [0] * processes, output
     return folder / name
 
 
 @pytest.fixture(scope="module")
-def cache(folder) -> Path:
-    return precompute(folder, "scores")
+def cache(server, folder) -> Path:
+    return precompute(server, folder, "scores")
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_what_is_written(cache):
 
 
 @pytest.mark.parametrize("layout", [TP2, CP2], ids=["tp2", "cp2"])
-def test_bit_for_bit_under_a_layout_of_its_own(folder, train, cache, layout):
+def test_bit_for_bit_under_a_layout_of_its_own(server, folder, train, cache, layout):
     name = next(iter(layout))
-    sharded = precompute(folder, f"scores_{name}", 2, **layout)
+    sharded = precompute(server, folder, f"scores_{name}", 2, **layout)
     assert train(f"cached_{name}", 2, **layout, reference_cache=sharded) == train(f"live_{name}", 2, **layout)
     one, two = (json.loads((path / "meta.json").read_text())["facts"] for path in (cache, sharded))
     assert one == two  # the fingerprint of the weights among them
@@ -116,8 +116,8 @@ def test_one_cache_serves_every_layout(train, live, cache, layout):
     assert disagreements(rows, live) == []
 
 
-def test_tied_weights_have_one_fingerprint_under_pipeline_parallelism(folder, train):
-    cache = precompute(folder, "scores_tied", 2, **TIED, **PP2)
+def test_tied_weights_have_one_fingerprint_under_pipeline_parallelism(server, folder, train):
+    cache = precompute(server, folder, "scores_tied", 2, **TIED, **PP2)
     rows = train("tied_cached", **TIED, reference_cache=cache)
     assert disagreements(rows, train("tied_live", **TIED)) == []
 
@@ -134,7 +134,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(folder, train, live, cache, cached):
     assert "resuming from iteration 3" in (folder / f"{first}.log").read_text()
 
 
-def test_vrpo_and_trajectory_too(folder, train):
+def test_vrpo_and_trajectory_too(server, folder, train):
     """With shared noise the first step is a tie, from the cache as well."""
     rng = random.Random(0)
     rows = []
@@ -153,7 +153,7 @@ def test_vrpo_and_trajectory_too(folder, train):
     data = write_lines(folder / "recorded.jsonl", rows)
     for estimator in ("vrpo", "trajectory"):
         settings = {"estimator": estimator, "data_path": data}
-        cache = precompute(folder, f"scores_{estimator}", **settings)
+        cache = precompute(server, folder, f"scores_{estimator}", **settings)
         rows = train(f"{estimator}_live", **settings)
         assert train(f"{estimator}_cached", **settings, reference_cache=cache) == rows
         assert 0.69314 < rows[0]["loss"] < 0.69316 and rows[0]["rewards/margins"] == 0
@@ -305,7 +305,7 @@ def test_the_tool_refuses_what_it_cannot_do(folder, cache, alone, capfd, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_rows_are_skipped_on_every_rank_and_counted_once(folder, train):
+def test_bad_rows_are_skipped_on_every_rank_and_counted_once(server, folder, train):
     """Two processes, with a cache and without one, train what they train on the file without the bad rows."""
     good = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     bad = {
@@ -317,7 +317,7 @@ def test_bad_rows_are_skipped_on_every_rank_and_counted_once(folder, train):
     mixed = [bad[place] if place in bad else next(rows) for place in range(len(good) + len(bad))]
     data = write_lines(folder / "mixed.jsonl", mixed)
     skip = {"data_path": data, "bad_rows": "skip"}
-    scores = precompute(folder, "scores_skip", 2, **skip)
+    scores = precompute(server, folder, "scores_skip", 2, **skip)
     without = train("without", 2)
     assert train("live_skip", 2, **skip) == without
     assert train("cached_skip", 2, **skip, reference_cache=scores) == without

@@ -11,12 +11,12 @@ import pytest
 
 from tests.support.launch import (
     TINY_MODEL,
+    ForkServer,
     Job,
     Result,
     disagreements,
     latest_iteration,
     read_metrics,
-    train,
     uneven_pairs,
 )
 
@@ -63,22 +63,29 @@ def settings_of(save: Path, **others) -> dict:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder) -> list[dict]:
-    return train(settings_of(folder / "uninterrupted"))
+def uninterrupted(folder, server) -> list[dict]:
+    return server.train(settings_of(folder / "uninterrupted"))
 
 
 def start(save: Path, processes: int = 1, command: list[str] | None = None, **others) -> Job:
     return Job(settings_of(save, **others), save.with_name(save.name + ".log"), processes, command)
 
 
-def wait_for_iteration(job: Job, save: Path, iteration: int) -> None:
+def run(server: ForkServer, save: Path, **others) -> Result:
+    log = save.with_name(save.name + ".log")
+    log.unlink(missing_ok=True)
+    (status,), output = server.run(settings_of(save, **others), log)
+    return Result(status, output)
+
+
+def done(save: Path, iteration: int) -> bool:
     metrics = save / "metrics.jsonl"
-    job.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= iteration)
+    return metrics.exists() and metrics.read_text().count("\n") >= iteration
 
 
 def interrupt(job: Job, save: Path, iteration: int, signum: signal.Signals) -> Result:
     """Sends ``signum`` to the processes that train, once ``iteration`` steps are done, and waits for the end."""
-    wait_for_iteration(job, save, iteration)
+    job.wait_until(lambda: done(save, iteration))
     for process in job.trainers():
         process.send_signal(signum)
     return job.wait()
@@ -99,55 +106,55 @@ def leave_litter(save: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(folder) -> Path:
+def killed(folder, server) -> Path:
     """The run folder of one process that SIGKILL ended two steps after the checkpoint of iteration 5."""
     save = folder / "killed"
-    assert interrupt(start(save), save, INTERVAL + 2, signal.SIGKILL).status == -signal.SIGKILL
+    server.kill(settings_of(save), 1, lambda: done(save, INTERVAL + 2), 0.0)
     return save
 
 
-def resume_copy(killed: Path, name: str, processes: int = 1, **others) -> tuple[int, list[dict]]:
+def resume_copy(server: ForkServer, killed: Path, name: str, processes: int = 1, **others) -> tuple[int, list[dict]]:
     """Restarts a copy of a killed run; returns the iteration that it went on from and all metrics."""
     save = killed.with_name(name)
     shutil.copytree(killed, save)
     leave_litter(save)
     checkpoint = latest_iteration(save)
-    return checkpoint, train(settings_of(save, **others), processes)
+    return checkpoint, server.train(settings_of(save, **others), processes)
 
 
-def test_killed_run_goes_on_bit_for_bit(killed, uninterrupted):
-    checkpoint, rows = resume_copy(killed, "resumed")
+def test_killed_run_goes_on_bit_for_bit(server, killed, uninterrupted):
+    checkpoint, rows = resume_copy(server, killed, "resumed")
     assert checkpoint % INTERVAL == 0
     assert f"resuming from iteration {checkpoint}" in killed.with_name("resumed.log").read_text()
     assert without_rates(rows) == without_rates(uninterrupted)  # each iteration once, from the first to the last
 
 
-def test_killed_run_goes_on_under_tp2_pp2(killed, uninterrupted):
-    _, rows = resume_copy(killed, "resumed_tp2_pp2", 4, **TP2_PP2)
+def test_killed_run_goes_on_under_tp2_pp2(server, killed, uninterrupted):
+    _, rows = resume_copy(server, killed, "resumed_tp2_pp2", 4, **TP2_PP2)
     assert disagreements(rows, uninterrupted) == []
 
 
 @pytest.fixture(scope="module")
-def killed_dp2(folder) -> Path:
+def killed_dp2(folder, server) -> Path:
     """The same run on two data-parallel processes with the distributed optimizer."""
     save = folder / "killed_dp2"
-    assert interrupt(start(save, 2, **SHARDED), save, INTERVAL + 2, signal.SIGKILL).status != 0
+    server.kill(settings_of(save, **SHARDED), 2, lambda: done(save, INTERVAL + 2), 0.0)
     return save
 
 
-def test_killed_distributed_optimizer_goes_on_bit_for_bit(killed_dp2):
+def test_killed_distributed_optimizer_goes_on_bit_for_bit(server, killed_dp2):
     before = read_metrics(killed_dp2)
-    checkpoint, rows = resume_copy(killed_dp2, "resumed_dp2", 2, **SHARDED)
+    checkpoint, rows = resume_copy(server, killed_dp2, "resumed_dp2", 2, **SHARDED)
     assert without_rates(rows[: len(before)]) == without_rates(before)
     assert [row["iteration"] for row in rows] == list(range(1, STEPS + 1))
 
 
-def test_killed_distributed_optimizer_goes_on_under_tp2(killed_dp2, uninterrupted):
-    _, rows = resume_copy(killed_dp2, "resumed_dp2_as_tp2", 2, **SHARDED, tensor_model_parallel_size=2)
+def test_killed_distributed_optimizer_goes_on_under_tp2(server, killed_dp2, uninterrupted):
+    _, rows = resume_copy(server, killed_dp2, "resumed_dp2_as_tp2", 2, **SHARDED, tensor_model_parallel_size=2)
     assert disagreements(rows, uninterrupted) == []
 
 
-def test_killed_while_saving(folder, uninterrupted):
+def test_killed_while_saving(server, folder, uninterrupted):
     """The checkpoint that was being written is not there; the one before it is, and is where the run goes on."""
     script = folder / "killed_while_saving.py"
     script.write_text(KILLED_WHILE_SAVING)
@@ -157,7 +164,7 @@ def test_killed_while_saving(folder, uninterrupted):
     assert (save / "iter_0000010.partial" / "metadata.json").exists() and not (save / "iter_0000010").exists()
     assert latest_iteration(save) == 5
 
-    rows = train(settings_of(save))
+    rows = server.train(settings_of(save))
     assert "resuming from iteration 5" in save.with_name("killed_while_saving.log").read_text()
     assert without_rates(rows) == without_rates(uninterrupted)
     assert latest_iteration(save) == STEPS
@@ -174,11 +181,11 @@ def assert_stopped_in_order(result: Result, save: Path) -> None:
     assert re.search(rf"^stopped by SIGTERM after iteration {len(rows)}\b", result.output, re.MULTILINE)
 
 
-def test_sigterm_saves_and_exits_0(folder, uninterrupted):
+def test_sigterm_saves_and_exits_0(server, folder, uninterrupted):
     save = folder / "terminated"
     result = interrupt(start(save, save_interval=100), save, 3, signal.SIGTERM)
     assert_stopped_in_order(result, save)
-    rows = train(settings_of(save, save_interval=100))
+    rows = server.train(settings_of(save, save_interval=100))
     assert without_rates(rows) == without_rates(uninterrupted)
 
 
@@ -188,7 +195,7 @@ def test_sigterm_to_every_worker_of_torchrun(folder):
     assert_stopped_in_order(result, save)
 
 
-def test_another_start_is_refused_on_resume(killed):
+def test_another_start_is_refused_on_resume(server, killed):
     """The starting point and the seed define the reference policy: a resumed run cannot change them in passing."""
     save = killed.with_name("another_start")
     shutil.copytree(killed, save)
@@ -199,15 +206,15 @@ def test_another_start_is_refused_on_resume(killed):
         ({"seq_length": 400}, "visits another number of examples an epoch"),
     )
     for others, words in refused:
-        result = start(save, **others).wait()
+        result = run(server, save, **others)
         assert result.status == 2 and len(result.errors) == 1, result.output
         assert words in result.errors[0]
 
 
-def test_finished_run_says_so_and_what_changed(folder, uninterrupted):
+def test_finished_run_says_so_and_what_changed(server, folder, uninterrupted):
     save = folder / "finished"
     shutil.copytree(folder / "uninterrupted", save)
-    result = start(save, lr=2e-3).wait()
+    result = run(server, save, lr=2e-3)
     assert result.status == 0, result.output
     assert "changed since this run's last start: lr 0.001 -> 0.002" in result.output
     assert f"nothing to do: iteration {STEPS} is reached" in result.output

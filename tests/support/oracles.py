@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,24 @@ class _WideRMSNorm(torch.nn.Module):
         return self.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.epsilon)
 
 
-def qwen2(
+def qwen2(**changes: Any) -> Qwen2ForCausalLM:
+    """A tiny Qwen2 with biases on q, k and v, every parameter random and far from a symmetric choice; ``changes``: of
+    `_tiny`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # slow to import, and not every test needs it
+
+    return _tiny(Qwen2Config, Qwen2ForCausalLM, **changes)
+
+
+def qwen3(*, head_dim: int = 12, **changes: Any) -> Qwen3ForCausalLM:
+    """As `qwen2`: norms of queries and keys, no biases, heads that are not hidden size / heads wide."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _tiny(Qwen3Config, Qwen3ForCausalLM, head_dim=head_dim, **changes)
+
+
+def _tiny(
+    config_class: type,
+    model_class: type,
     *,
     vocab_size: int = 61,
     hidden_size: int = 32,
@@ -40,11 +57,10 @@ def qwen2(
     rotary_base: float = 10000.0,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
-) -> Qwen2ForCausalLM:
-    """A tiny Qwen2 with biases on q, k and v, every parameter random and far from a symmetric choice."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM  # slow to import, and not every test needs it
-
-    config = Qwen2Config(
+    **own: Any,
+) -> Any:
+    """``own``: further settings of ``config_class``."""
+    config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=ffn_hidden_size,
@@ -56,42 +72,9 @@ def qwen2(
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
         attn_implementation="sdpa",  # eager computes its softmax in fp32
+        **own,
     )
-    return _randomized(Qwen2ForCausalLM(config), dtype, seed)
-
-
-def qwen3(
-    *,
-    vocab_size: int = 61,
-    hidden_size: int = 32,
-    ffn_hidden_size: int = 48,
-    layers: int = 2,
-    heads: int = 4,
-    groups: int = 2,
-    head_dim: int = 12,
-    tied: bool = False,
-    rotary_base: float = 10000.0,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Qwen3ForCausalLM:
-    """A tiny Qwen3, as `qwen2`: norms of queries and keys, no biases, heads that are not hidden size / heads wide."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=ffn_hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        tie_word_embeddings=tied,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
-        attn_implementation="sdpa",
-    )
-    return _randomized(Qwen3ForCausalLM(config), dtype, seed)
+    return _randomized(model_class(config), dtype, seed)
 
 
 def _randomized(model, dtype: torch.dtype, seed: int):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dtrpo.checkpoint.folder import iteration_folder
+from megatron_dtrpo.checkpoint.iterations import iteration_folder
 from megatron_dtrpo.runtime import versions
 from tests.distributed.test_invariance import PP2, PREFERENCE, RECOMPUTE, SELECTIVE, SHARDED, TP2
 from tests.support.launch import disagreements, uneven_pairs, write_lines

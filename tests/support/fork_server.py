@@ -48,14 +48,16 @@ def main() -> None:
 def _statuses(children: list[int]) -> list[int]:
     """Waits for all; ends the others once one has failed."""
     statuses: dict[int, int] = {}
-    killing = threading.Timer(GRACE, lambda: _signal(children, statuses, signal.SIGKILL))
+    killing: threading.Timer | None = None
     while len(statuses) < len(children):
         child, status = os.wait()
         statuses[child] = os.waitstatus_to_exitcode(status)
-        if statuses[child] != 0 and not killing.is_alive():
+        if statuses[child] != 0 and killing is None:
             _signal(children, statuses, signal.SIGTERM)
+            killing = threading.Timer(GRACE, lambda: _signal(children, statuses, signal.SIGKILL))
             killing.start()
-    killing.cancel()
+    if killing is not None:
+        killing.cancel()
     return [statuses[child] for child in children]
 
 
@@ -135,10 +137,22 @@ ACTIONS = {
 }
 
 
+# Below those that the system gives to connections: one of theirs may be taken before rank zero listens on it. Servers
+# begin at different places.
+_PORTS = itertools.islice(itertools.cycle(range(20_000, 32_000)), os.getpid() * 61 % 12_000, None)
+
+
 def _free_port() -> int:
+    return next(port for port in _PORTS if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 if __name__ == "__main__":

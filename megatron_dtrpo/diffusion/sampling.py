@@ -1,8 +1,8 @@
 """Which token a prediction proposes, and how sure it is: pure functions on logits.
 
-Some tokens are forbidden, the mask and the vocabulary's padding: they are never proposed. They count in the normaliser
-of every confidence, sampled or greedy, as they do in training: at temperature 1 and top_p 1 a confidence is the
-probability that training knows.
+Some tokens are forbidden, the mask and those that the tokenizer does not know: they are never proposed. They count in
+the normaliser of every confidence, sampled or greedy, as they do in training: at temperature 1 and top_p 1 a confidence
+is the probability that training knows. Rows that pad the vocabulary are no tokens: their logits are minus infinity.
 
 Legend: N predictions, V vocabulary.
 """

@@ -46,6 +46,7 @@ class Predictor:
         proposals = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             logits = self.model.logits(hidden.squeeze(1)[rows])
+            logits[:, self.model.tokens_here :] = -torch.inf
             token, confidence = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
             proposals[0], proposals[1] = token, confidence  # token ids are exact in fp64
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:

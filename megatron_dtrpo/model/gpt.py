@@ -30,8 +30,12 @@ class BlockDiffusionModel(LanguageModule):
         """The GPT model's name of a parameter that is called ``name`` in the whole model."""
         return name
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, num_tokens: int, **kwargs):
+        """``num_tokens``: of the ``vocab_size`` rows of megatron-core those that are tokens; the others pad them."""
         super().__init__(*args, **kwargs)
+        shard = self.vocab_size // self.pg_collection.tp.size()
+        self.tokens_here = min(max(num_tokens - shard * self.pg_collection.tp.rank(), 0), shard)
+        """How many columns of this rank's logits are tokens; the others come last."""
         if self.post_process:
             # The head sees gathered rows: it is an ordinary column-parallel layer even under sequence parallelism.
             self.output_layer.sequence_parallel = False
@@ -104,10 +108,10 @@ class BlockDiffusionModel(LanguageModule):
 
     def _log_probs(self, rows: Tensor, target: Tensor) -> Tensor:
         """``[N, h], [N] -> [N]``."""
-        return vocab_parallel_log_probs(self.logits(rows), target, self.pg_collection.tp)
+        return vocab_parallel_log_probs(self.logits(rows), target, self.tokens_here, self.pg_collection.tp)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Logits ``[N, V / TP]`` of gathered hidden rows ``[N, h]``."""
+        """Logits ``[N, V / TP]`` of gathered hidden rows ``[N, h]``; from ``tokens_here`` on they are padding's."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(rows, weight=weight)[0]
 

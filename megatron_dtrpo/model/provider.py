@@ -120,6 +120,7 @@ def _stage(model: ModelSettings, vp_stage: int | None) -> dict:
     """What megatron-core's classes ask for a stage, but for its configuration and its layers."""
     return dict(
         vocab_size=model.padded_vocab_size,
+        num_tokens=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),

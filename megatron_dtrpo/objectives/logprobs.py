@@ -9,18 +9,20 @@ from torch import Tensor
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, group) -> Tensor:
+    def forward(ctx, logits: Tensor, target: Tensor, tokens: int | None, group) -> Tensor:
         sharded = group is not None and group.size() > 1
         shard = logits.shape[-1]
+        tokens = shard if tokens is None else tokens
         local = target - (group.rank() * shard if sharded else 0)
-        owned = (local >= 0) & (local < shard)
+        owned = (local >= 0) & (local < tokens)
         local = local.masked_fill(~owned, 0)
 
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        peak = wide.amax(-1)
+        peak = wide[:, :tokens].amax(-1) if tokens else wide.new_full(wide.shape[:1], -torch.inf)
         if sharded:
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         probabilities = (wide - peak.unsqueeze(-1)).exp_()
+        probabilities[:, tokens:] = 0
         # Normaliser and target logit travel in one message.
         parts = torch.stack(
             [probabilities.sum(-1), (wide.gather(-1, local.unsqueeze(-1)).squeeze(-1) - peak).masked_fill(~owned, 0)]
@@ -42,18 +44,20 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         place = local.unsqueeze(-1)
         hit = (grad * -torch.expm1(log_probs)).to(grad_logits.dtype).unsqueeze(-1)
         grad_logits.scatter_(-1, place, torch.where(owned.unsqueeze(-1), hit, grad_logits.gather(-1, place)))
-        return grad_logits, None, None
+        return grad_logits, None, None, None
 
 
-def vocab_parallel_log_probs(logits: Tensor, target: Tensor, group=None) -> Tensor:
+def vocab_parallel_log_probs(logits: Tensor, target: Tensor, tokens: int | None = None, group=None) -> Tensor:
     """``log softmax(logits)[target]`` in fp32 (fp64 for fp64 logits).
 
     Args:
         logits: ``[N, V / ranks]``, this rank's contiguous part of the vocabulary.
         target: int64 ``[N]``, global token ids.
+        tokens: how many of this rank's columns are tokens, maybe none. The others, which pad the vocabulary at its end,
+            have no probability and no gradient. ``None``: all of them are.
         group: tensor-parallel process group; ``None`` for unsharded logits.
 
     Returns:
         ``[N]``, the same on every rank. Each rank's gradient reaches its own logits.
     """
-    return _VocabParallelLogProbs.apply(logits, target, group)
+    return _VocabParallelLogProbs.apply(logits, target, tokens, group)

@@ -30,7 +30,7 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.files import partial_name, publish_folder, write_json
 from megatron_dtrpo.runtime.transfer import to_device
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: scores in which the rows that pad the vocabulary had a share
 SCORES, META = "scores.npy", "meta.json"
 
 _FINGERPRINTS = {"data": "the data", "tokenizer": "the tokenizer", "weights": "the reference checkpoint's weights"}

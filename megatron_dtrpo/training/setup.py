@@ -117,9 +117,9 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     model = config.model
     if model.vocab_size is None:
         model.vocab_size = tokenizer.vocab_size
-    if tokenizer.vocab_size > model.padded_vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.padded_vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
             "they do not belong together"
         )
 

@@ -83,11 +83,25 @@ def sharp_gradients(rank: int, ranks: int) -> dict[float, torch.Tensor]:
     for probability in oracles.SHARP:
         logits, target, _ = oracles.sharp_logits(probability, torch.bfloat16)
         part = logits.chunk(ranks, dim=1)[rank].contiguous().requires_grad_()
-        vocab_parallel_log_probs(part, target, dist.group.WORLD).sum().backward()
+        vocab_parallel_log_probs(part, target, group=dist.group.WORLD).sum().backward()
         parts = [torch.empty(part.shape) for _ in range(ranks)]
         dist.all_gather(parts, part.grad.float())
         found[probability] = torch.cat(parts, 1)
     return found
+
+
+def padded_log_probs(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and gradient of `oracles.padded_logits`, each rank's part by itself."""
+    from megatron_dtrpo.objectives.logprobs import vocab_parallel_log_probs
+
+    logits, target = oracles.padded_logits()
+    part = logits.chunk(ranks, dim=1)[rank].contiguous().requires_grad_()
+    tokens = min(max(oracles.FEW - rank * part.shape[1], 0), part.shape[1])
+    log_probs = vocab_parallel_log_probs(part, target, tokens, dist.group.WORLD)
+    log_probs.sum().backward()
+    parts = [torch.empty_like(part) for _ in range(ranks)]
+    dist.all_gather(parts, part.grad)
+    return log_probs.detach(), torch.cat(parts, 1)
 
 
 def main(source: str, target: str) -> None:
@@ -95,6 +109,7 @@ def main(source: str, target: str) -> None:
     initialize.start(ParallelSettings(tensor_model_parallel_size=ranks), seed=1)
     cases = torch.load(source, weights_only=False)
     results = {name: run_case(case, ranks) for name, case in cases.items()}
+    results["padded"] = padded_log_probs(dist.get_rank(), ranks)
     results["sharp gradients"] = sharp_gradients(dist.get_rank(), ranks)
     if dist.get_rank() == 0:
         torch.save(results, target)

@@ -15,7 +15,8 @@ from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-VOCABULARY, MASK, B = 64, 63, 4
+VOCABULARY, MASK, B = 61, 60, 4
+PADDED = 64
 SHAPE = dict(hidden_size=32, ffn_hidden_size=48, heads=8, groups=4)
 ROTARY_BASE = 10000.0
 
@@ -82,6 +83,19 @@ def megatron(named, name: str) -> dict[str, torch.Tensor]:
     return megatron_from_qwen2(dict(named), SHAPE["heads"], SHAPE["groups"], tied=name == "tied")
 
 
+def padded(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters with rows below the vocabulary that would have large logits."""
+    generator = torch.Generator().manual_seed(6)
+    out = {}
+    for name, parameter in parameters.items():
+        full = parameter.detach()
+        if len(full) == VOCABULARY:
+            rows = torch.randn(PADDED - VOCABULARY, full.shape[1], generator=generator, dtype=full.dtype)
+            full = torch.cat([full, 9 * rows])
+        out[name] = full
+    return out
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("model")
@@ -122,7 +136,7 @@ def case_file(sequences, folder):
             num_query_groups=SHAPE["groups"],
             rotary_base=ROTARY_BASE,
             vocab_size=VOCABULARY,
-            make_vocab_size_divisible_by=4,
+            make_vocab_size_divisible_by=PADDED,
             untie_embeddings_and_output_weights=whose != "tied",
             block_size=B,
             **(SDAR if whose == "sdar" else {"kv_channels": SHAPE["hidden_size"] // SHAPE["heads"]}),
@@ -131,7 +145,7 @@ def case_file(sequences, folder):
             model=settings,
             parallel=parallel,
             logit_rows=logit_rows,
-            parameters={n: p.detach() for n, p in megatron(peer(whose).named_parameters(), whose).items()},
+            parameters=padded(megatron(peer(whose).named_parameters(), whose)),
             sequence=sequences[whose],
             wide=whose == "sdar",
             seed=21,
@@ -171,7 +185,9 @@ def test_gradients_equal_qwen2(results, expected, ranks, name):
     for parameter, gradient in gradients.items():
         scale = gradient.abs().max().item()
         assert scale > 1e-3, parameter  # the comparison compares something
-        torch.testing.assert_close(got[parameter], gradient, rtol=0, atol=1e-4 * max(scale, 1), msg=parameter)
+        ours, padding = got[parameter].split([len(gradient), len(got[parameter]) - len(gradient)])
+        torch.testing.assert_close(ours, gradient, rtol=0, atol=1e-4 * max(scale, 1), msg=parameter)
+        assert not padding.any(), parameter
 
 
 @pytest.mark.parametrize("name", HYBRID)
@@ -192,6 +208,19 @@ def test_bf16_keeps_the_targets_gradient_where_the_model_is_sure(results, ranks,
     _, _, expected = oracles.sharp_logits(probability, torch.bfloat16)
     got = results[ranks]["sharp gradients"][probability].double()
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_padding_rows_of_the_vocabulary_are_not_there(results, ranks):
+    """With two ranks the second has nothing else."""
+    logits, target = oracles.padded_logits()
+    tokens = logits[:, : oracles.FEW].requires_grad_()
+    expected = torch.log_softmax(tokens, -1).gather(1, target[:, None])[:, 0]
+    expected.sum().backward()
+    log_probs, gradient = results[ranks]["padded"]
+    torch.testing.assert_close(log_probs, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient[:, : oracles.FEW], tokens.grad, rtol=0, atol=1e-12)
+    assert not gradient[:, oracles.FEW :].any()
 
 
 @pytest.mark.parametrize("name", CASES)

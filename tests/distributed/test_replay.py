@@ -110,7 +110,7 @@ def step_by_step(model, shift: int, prompt: list[int], everything) -> dict[int, 
         tokens = torch.tensor([shown.get(p, MASK) for p in range(length)])
         with torch.no_grad():
             logits = oracles.qwen2_logits(model, tokens, torch.arange(length), oracles.block_causal(length, BLOCK))
-        log_probs = torch.log_softmax(logits, -1)
+        log_probs = torch.log_softmax(logits[:, :VOCAB], -1)  # without the rows that pad it
         total[now] = sum(log_probs[p - shift, token].item() for p, token in new.items())
     return total
 

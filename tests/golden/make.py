@@ -1,7 +1,8 @@
 """Makes the golden files anew: ``python -m tests.golden.make`` from the repository's root.
 
-Do that only when numbers change on purpose; the commit says which, and why. These files were made by the program of
-commit 6aee584: what they hold, later versions load, repeat and accept. A new format of token stores, which makes every
+Do that only when numbers change on purpose; the commit says which, and why. What the files hold, later versions load,
+repeat and accept: the settings beside the checkpoints are still those that commit 6aee584 wrote, so restore them with
+``git checkout`` after this. A new format of token stores, which makes every
 run tokenize again, is the one number to change by hand: ``store_version`` in record.json.
 """
 

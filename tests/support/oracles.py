@@ -210,6 +210,17 @@ def join_tensor_parallel(name: str, parts: Sequence[Tensor]) -> Tensor:
 SHARP = (0.5, 0.9, 0.97, 0.99, 0.998, 0.999, 0.9999)  # probabilities of a target
 
 
+FEW = 5  # tokens of `padded_logits`
+
+
+def padded_logits() -> tuple[Tensor, Tensor]:
+    """Logits ``[8, 12]`` in float64, the padding's the largest, and targets ``[8]`` among the tokens."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(8, 12, generator=generator, dtype=torch.float64)
+    logits[:, FEW:] += 9
+    return logits, torch.arange(8) % FEW
+
+
 def sharp_logits(probability: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Logits ``[5, 16]`` whose targets ``[5]``, one of them the first token and one the last, have about this
     probability; and the gradient of the sum of their log-probabilities in float64, ``[5, 16]``."""
@@ -273,8 +284,9 @@ def decode_without_cache(
             rows = {p: logits[length + p - shift - start] for p in positions}
         found = {}
         for p, row in rows.items():
+            row = row[:vocab_size]  # below are rows that pad the vocabulary
             allowed = row.clone()
-            allowed[mask_id] = allowed[vocab_size:] = -torch.inf
+            allowed[mask_id] = -torch.inf
             token = int(allowed.argmax())
             found[p] = (token, float(torch.softmax(row, 0)[token]))
         return found

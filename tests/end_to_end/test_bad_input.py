@@ -212,6 +212,13 @@ def test_tokenizer_without_mask_token(settings, error_of, tmp_path):
     assert not settings["save"].exists()
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers(settings, error_of):
+    """The rows that pad it would hold all of its tokens, and are none."""
+    error = error_of({**settings, "vocab_size": 200})
+    assert error == "the tokenizer has 259 tokens, the model 200: they do not belong together"
+    assert not settings["save"].exists()
+
+
 # --- checkpoints
 
 

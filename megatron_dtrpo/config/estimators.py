@@ -21,6 +21,12 @@ class EstimatorOptions:
     min_timestep: float = setting(
         1e-3, "sft: least masking probability; the default is Fast-dLLM v2's.", at_least=0, at_most=1
     )
+    sft_weighting: str = setting(
+        "uniform",
+        "sft: masked tokens weigh alike (uniform), or 1 / t where each is masked with probability t (elbo), as LLaDA "
+        "trains.",
+        ("uniform", "elbo"),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
     "sft": Estimator(
         "megatron_dtrpo.diffusion.estimators:sft",
-        options=("complementary", "min_timestep"),
+        options=("complementary", "min_timestep", "sft_weighting"),
         objective="sft",
         pairs_views=True,
     ),

@@ -138,6 +138,10 @@ def validate(config: Config, world_size: int) -> int:
     )
     _check_losses(objective)
     _refuse_unread(objective)
+    _demand(
+        objective.sft_weighting == "uniform" or not objective.complementary,
+        "sft_weighting elbo weighs what one view masks by its timestep: give --no-complementary with it",
+    )
     return data_parallel
 
 

@@ -199,14 +199,18 @@ def mean_field(request: NoiseRequest) -> Noise:
 def sft(request: NoiseRequest) -> Noise:
     """Fast-dLLM v2's training noise: one ``t ~ U(min_timestep, 1)`` per block, each token masked with probability t and
     read where masked. With ``complementary`` each view is followed by one that masks the rest. Every token weighs 1 in
-    all: with ``complementary`` exactly, without it on average over t."""
+    all: with ``complementary`` exactly, without it on average over t. With ``sft_weighting`` elbo a masked token weighs
+    1 / t, as in LLaDA's training, which is an average of 1 for every t."""
     maskable, options = request.maskable, request.options
-    views = []
+    views, timesteps = [], []
     for generator in request.generators:
         timestep = torch.rand((maskable.shape[0], 1), generator=generator, dtype=torch.float64)
         timestep = options.min_timestep + (1 - options.min_timestep) * timestep
+        timesteps.append(timestep)
         hidden = maskable & (torch.rand(maskable.shape, generator=generator, dtype=torch.float64) < timestep)
         views += [hidden, maskable & ~hidden] if options.complementary else [hidden]
     masked = torch.stack(views)
+    if options.sft_weighting == "elbo":
+        return Noise(masked, masked / (len(request.generators) * torch.stack(timesteps)))
     share = 1.0 if options.complementary else (1 + options.min_timestep) / 2  # of a view, or a pair of them, masked
     return Noise(masked, masked.double() / (len(request.generators) * share))

@@ -174,4 +174,5 @@ def changes_since(config: Config, first: dict) -> list[str]:
     groups = (config.data, config.objective, config.optimizer)
     keys = [f.name for group in groups for f in dataclasses.fields(group) if f.name not in _FREE]
     now = config.to_flat()
-    return [f"{key} {first.get(key)} -> {now[key]}" for key in keys if now[key] != first.get(key)]
+    before = {key: first.get(key, FIELDS[key].default) for key in keys}  # a run may be older than the setting
+    return [f"{key} {before[key]} -> {now[key]}" for key in keys if now[key] != before[key]]

@@ -183,6 +183,12 @@ class DataSettings:
         "with the conversation before it as its prompt.",
         ("last", "all"),
     )
+    make_response_length_divisible_by: int = setting(
+        1,
+        "Fill responses with end tokens, which are learned as LLaDA's SFT learns them, to a multiple of this. Recorded "
+        "decodings stay as they are.",
+        at_least=1,
+    )
     seq_length: int = setting(8192, "Token budget of one packed sequence: clean and noisy tokens together.", at_least=1)
     micro_batch_size: int = setting(8, "At most this many examples in one packed sequence.", at_least=1)
     global_batch_size: int = setting(32, "Examples per step, over all processes.", at_least=1)

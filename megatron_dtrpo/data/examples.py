@@ -112,9 +112,14 @@ def note_lines(notes: dict[str, list[int]], location: Callable[[int], str]) -> l
 
 
 def encode_records(
-    records: Sequence[Record | TokenRecord], names: Sequence[str], tokenizer: Tokenizer, apply_chat_template: bool
+    records: Sequence[Record | TokenRecord],
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    apply_chat_template: bool,
+    response_multiple: int = 1,
 ) -> list[Encoded | UserError]:
-    """Token ids of each record, or why it cannot be used. ``names`` of its responses, for errors."""
+    """Token ids of each record, or why it cannot be used. ``names`` of its responses, for errors. Responses are filled
+    with end tokens to a multiple of ``response_multiple`` tokens, unless their decoding is recorded."""
     rendered = [_attempt(_render, record, tokenizer, apply_chat_template) for record in records]
     ids = iter(tokenizer.encode_batch([text for texts in rendered if isinstance(texts, _Texts) for text in texts]))
     encoded: list[Encoded | UserError] = []
@@ -128,8 +133,19 @@ def encode_records(
                 parts = _joined(record, texts, ids, tokenizer)
                 if isinstance(record.prompt, str) and not apply_chat_template:
                     parts = replace(parts, notes=(*parts.notes, *_other_specials(parts, tokenizer)))
-            encoded.append(_attempt(_checked, parts, names, tokenizer, isinstance(record, TokenRecord)))
+            checked = _attempt(_checked, parts, names, tokenizer, isinstance(record, TokenRecord))
+            is_filled = isinstance(checked, UserError) or checked.steps is not None
+            encoded.append(checked if is_filled else _filled(checked, response_multiple, tokenizer.eos_id))
     return encoded
+
+
+def _filled(example: Encoded, multiple: int, end: int) -> Encoded:
+    """With ``end`` tokens behind each response, written by the last turn, to a ``multiple`` of tokens."""
+    responses = tuple([*ids, *[end] * (-len(ids) % multiple)] for ids in example.responses)
+    turns = tuple(
+        (*own[:-1], (own[-1][0], len(ids))) if own else own for own, ids in zip(example.turns, responses, strict=True)
+    )
+    return replace(example, responses=responses, turns=turns)
 
 
 def _attempt(function, *arguments):
@@ -234,9 +250,17 @@ def _checked(parts: Encoded, names: Sequence[str], tokenizer: Tokenizer, given: 
     if len(parts.responses) == 2 and parts.responses[0] == parts.responses[1]:
         raise UserError("chosen and rejected are the same; take the row out, it prefers nothing")
     for response, turns in zip(parts.responses, parts.turns, strict=True):
-        if any(tokenizer.eos_id in response[begin : end - 1] for begin, end in turns):
+        if any(tokenizer.eos_id in _without_filling(response[begin:end], tokenizer.eos_id) for begin, end in turns):
             return replace(parts, notes=(*parts.notes, BEHIND_END))
     return parts
+
+
+def _without_filling(ids: list[int], end: int) -> list[int]:
+    """``ids`` without the ``end`` tokens that they end with."""
+    length = len(ids)
+    while length and ids[length - 1] == end:
+        length -= 1
+    return ids[:length]
 
 
 def _check_tokenized(name: str, ids: list[int], tokenizer: Tokenizer) -> None:

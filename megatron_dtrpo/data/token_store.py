@@ -52,13 +52,15 @@ def build_token_store(
     bad_rows: str = "error",
     assistant_turns: str = "last",
     verify: bool = True,
+    response_multiple: int = 1,
 ) -> TokenStore:
     """Open the store of data file ``path``, building it first where ``cache_dir`` does not hold it yet.
 
     ``kind`` is ``preference`` or ``sft``, ``split`` one of those that ``path`` holds; ``assistant_turns`` as of
     `records.read_row`. Several processes may build at once: each writes a folder of its own and the first to finish
     wins. Rows that cannot be used are left out where ``bad_rows`` is ``skip`` (`TokenStore.bad_rows` names them).
-    ``verify``: read a store that is there whole, to see that it is as it was written.
+    ``verify``: read a store that is there whole, to see that it is as it was written. ``response_multiple``: as of
+    `examples.encode_records`.
 
     Raises:
         UserError: naming file and line of rows that cannot be used, each kind of problem once: with ``bad_rows``
@@ -67,7 +69,9 @@ def build_token_store(
     if kind not in READERS:
         raise UserError(f"kind: unknown {kind!r}; use one of {', '.join(READERS)}")
     files = stored_files(path, split)
-    target = Path(cache_dir) / _fingerprint(files, kind, tokenizer, apply_chat_template, assistant_turns)
+    target = Path(cache_dir) / _fingerprint(
+        files, kind, tokenizer, apply_chat_template, assistant_turns, response_multiple
+    )
     if target.exists():
         store = TokenStore(target)
         if verify:
@@ -82,7 +86,9 @@ def build_token_store(
                 f"{cache_dir}: the cache folder cannot be written ({error.strerror}); give another"
             ) from None
         bad = Tally()
-        examples = _examples(rows, kind, tokenizer, apply_chat_template, assistant_turns, bad, progress)
+        examples = _examples(
+            rows, kind, tokenizer, apply_chat_template, assistant_turns, response_multiple, bad, progress
+        )
         _write(building, (str(path), split), rows, kind, examples, bad)
         if bad.rows and (bad_rows == "error" or bad.rows == len(rows)):
             raise bad_rows_error(bad, len(rows))
@@ -98,11 +104,17 @@ def _accepted(store: TokenStore, bad_rows: str) -> TokenStore:
 
 
 def _fingerprint(
-    files: list[Path], kind: str, tokenizer: Tokenizer, apply_chat_template: bool, assistant_turns: str
+    files: list[Path],
+    kind: str,
+    tokenizer: Tokenizer,
+    apply_chat_template: bool,
+    assistant_turns: str,
+    response_multiple: int,
 ) -> str:
     """Hex name of the store that these inputs make."""
     stats = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     parts = [FORMAT_VERSION, stats, kind, tokenizer.fingerprint(), apply_chat_template, assistant_turns]
+    parts += [response_multiple] * (response_multiple > 1)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -211,12 +223,15 @@ def _examples(
     tokenizer: Tokenizer,
     apply_chat_template: bool,
     assistant_turns: str,
+    response_multiple: int,
     bad: Tally,
     progress: bool,
 ) -> Iterator[tuple[int, Encoded]]:
     """(number of the row, example) of every example of rows that can be used; the others are ``bad``."""
     for numbered in _record_batches(rows, kind, assistant_turns, bad, progress):
-        encoded = encode_records([record for _, record in numbered], RESPONSES[kind], tokenizer, apply_chat_template)
+        encoded = encode_records(
+            [record for _, record in numbered], RESPONSES[kind], tokenizer, apply_chat_template, response_multiple
+        )
         of_rows: dict[int, list[Encoded | UserError]] = {}
         for (row, _), example in zip(numbered, encoded, strict=True):
             of_rows.setdefault(row, []).append(example)

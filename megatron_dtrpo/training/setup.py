@@ -192,6 +192,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
                     split=data.split,
                     bad_rows=data.bad_rows,
                     assistant_turns=data.assistant_turns,
+                    response_multiple=data.make_response_length_divisible_by,
                     verify=not is_verified and initialize.local_rank() == 0,
                 )
                 is_verified = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from megatron_dtrpo.config.blocks import grain
 from megatron_dtrpo.errors import UserError
 
 
@@ -35,12 +36,11 @@ _OF_DELAYED = {"fp8_margin": 0, "fp8_amax_history_len": 1, "fp8_amax_compute_alg
 
 
 def token_multiple(parallel) -> int:
-    """The number that packed tokens on one context-parallel rank must be a multiple of; 1 without FP8. Under
-    sequence parallelism a matrix product is fed by all tensor-parallel ranks, each with whole multiples."""
-    if parallel.fp8_format is None:
-        return 1
+    """The number that packed tokens on one context-parallel rank must be a multiple of. Under sequence parallelism
+    every tensor-parallel rank has as many; and with FP8 a matrix product is fed by all of them, each with whole
+    multiples."""
     ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return RECIPES[parallel.fp8_recipe].multiple * ranks
+    return ranks * (1 if parallel.fp8_format is None else RECIPES[parallel.fp8_recipe].multiple)
 
 
 def check_fp8(model, parallel, seq_length: int) -> None:
@@ -73,7 +73,7 @@ def check_fp8(model, parallel, seq_length: int) -> None:
             )
     _check_bf16_layers(parallel, model.num_layers)
     _check_widths(model, parallel)
-    unit = math.lcm(model.block_size, token_multiple(parallel)) * parallel.context_parallel_size
+    unit = math.lcm(grain(model.block_size), token_multiple(parallel)) * parallel.context_parallel_size
     _demand(
         seq_length % unit == 0,
         f"seq_length {seq_length} is not divisible by {unit}, what packed sequences are padded to for fp8_recipe "

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
+from megatron_dtrpo.config.blocks import grain
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
@@ -89,10 +90,10 @@ def validate(config: Config, world_size: int) -> int:
     _multiple("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
     _check_virtual_stages(model.num_layers // pp, pp, virtual)
     if cp > 1:
-        _multiple("seq_length", data.seq_length, "context_parallel_size x block_size =", cp * model.block_size)
+        _multiple("seq_length", data.seq_length, "context_parallel_size x block_size =", cp * grain(model.block_size))
     _demand(model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} is odd: rotary angles need an even width")
     _demand(
-        model.block_size > 1 or objective.block_start != "clean",
+        model.block_size != 1 or objective.block_start != "clean",
         "block_size 1 with block_start clean leaves nothing to unmask: choose a larger block_size",
     )
     if parallel.sequence_parallel:

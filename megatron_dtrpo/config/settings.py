@@ -50,7 +50,12 @@ class ModelSettings:
         "Pad the vocabulary to a multiple of this, whatever the layout, so that TP does not change the model.",
         at_least=1,
     )
-    block_size: int = setting(32, "Tokens per diffusion block (Fast-dLLM v2's bd_size, SDAR's block_size).", at_least=1)
+    block_size: int = setting(
+        32,
+        "Tokens per diffusion block (Fast-dLLM v2's bd_size, SDAR's block_size). 0: prompt and response are one block, "
+        "which is full attention (LLaDA, Dream).",
+        at_least=0,
+    )
 
     @property
     def padded_vocab_size(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.data.stored_examples import RESPONSES, Example, TokenStore
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.rounding import round_up
@@ -58,20 +59,21 @@ def require_steps(store: TokenStore, indices: Iterable[int], block_size: int, bl
         example = store[int(index)]
         for number, name in enumerate(RESPONSES[store.kind]):
             steps, prompt_length = example.steps[number], len(example.prompt)
+            size = block_size or prompt_length + len(steps)
             for holds, problem in (
-                (blocks_in_order(steps, prompt_length, block_size), "steps do not increase from block to block"),
+                (blocks_in_order(steps, prompt_length, size), "steps do not increase from block to block"),
                 (
-                    block_start != "clean" or starts_alone(steps, prompt_length, block_size),
+                    block_start != "clean" or starts_alone(steps, prompt_length, size),
                     "steps do not begin with the first token in a block",
                 ),
                 (
-                    fits_last_block(example, number, block_size, block_start),
+                    fits_last_block(example, number, size, block_start),
                     "discarded holds tokens of another block than the last one",
                 ),
             ):
                 if not holds:
                     raise UserError(
-                        f"{store.location(int(index))}: {name}_{problem} of {block_size} tokens; was it recorded with "
+                        f"{store.location(int(index))}: {name}_{problem} of {size} tokens; was it recorded with "
                         "another block_size?"
                     )
 
@@ -80,8 +82,8 @@ _CHUNK = 4096  # examples whose steps are sorted at once
 
 
 def noisy_copies(store: TokenStore, block_size: int, block_start: str | None) -> np.ndarray:
-    """Noisy blocks that replay every step of every response, int64 [n, responses]: the steps that wrote each block,
-    its first token left out with ``block_start="clean"``. Every example is recorded."""
+    """Noisy blocks (with `FULL` noisy tokens) that replay every step of every response, int64 [n, responses]: the steps
+    that wrote each block, its first token left out with ``block_start="clean"``. Every example is recorded."""
     chunks = range(0, len(store), _CHUNK)
     is_alone = block_start == "clean"
     copies = [_copies(store, first, min(first + _CHUNK, len(store)), block_size, is_alone) for first in chunks]
@@ -95,10 +97,11 @@ def _copies(store: TokenStore, first: int, stop: int, block_size: int, starts_al
     start = np.repeat(lengths.cumsum() - lengths.ravel(), lengths.ravel())
     prompt = np.repeat(lengths[:, 0], lengths.sum(1))
     position = prompt + np.arange(len(steps)) - start
-    read = (part % parts > 0) & ((position % block_size > 0) | (not starts_alone))
+    read = (part % parts > 0) & ((not starts_alone) or position % block_size > 0)
     thrown = store.discarded(first, stop).astype(np.int64)
     thrown_part = (thrown[:, 0] - first) * parts + 1 + thrown[:, 1]
     part = np.concatenate([part[read], thrown_part])
     # Blocks are written one after the other, so that a step belongs to one of them.
     written = np.unique(part << 32 | np.concatenate([steps[read].astype(np.int64), thrown[:, 4]]))
-    return np.bincount(written >> 32, minlength=examples * parts).reshape(examples, parts)[:, 1:]
+    copies = np.bincount(written >> 32, minlength=examples * parts).reshape(examples, parts)[:, 1:]
+    return copies * (lengths[:, :1] + lengths[:, 1:]) if block_size == FULL else copies

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.data.rows import Rows, open_rows
 from megatron_dtrpo.data.tally import Tally
 from megatron_dtrpo.errors import UserError
@@ -198,11 +199,12 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def turn_block_counts(store: TokenStore, block_size: int) -> np.ndarray:
-    """How many blocks of ``block_size`` the turns of each response have: int64 [n, responses]."""
+    """How many blocks of ``block_size`` the turns of each response have; with `FULL` how many tokens, for each turn of
+    all up to its end: int64 [n, responses]."""
     prompts, responses = (lengths.astype(np.int64) for lengths in store.lengths)
 
     def count(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return last // block_size + 1 - first // block_size
+        return last + 1 if block_size == FULL else last // block_size + 1 - first // block_size
 
     counts = count(prompts[:, None], prompts[:, None] + responses - 1)
     example, response, begin, end = store.turns.T

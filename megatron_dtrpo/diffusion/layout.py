@@ -13,9 +13,16 @@ the prompt would repeat its clean one. A view may hold some of the blocks only: 
 The noisy copy of the last block is filled with ``[MASK]`` after the end token, as the decoder sees it; or shows tokens
 there that the decoder saw before an earlier end token threw them away.
 
+With the block size `FULL` prompt and response are one block, as long as they are: full attention. Nothing is clean, and
+the prompt, which sees what is masked behind it, is repeated in each view:
+
+    [ prompt + response 1, noisy ] x K views                                                         branch 1
+    [ prompt + response 2, noisy ] x K views                                                         branch 2
+
 A response may be several *turns* of the assistant with text between them that it reads and does not write, as the reply
 of a tool. Each turn then is what a response of its own would be after everything before it: its blocks have noisy
 copies, in which later text is ``[MASK]``, and a block that two turns share has a copy for each. The clean run is one.
+Under full attention a turn's views end where it ends.
 
 Legend: P prompt tokens, R response tokens, B block size, n response blocks, K noisy views, S packed tokens,
 N targets. Nothing here touches a device, a process group or global state.
@@ -30,6 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dtrpo.config.blocks import FULL, grain
 from megatron_dtrpo.rounding import ceil_divide
 
 CLEAN = 0  # the view number of clean tokens
@@ -99,6 +107,10 @@ class Coordinates(NamedTuple):
     def at(self, index) -> Coordinates:
         return Coordinates(*(field[index] for field in self))
 
+    def map(self, function) -> Coordinates:
+        """With ``function`` applied to each field."""
+        return Coordinates(*(function(field) for field in self))
+
 
 def visible(query: Coordinates, key: Coordinates) -> Tensor:
     """The whole attention mask: may ``query`` attend to ``key``? Shapes broadcast; plain ``&`` and ``|`` only, so
@@ -118,6 +130,7 @@ def visible(query: Coordinates, key: Coordinates) -> Tensor:
 class PackedSequence:
     """Tokens of one or more documents in the packed layout, and the predictions that are read from it.
 
+    ``block_size``: tokens of a block; 1 where blocks have different lengths, under full attention.
     ``tokens, document, branch, view, block, position``: int64 ``[S]``. The prediction of ``target_token`` is read from
     the hidden state at packed row ``target_row`` and counts with ``target_weight``. It belongs to ``target_response``,
     numbered through the sequence, lies in ``target_block`` of its document, and is a part of decoding step
@@ -156,14 +169,30 @@ class PackedSequence:
 Turns = Sequence[tuple[int, int]]  # first and last plus one of a response's tokens that the assistant writes
 
 
+def runs(coordinates: Coordinates) -> tuple[Coordinates, Tensor]:
+    """Neighbouring tokens (of ``[S]``) that share all their coordinates see and are seen alike: the coordinates of each
+    such run, ``[m]``, and how many tokens it has, int64 ``[m]``."""
+    fields = torch.stack(coordinates)
+    length = fields.shape[1]
+    inner = (fields[:, 1:] != fields[:, :-1]).any(0).nonzero().squeeze(1) + 1
+    start = torch.cat([inner.new_zeros(min(length, 1)), inner])
+    return coordinates.at(start), start.diff(append=start.new_tensor([length]))
+
+
 def turn_blocks(prompt_length: int, turns: Turns, block_size: int) -> list[Blocks]:
-    """The blocks of each turn, everything before it being its prompt."""
-    return [Blocks(prompt_length + begin, end - begin, block_size) for begin, end in turns]
+    """The blocks of each turn, everything before it being its prompt. With `FULL` one block for each, as wide as prompt
+    and response together, whose places behind the turn are not laid out."""
+    width = block_size or prompt_length + turns[-1][1]
+    return [Blocks(prompt_length + begin, end - begin, width) for begin, end in turns]
 
 
 def packed_length(prompt_length, response_lengths: Sequence, block_size: int, views: int, copies: Sequence = ()):
     """Packed tokens of one document; works on ints and, elementwise, on arrays (one per response in the sequence).
-    ``copies``: per response the number of its noisy blocks, where not every block has ``views``."""
+    ``copies``: per response the number of its noisy blocks, where not every block has ``views``; with `FULL` of its
+    noisy tokens."""
+    if block_size == FULL:
+        whole = [views * (prompt_length + length) for length in response_lengths]
+        return sum(copies if len(copies) else whole)
     first = prompt_length // block_size
     total = first * block_size
     for number, length in enumerate(response_lengths):
@@ -196,6 +225,7 @@ def lay_out(
         masked: per response bool ``[K, n, B]``: the tokens that each noisy view hides; n blocks in all turns.
         weight: per response float ``[K, n, B]``: the weight of predicting a token from its noisy view; tokens of
             weight 0 are not read.
+        block_size: B, or `FULL`; then B is all of P + R, n is 1 for each turn, and ``block_start`` None.
         block_start: ``"clean"`` reads the first token of a block from the clean pass, weight 1, once for all views;
             ``"noisy"`` reads it, as any other token, from the row before it in its own view, or from the prompt
             where the block before is all prompt. None with ``shift`` 0, where there is nothing to choose.
@@ -206,12 +236,13 @@ def lay_out(
         turns: per response, the parts that the assistant writes, in order, the last up to its end; default: all of it.
         steps: per response, of one turn each, int64 ``[n, B]``: the recorded step that wrote each token.
     """
-    B, P = block_size, prompt.numel()
+    P = prompt.numel()
     parts, targets = [], []
-    prompt_full = P // B * B
+    prompt_full = 0 if block_size == FULL else P // block_size * block_size
     parts.append(_run(prompt[:prompt_full], 0, CLEAN, torch.arange(prompt_full)))
     length = prompt_full
     for r, (response, hidden, w) in enumerate(zip(responses, masked, weight, strict=True)):
+        B = block_size or P + response.numel()
         whole = Blocks(P, response.numel(), B)
         end = whole.start + whole.count * B
         tokens = torch.full((end - whole.start,), mask_id, dtype=torch.long)
@@ -228,7 +259,7 @@ def lay_out(
         views = hidden.shape[0]
         before = 0  # blocks of the turns before
         spans = [(0, response.numel())] if turns is None else turns[r]
-        for number, blocks in enumerate(turn_blocks(P, spans, B)):
+        for number, blocks in enumerate(turn_blocks(P, spans, block_size)):
             position = torch.arange(blocks.start, blocks.start + blocks.count * B)
             written = tokens[position - whole.start]
             if not behind:  # otherwise the response is one turn, and what lies behind its end was seen
@@ -245,6 +276,8 @@ def lay_out(
                 weights = w[k, own].flatten()
                 laid_out = w[k, own].any(1) if every_step else torch.ones(blocks.count, dtype=torch.bool)
                 kept = laid_out.repeat_interleave(B)
+                if block_size == FULL:
+                    kept &= position < blocks.prompt_length + blocks.response_length
                 noisy = written.masked_fill(hidden[k, own].flatten(), mask_id)
                 parts.append(_run(noisy[kept], r + 1, number * views + k + 1, position[kept]))
                 read = weights.nonzero().squeeze(1)
@@ -259,13 +292,13 @@ def lay_out(
     tokens, branch, view, position = (torch.cat(field) for field in zip(*parts, strict=True))
     target_rows, target_tokens, target_weights, response_ids, target_blocks, target_steps = zip(*targets, strict=True)
     return PackedSequence(
-        block_size=B,
+        block_size=grain(block_size),
         responses=len(responses),
         tokens=tokens,
         document=torch.zeros_like(tokens),
         branch=branch,
         view=view,
-        block=position // B,
+        block=torch.zeros_like(position) if block_size == FULL else position // block_size,
         position=position,
         target_row=torch.cat(target_rows),
         target_token=torch.cat(target_tokens),

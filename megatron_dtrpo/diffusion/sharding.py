@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, visible
+from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, runs, visible
 from megatron_dtrpo.rounding import round_up
 
 GRAIN = 128  # tokens of a FlexAttention tile: a unit of as many leaves the mask's empty tiles empty
 UNITS_PER_RANK = 8  # fewer cannot be balanced; shorter sequences are cut into smaller units
-_ROWS = 512  # query blocks whose row of the mask is alive at once
+_ROWS = 512  # runs of queries whose row of the mask is alive at once
 
 
 def unit_length(length: int, block_size: int, ranks: int) -> int:
@@ -40,13 +40,13 @@ def padded_length(length: int, block_size: int, ranks: int, multiple: int = 1) -
 
 def work(coordinates: Coordinates, block_size: int) -> Tensor:
     """Key blocks that each query block sees: ``[S] -> int64 [S / B]``."""
-    blocks = Coordinates(*(field[::block_size] for field in coordinates))
+    blocks, lengths = runs(coordinates)
     keys = blocks.at((None, slice(None)))
     counts = [
-        visible(blocks.at((slice(start, start + _ROWS), None)), keys).sum(1)
-        for start in range(0, blocks.document.numel(), _ROWS)
+        (visible(blocks.at((slice(start, start + _ROWS), None)), keys) * lengths).sum(1)
+        for start in range(0, lengths.numel(), _ROWS)
     ]
-    return torch.cat(counts)
+    return torch.cat(counts).repeat_interleave(lengths)[::block_size] // block_size
 
 
 def assign_rows(coordinates: Coordinates, block_size: int, unit: int, ranks: int) -> Tensor:

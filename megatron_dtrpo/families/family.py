@@ -74,15 +74,20 @@ class Family:
     prediction_shift: int
     """1 where a token is predicted by the row before it, 0 where by its own row."""
     attention: str
-    """``block_causal``: a block sees itself and the blocks before it."""
-    block_size_key: str
-    """The key of config.json that holds the block size."""
+    """``block_causal``: a block sees itself and the blocks before it. ``full``: prompt and response are one block."""
+    block_size_key: str | None
+    """The key of config.json that holds the block size; None under full attention."""
     block_size: int | None
-    """Where config.json lacks the key; None: import is told how many tokens."""
+    """Where config.json lacks the key; None: import is told how many tokens. 0 under full attention
+    (`config.blocks.FULL`)."""
     starting_point: bool = False
     """It predicts token by token until it is trained to predict by blocks, of any size."""
     assumptions: Callable[[dict, str | Path], list[str]] = lambda config, where: []
     """What ``settings`` filled in and a user may not have meant, a line each."""
+
+    @property
+    def is_full(self) -> bool:
+        return self.attention == "full"
 
     @property
     def has_block_start(self) -> bool:
@@ -95,4 +100,8 @@ class Family:
         for key, value in self.layers.items():
             if getattr(model, key) != value:
                 return f"{key} is {str(not value).lower()}, in family {self.name} it is {str(value).lower()}"
+        if self.is_full and model.block_size:
+            return f"block_size is {model.block_size}, in family {self.name} it is 0, for full attention"
+        if not self.is_full and not model.block_size:
+            return f"block_size is 0, for full attention, which family {self.name} has not"
         return None

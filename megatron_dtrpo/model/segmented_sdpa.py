@@ -1,20 +1,20 @@
 """SDPA that follows the mask's work instead of the packed length squared.
 
-Every run of the packed layout starts and ends on a block boundary and a block's tokens share their coordinates, so the
-mask is known per pair of blocks. Queries are cut into chunks of whole blocks; a chunk attends exactly the key blocks
-that any of its blocks sees. Legend: S packed tokens, s of them queries here, B block size, q and k tokens of a chunk.
+A block's tokens share their coordinates, so the mask is known per pair of blocks. Queries are cut into chunks of whole
+blocks; a chunk attends exactly the key blocks that any of its blocks sees. Blocks may differ in length: under full
+attention each view of a response is one. Legend: S packed tokens, s of them queries here, q and k tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dtrpo.diffusion.layout import Coordinates, visible
+from megatron_dtrpo.diffusion.layout import Coordinates, runs, visible
 
 CHUNK_TOKENS = 64  # long enough to fill the matrix units, short enough to skip what a run's early queries cannot see
 
@@ -37,47 +37,58 @@ def plan_chunks(coordinates: Coordinates, keys: Coordinates, block_size: int, wi
     """Cuts one packed sequence into chunks.
 
     Args:
-        coordinates: of the queries, ``[s]``; whole blocks.
+        coordinates: of the queries, ``[s]``. Their blocks are what shares its coordinates, whatever ``block_size`` is.
         keys: coordinates of the keys, ``[S]``: the same ones, or under context parallelism those of all ranks.
         width: query heads times head width on this rank, which says what a query-key pair costs.
     """
-    blocks, key_blocks = (Coordinates(*(field[::block_size].cpu() for field in side)) for side in (coordinates, keys))
+    (blocks, lengths), (key_blocks, key_lengths) = (runs(side.map(Tensor.cpu)) for side in (coordinates, keys))
     seen = visible(blocks.at((slice(None), None)), key_blocks.at((None, slice(None))))
-    overhead = CALL_OVERHEAD / (width * block_size**2)  # in pairs of blocks
     device = coordinates.document.device
-    within = torch.arange(block_size)
+    ends, key_block = lengths.cumsum(0).tolist(), torch.arange(len(key_lengths)).repeat_interleave(key_lengths)
     chunks = []
-    for first, last in _cut(blocks, seen, max(1, CHUNK_TOKENS // block_size), overhead):
+    for first, last in _cut(blocks, lengths, seen, key_lengths, CALL_OVERHEAD / width):
         rows = seen[first:last]
-        attended = rows.any(0).nonzero().squeeze(1)
-        key_rows = (attended.unsqueeze(1) * block_size + within).flatten()
-        rows = rows[:, attended]
+        attended = rows.any(0)
+        key_rows = attended[key_block].nonzero().squeeze(1)
         mask = None
-        if not rows.all():
-            mask = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)
-            mask = mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1).to(device)
-        chunks.append(Chunk(first * block_size, last * block_size, key_rows.to(device), mask))
+        if not rows[:, attended].all():
+            mask = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)[:, key_block[key_rows]]
+            mask = mask.repeat_interleave(lengths[first:last], 0).to(device)
+        chunks.append(Chunk(ends[first] - int(lengths[first]), ends[last - 1], key_rows.to(device), mask))
     return chunks
 
 
-def _cut(blocks: Coordinates, seen: Tensor, step: int, overhead: float) -> list[tuple[int, int]]:
-    """Ranges of blocks: each run in steps, neighbours joined where their common rectangle costs less than two calls."""
-    run = torch.stack([blocks.document, blocks.branch, blocks.view])
-    ends = ((run[:, 1:] != run[:, :-1]).any(0).nonzero().squeeze(1) + 1).tolist() + [seen.shape[0]]
+def _cut(
+    blocks: Coordinates, lengths: Tensor, seen: Tensor, key_lengths: Tensor, overhead: float
+) -> list[tuple[int, int]]:
+    """Ranges of blocks: each view in steps of `CHUNK_TOKENS`, or a block where that is longer, neighbours joined where
+    their common rectangle costs less than two calls. ``overhead``: of a call, in pairs of tokens."""
     ranges: list[tuple[int, int]] = []
     start, keys, area = 0, None, 0.0
-    for run_start, run_end in zip([0, *ends[:-1]], ends, strict=True):
-        for first in range(run_start, run_end, step):
-            last = min(first + step, run_end)
-            here = seen[first:last].any(0)
-            cost = (last - first) * int(here.sum())
-            joint = None if keys is None else keys | here
-            if joint is not None and (together := (last - start) * int(joint.sum())) < area + cost + overhead:
+    before = [0, *lengths.cumsum(0).tolist()]
+    for first, last in _steps(blocks, before):
+        here = seen[first:last].any(0)
+        cost = (before[last] - before[first]) * int(key_lengths[here].sum())
+        joint = None if keys is None else keys | here
+        if joint is not None:
+            together = (before[last] - before[start]) * int(key_lengths[joint].sum())
+            if together < area + cost + overhead:
                 ranges[-1], keys, area = (start, last), joint, together
-            else:
-                ranges.append((first, last))
-                start, keys, area = first, here, cost
+                continue
+        ranges.append((first, last))
+        start, keys, area = first, here, cost
     return ranges
+
+
+def _steps(blocks: Coordinates, before: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring blocks of one view, as many as `CHUNK_TOKENS` holds. ``before``: the tokens before each block."""
+    view = torch.stack([blocks.document, blocks.branch, blocks.view])
+    is_new = [True, *(view[:, 1:] != view[:, :-1]).any(0).tolist(), True]
+    first = 0
+    for last in range(1, len(before)):
+        if is_new[last] or before[last + 1] - before[first] > CHUNK_TOKENS:
+            yield first, last
+            first = last
 
 
 def segmented_sdpa(query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float) -> Tensor:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_dtrpo.config.blocks import FULL
+from megatron_dtrpo.config.estimators import total_views
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
 from megatron_dtrpo.planning import parameters
 from megatron_dtrpo.rounding import ceil_divide
@@ -21,6 +23,7 @@ FULL_TOKENS = 512  # a matrix product of so many tokens reaches half of what a l
 # The packed layout's mask: a token sees a quarter of its sequence, and every fourth token is read for a prediction.
 SEEN_SHARE = 0.25
 TARGET_SHARE = 0.25
+RESPONSES = {"preference": 2, "sft": 1}  # of an example, by objective
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def step_time(config: Config, data_parallel: int) -> StepTime:
     passes = 3 + has_reference + recomputed_share(model, parallel)
     tokens = data.seq_length // cp
     rate = PEAK_FLOPS * REACHED * (FP8_GAIN if parallel.fp8_format else 1) * tokens / (tokens + FULL_TOKENS)
-    compute = micro_batches * passes * forward_flops(model, data.seq_length) / (tp * pp * cp) / rate
+    flops = forward_flops(model, data.seq_length, seen_share(config))
+    compute = micro_batches * passes * flops / (tp * pp * cp) / rate
     bubble = compute * bubble_share(pp, parallel.num_virtual_stages_per_pipeline_rank, micro_batches)
 
     layers = parameters.stage_layers(model, pp)
@@ -99,10 +103,20 @@ def _rate(span: int) -> float:
     return NODE_BYTES if span <= GPUS_PER_NODE else NETWORK_BYTES
 
 
-def forward_flops(model: ModelSettings, tokens: int) -> float:
+def seen_share(config: Config) -> float:
+    """The share of a full packed sequence that a token sees on average. Under full attention that is one view of one
+    response, with the prompt before it."""
+    if config.model.block_size != FULL:
+        return SEEN_SHARE
+    objective = config.objective
+    views = total_views(objective.estimator, objective.num_views, objective)
+    return 1 / (RESPONSES[objective.objective] * views * config.data.micro_batch_size)
+
+
+def forward_flops(model: ModelSettings, tokens: int, seen: float = SEEN_SHARE) -> float:
     """Of one forward pass over a packed sequence, through all layers and the head."""
     q, _ = parameters.widths(model)
-    layer = 2 * parameters.matrix_parameters(model, tp=1) + 4 * q * SEEN_SHARE * tokens
+    layer = 2 * parameters.matrix_parameters(model, tp=1) + 4 * q * seen * tokens
     head = 2 * parameters.vocabulary_parameters(model, tp=1) * TARGET_SHARE
     return tokens * (model.num_layers * layer + head)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 
+from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.families.config_json import positive
@@ -82,6 +83,13 @@ def model_settings(
 
 def _block_size(family: Family, config: dict, where: str | Path, given: int | None, is_read: bool) -> int:
     key = family.block_size_key
+    if key is None:
+        if given is not None:
+            raise UserError(
+                f"{where}: a model of family {family.name} has full attention: it cannot be imported with --block-size "
+                f"{given}"
+            )
+        return FULL
     own = positive(config, key, where) if key in config else family.block_size
     if own is not None and given is not None and own != given:
         raise UserError(f"{where}: {key} is {own}: it cannot be imported with --block-size {given}")

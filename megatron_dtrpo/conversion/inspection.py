@@ -67,7 +67,7 @@ def _huggingface(folder: Path) -> dict[str, str]:
         "iteration": "none",
     }
     family = family_of_config(config, folder / CONFIG)
-    if family.block_size_key not in config:
+    if family.block_size_key is not None and family.block_size_key not in config:
         is_told = family.block_size is None and not family.starting_point
         lines["block size"] = (
             "none (import must be given --block-size)"
@@ -87,7 +87,7 @@ def _model_lines(model: ModelSettings, parameters: int, dtypes: list[torch.dtype
         "layers": f"{model.num_layers} of width {model.hidden_size}, {heads} of width {model.kv_channels}",
         "vocabulary": f"{model.vocab_size}, padded to {model.padded_vocab_size}, {embeddings}",
         "dtype": ", ".join(sorted({dtype_name(dtype) for dtype in dtypes})) or "unknown",
-        "block size": str(model.block_size),
+        "block size": str(model.block_size or "the whole sequence"),
     }
 
 

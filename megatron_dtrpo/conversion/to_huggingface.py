@@ -137,7 +137,7 @@ def _description(megatron_path: Path, options: ExportOptions) -> tuple[Path | No
     config = read_config(template)
     family = family_of_config(config, template / CONFIG)
     _check_reference(options.hf_reference, family.architecture)
-    block_size = None if family.block_size_key in config else model.block_size
+    block_size = None if family.is_full or family.block_size_key in config else model.block_size
     theirs = model_settings(config, template / CONFIG, block_size, model.make_vocab_size_divisible_by)
     if family_of(model).parameters != family.parameters or not same_predictions(family_of(model), family):
         raise UserError(

@@ -27,6 +27,7 @@ from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.config_json import block_size_entry
 from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.files import write_atomically
 
@@ -92,7 +93,7 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
                     _require_only_mask_is_new(settings, tokenizer, hf_path, options.add_mask_token)
                     config, mask_row = {**config, "vocab_size": model.vocab_size}, tokenizer.mask_id
             if options.add_mask_token or options.block_size is not None:
-                config = {**config, family_of(model).block_size_key: model.block_size}
+                config = {**config, **block_size_entry(family_of(model), model)}
             plan = mapping.megatron_tensors(model, settings.vocab_size)
             rows = _Rows(weights, options, model, mask_row)
             require_space(partial, sum(rows.nbytes(tensor) for tensor in plan))

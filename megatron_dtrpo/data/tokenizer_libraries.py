@@ -13,6 +13,7 @@ A library is imported where it is used: transformers takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -28,13 +29,18 @@ _HF_FILES = {"chat_template.jinja", "tokenizer.model"} | {
 }
 
 
+# Classes that are code beside a model, and transformers' own whose files theirs are.
+_CLASSES = {"DreamTokenizer": "Qwen2Tokenizer"}
+
+
 class HuggingFace:
     """``AutoTokenizer`` of a folder. Nothing is downloaded, and no code of the folder is run."""
 
     def __init__(self, folder: Path) -> None:
-        auto = _imported("transformers").AutoTokenizer
+        transformers = _imported("transformers")
+        kind = getattr(transformers, _CLASSES.get(_class_named(folder), "AutoTokenizer"))
         try:
-            self.library = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            self.library = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except ValueError:  # also of a file that is no JSON, which it does not name
             _require_json(folder)
             raise
@@ -135,5 +141,11 @@ def _require_json(folder: Path) -> None:
 
 def _names_its_class(folder: Path) -> bool:
     """Whether tokenizer_config.json names the tokenizer's class; otherwise transformers asks config.json."""
+    return _class_named(folder) is not None
+
+
+def _class_named(folder: Path) -> str | None:
     file = folder / "tokenizer_config.json"
-    return file.exists() and "tokenizer_class" in json.loads(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # loading says what is wrong with it
+        return json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
+    return None

@@ -92,12 +92,17 @@ def decoder_assumptions(config: dict, where: str | Path) -> list[str]:
     return [f"{where}: no rope_theta: taken as {DEFAULT_ROPE_THETA:.0f}, transformers' own default"]
 
 
+def block_size_entry(family: Family, model: ModelSettings) -> dict[str, int]:
+    """What a config.json says of the block size: nothing under full attention."""
+    return {} if family.block_size_key is None else {family.block_size_key: model.block_size}
+
+
 def decoder_config(family: Family, model: ModelSettings) -> dict:
     """`Family.new_config` for `decoder_settings`, under the family's own architecture."""
     return {
         "architectures": [family.architecture],
         "attention_dropout": 0.0,
-        family.block_size_key: model.block_size,
+        **block_size_entry(family, model),
         "head_dim": model.kv_channels,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,

@@ -80,6 +80,8 @@ class Family:
     block_size: int | None
     """Where config.json lacks the key; None: import is told how many tokens. 0 under full attention
     (`config.blocks.FULL`)."""
+    rule: str = "threshold"
+    """How it decodes unless told otherwise: of `config.decoding.RULES`."""
     starting_point: bool = False
     """It predicts token by token until it is trained to predict by blocks, of any size."""
     assumptions: Callable[[dict, str | Path], list[str]] = lambda config, where: []

@@ -1,6 +1,6 @@
-"""Qwen2 and Qwen2.5, and Fast-dLLM v2, which is one of them trained to predict by blocks.
+"""Qwen2 and Qwen2.5; Fast-dLLM v2, which is one of them trained to predict by blocks; and Dream, under full attention.
 
-Both have the same tensors under the same names, with biases on query, key and value, and without a norm of queries and
+All have the same tensors under the same names, with biases on query, key and value, and without a norm of queries and
 keys. Small ones tie the output matrix to the embedding. Fast-dLLM v2's config.json adds ``bd_size``, its block size.
 """
 
@@ -33,16 +33,24 @@ def new_config(model: ModelSettings) -> dict:
     return decoder_config(QWEN2, model)
 
 
+def dream_config(model: ModelSettings) -> dict:
+    """See `Family.new_config`. Under transformers' class full attention would be lost."""
+    return decoder_config(DREAM, model)
+
+
 _SHARED: dict[str, Any] = dict(
     parameters=PARAMETERS,
     settings=decoder_settings,
-    new_config=new_config,
     assumptions=decoder_assumptions,
     layers={"add_qkv_bias": True, "qk_layernorm": False},
-    mask_token="|<MASK>|",
     prediction_shift=1,
+)
+_BY_BLOCKS: dict[str, Any] = dict(
+    new_config=new_config,
+    mask_token="|<MASK>|",
     attention="block_causal",
     block_size_key="bd_size",
+    **_SHARED,
 )
 
 FAST_DLLM_V2 = Family(
@@ -50,7 +58,7 @@ FAST_DLLM_V2 = Family(
     architecture="Fast_dLLM_QwenForCausalLM",
     model_type="Fast_dLLM_Qwen",
     block_size=32,
-    **_SHARED,
+    **_BY_BLOCKS,
 )
 # A starting point: it decodes token by token until it is trained to predict by blocks.
 QWEN2 = Family(
@@ -59,5 +67,17 @@ QWEN2 = Family(
     model_type="qwen2",
     block_size=None,
     starting_point=True,
+    **_BY_BLOCKS,
+)
+DREAM = Family(
+    name="dream",
+    architecture="DreamModel",
+    model_type="Dream",
+    new_config=dream_config,
+    mask_token="<|mask|>",
+    attention="full",
+    block_size_key=None,
+    block_size=0,
+    rule="maskgit_plus",
     **_SHARED,
 )

@@ -19,6 +19,8 @@ FAMILIES: dict[str, str] = {
     "sdar": "megatron_dtrpo.families.qwen3:SDAR",
     "a2d_qwen3": "megatron_dtrpo.families.qwen3:A2D_QWEN3",
     "qwen3": "megatron_dtrpo.families.qwen3:QWEN3",
+    "llada": "megatron_dtrpo.families.llada:LLADA",
+    "dream": "megatron_dtrpo.families.qwen2:DREAM",
 }
 
 # Of a model that is trained from random weights, and of checkpoints from before the family was recorded.

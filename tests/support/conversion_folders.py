@@ -25,9 +25,26 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MASK = "|<MASK>|"
 FAST_DLLM, QWEN2 = "Fast_dLLM_QwenForCausalLM", "Qwen2ForCausalLM"
 SDAR, A2D, QWEN3 = "SDARForCausalLM", "A2DQwen3LMHeadModel", "Qwen3ForCausalLM"
+LLADA, DREAM = "LLaDAModelLM", "DreamModel"
 MODEL_TYPES = {FAST_DLLM: "Fast_dLLM_Qwen", QWEN2: "qwen2", SDAR: "sdar", A2D: "a2d-qwen3", QWEN3: "qwen3"}
+MODEL_TYPES |= {LLADA: "llada", DREAM: "Dream"}
 LIKE_QWEN3 = (SDAR, A2D, QWEN3)  # norms of queries and keys, no biases
 MASKS = {FAST_DLLM: MASK, QWEN2: MASK, SDAR: "<MASK>", A2D: "<MASK>", QWEN3: "<MASK>"}
+MASKS |= {LLADA: "<|mdm_mask|>", DREAM: "<|mask|>"}
+# Qwen2's names -> LLaDA's, which are OLMo's.
+LLADA_NAMES = {
+    "model.embed_tokens": "model.transformer.wte",
+    "model.layers": "model.transformer.blocks",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "self_attn.o_proj": "attn_out",
+    "self_attn.": "",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+    "model.norm": "model.transformer.ln_f",
+    "lm_head": "model.transformer.ff_out",
+}
 
 
 def random_weights(
@@ -65,11 +82,61 @@ def random_weights(
     for name, size in sizes.items():
         values = torch.randn(size, generator=generator) * 0.2
         weights[name] = (values + 1 if "norm" in name else values).to(dtype)
+    if architecture == LLADA:
+        return {as_llada(name): weight for name, weight in weights.items() if not name.endswith("bias")}
     return weights
+
+
+def as_llada(name: str, back: bool = False) -> str:
+    """LLaDA's name of a tensor of Qwen2's; or Qwen2's of LLaDA's."""
+    if back:  # "ff_out" is the head outside of the layers, and a layer's own inside
+        head, _, rest = name.partition(".blocks.")
+        number, _, inner = rest.partition(".")
+        within = {theirs: ours for ours, theirs in LLADA_NAMES.items() if theirs and "." not in theirs}
+        within |= {f"{letter}_proj": f"self_attn.{letter}_proj" for letter in "qkv"}
+        outside = {theirs: ours for ours, theirs in LLADA_NAMES.items() if "." in theirs}
+        if rest:
+            return f"model.layers.{number}.{within[inner.removesuffix('.weight')]}.weight"
+        return f"{outside[head.removesuffix('.weight')]}.weight"
+    for ours, theirs in LLADA_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def llada_config(tied: bool, dtype: torch.dtype, s: dict) -> dict:
+    """The keys of LLaDA-8B-Instruct's config.json."""
+    return {
+        "activation_type": "silu",
+        "alibi": False,
+        "architectures": [LLADA],
+        "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": s["hidden"],
+        "embedding_size": s["vocabulary"],
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "layer_norm_type": "rms",
+        "mask_token_id": 259,
+        "max_sequence_length": 512,
+        "mlp_hidden_size": s["ffn"],
+        "model_type": "llada",
+        "n_heads": s["heads"],
+        "n_kv_heads": s["groups"],
+        "n_layers": s["layers"],
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_theta": 500000.0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": s["vocabulary"],
+        "weight_tying": tied,
+    }
 
 
 def config(architecture=FAST_DLLM, tied=False, dtype=torch.float32, shape=None, **changes) -> dict:
     s = {**SHAPE, **(shape or {})}
+    if architecture == LLADA:
+        return {**llada_config(tied, dtype, s), **changes}
     values = {
         "architectures": [architecture],
         "attention_dropout": 0.0,
@@ -100,10 +167,12 @@ def config(architecture=FAST_DLLM, tied=False, dtype=torch.float32, shape=None, 
         values |= {"attention_bias": False, "head_dim": s["width"]}
     if architecture == SDAR:
         values |= {"block_size": 4, "fuse_cross_entropy": True, "mask_token_id": 259}
+    if architecture == DREAM:
+        values |= {"mask_token_id": 259, "auto_map": {"AutoModel": "modeling_dream.DreamModel"}}
     return {**values, **changes}
 
 
-def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS, mask_token=MASK) -> None:
+def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS, mask_token=MASK, kind="Qwen2Tokenizer") -> None:
     """Byte-level Qwen2 tokenizer without merges: 256 bytes, then the special tokens, then perhaps the mask token."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -118,7 +187,7 @@ def write_tokenizer(folder: Path, mask: bool, specials=SPECIALS, mask_token=MASK
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": kind,
         "unk_token": None,
     }
     _dump(folder / "tokenizer_config.json", description)
@@ -159,7 +228,8 @@ def write_folder(
     folder.mkdir(parents=True)
     _dump(folder / "config.json", config(architecture, tied, dtype, shape, **changes))
     _dump(folder / "generation_config.json", {"eos_token_id": [258, 256], "temperature": 0.7})
-    write_tokenizer(folder, mask, specials, MASKS[architecture])
+    kind = "DreamTokenizer" if architecture == DREAM else "Qwen2Tokenizer"
+    write_tokenizer(folder, mask, specials, MASKS[architecture], kind)
     write_weights(folder, random_weights(dtype, tied, seed, shape, architecture), shards)
     return folder
 
@@ -194,8 +264,11 @@ def read_megatron(folder: Path, iteration: int = 0) -> dict[str, torch.Tensor]:
 def assert_same_model(megatron: Path, folder: Path, iteration: int = 0, padding_is_zero: bool = True) -> None:
     """A Megatron checkpoint holds what the oracle makes of the Hugging Face folder's weights, and no more."""
     model, found = checkpoint_folder.load_model_config(megatron), read_megatron(megatron, iteration)
+    weights = read_weights(folder)
+    if model.family == "llada":
+        weights = {as_llada(name, back=True): weight for name, weight in weights.items()}
     expected = megatron_from_qwen2(
-        read_weights(folder),
+        weights,
         model.num_attention_heads,
         model.num_query_groups,
         tied=not model.untie_embeddings_and_output_weights,

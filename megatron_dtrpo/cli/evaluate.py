@@ -22,6 +22,7 @@ from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError, one_line
+from megatron_dtrpo.families.registry import family_of
 
 EXAMPLES = """
   megatron-dtrpo evaluate --checkpoint RUN --tasks gsm8k --output gsm8k.json
@@ -150,7 +151,7 @@ def _evaluate(argv: list[str]) -> None:
     from megatron_dtrpo.evaluation.session import locate_checkpoint
 
     with locate_checkpoint(arguments.checkpoint, config) as source:
-        decoding = decoding_options(arguments, config.model.block_size)
+        decoding = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         with source.open() as engine:
             from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
 

@@ -20,6 +20,7 @@ from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of
 
 EXAMPLES = """
   megatron-dtrpo generate --checkpoint RUN --prompt "Tom has 3 apples, buys 4. How many now? "
@@ -88,7 +89,7 @@ def _generate(argv: list[str]) -> None:
 
     judge = Judge(load_verifier(arguments.verifier)) if arguments.verifier else None
     with locate_checkpoint(arguments.checkpoint, config) as source:
-        options = decoding_options(arguments, config.model.block_size)
+        options = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         end_ids = token_ids(source.tokenizer, arguments.stop_token)
         known = (source.tokenizer, config.model.max_position_embeddings, arguments.apply_chat_template)
         skipped = Tally() if arguments.bad_rows == "skip" else None
@@ -125,7 +126,7 @@ def _judge(tokenizer, prompts, completions, judge, name: str) -> list[bool | Non
     from megatron_dtrpo.evaluation.statistics import accuracy
 
     verdicts = [
-        judge(prompt.row, prompt.location, tokenizer.decode(completion.tokens))
+        judge(prompt.row, prompt.location, tokenizer.decode(completion.answer))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     judge.report()
@@ -143,7 +144,7 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
 
     lines = []
     for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True):
-        row = {**prompt.row, "completion": tokenizer.decode(completion.tokens), "completion_ids": completion.tokens}
+        row = {**prompt.row, "completion": tokenizer.decode(completion.answer), "completion_ids": completion.tokens}
         row["completion_passes"] = completion.passes
         if arguments.verifier:
             row["correct"] = verdict
@@ -162,7 +163,7 @@ def _write(tokenizer, prompts, completions, verdicts, arguments) -> None:
             f"{error.filename or arguments.output or arguments.trace}: cannot be written ({error.strerror})"
         ) from None
     if arguments.prompt is not None:
-        print(tokenizer.decode(completions[0].tokens))
+        print(tokenizer.decode(completions[0].answer))
 
 
 def _trace_page(tokenizer, prompts, completions, arguments) -> str:

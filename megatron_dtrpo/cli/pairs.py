@@ -19,6 +19,7 @@ from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of
 
 if TYPE_CHECKING:
     from megatron_dtrpo.diffusion.decoding import Completion
@@ -89,7 +90,7 @@ def _build(argv: list[str]) -> None:
 
     verifier = load_verifier(arguments.verifier)
     with locate_checkpoint(arguments.checkpoint, config) as source:
-        options = decoding_options(arguments, config.model.block_size)
+        options = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         limit = config.model.max_position_embeddings
         skipped = Tally() if arguments.bad_rows == "skip" else None
         prompts = read_prompts(
@@ -126,7 +127,7 @@ def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> No
         right: list[Response] = []
         wrong: list[Response] = []
         for completion in _different(samples):
-            text = tokenizer.decode(completion.tokens)
+            text = tokenizer.decode(completion.answer)
             verdict = judge(prompt.row, prompt.location, text)
             if verdict is not None:
                 (right if verdict else wrong).append((completion, text))

@@ -1,13 +1,17 @@
 """How one response is written: Fast-dLLM v2's decoder as a state machine that knows no model.
 
 A block starts as ``[MASK]`` behind its first token. Its sub-blocks are unmasked from left to right, several tokens a
-step: those whose confidence exceeds a threshold, and always the surest. A full block is passed through the model once
+step: those whose confidence exceeds a threshold, and always the surest; or by another rule as many as its schedule
+says (`SCHEDULES`). A full block is passed through the model once
 more, clean: that pass fills the key/value cache for good, and its last row predicts the next block's first token.
 
 `Decoding.next_pass` says what the model is to compute, `Decoding.update` takes the predictions. Positions are
 absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1. In a model of
 prediction shift 0 it is read from the row of p itself: a block's first token is masked as the others are, and the clean
 pass fills the cache and predicts nothing.
+
+Under full attention the whole response is one block, whose sub-blocks begin with its first token; every pass is over
+the prompt and all of it. An end token ends nothing there: the model saw what stands behind it, and it is kept.
 
 Once an end token is written, the tokens behind it in the block return to ``[MASK]``, which training sees there
 (`layout.lay_out`). The model saw those that earlier steps had written: they are part of the recorded trajectory, as
@@ -17,13 +21,14 @@ Once an end token is written, the tokens behind it in the block return to ``[MAS
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.decoding import DecodingOptions
-from megatron_dtrpo.diffusion.sampling import accept
+from megatron_dtrpo.diffusion.sampling import accept, even_shares, shares_of_time, surest
 
 
 class Pass(NamedTuple):
@@ -53,7 +58,8 @@ class Discarded(NamedTuple):
 class Completion(NamedTuple):
     """A finished response: per token its id, the decoding step that wrote it (from 0; several tokens may share one),
     the confidence with which, and its block. ``passes``: forward passes this sequence took part in, those that fill the
-    cache included. ``ended``: by an end token, not by the limit. ``discarded``: the tokens that were thrown away."""
+    cache included. ``ended``: by an end token, not by the limit. ``discarded``: the tokens that were thrown away.
+    ``answer_length``: tokens up to the first end token, all of them but under full attention."""
 
     tokens: list[int]
     steps: list[int]
@@ -62,11 +68,21 @@ class Completion(NamedTuple):
     passes: int
     ended: bool
     discarded: list[Discarded]
+    answer_length: int | None = None
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens that are read as text."""
+        return self.tokens[: self.answer_length]
 
     def log_likelihood(self) -> float:
         """The sum of the log-confidences of everything that the decoding wrote, discarded tokens included."""
         confidence = self.confidence + [token.confidence for token in self.discarded]
         return sum(math.log(c) if c > 0 else -math.inf for c in confidence)
+
+
+# Of the rules with a schedule: (masked tokens of a sub-block, steps) -> the tokens that each step writes.
+SCHEDULES = {"static": even_shares, "maskgit_plus": shares_of_time}
 
 
 class Decoding:
@@ -86,9 +102,11 @@ class Decoding:
         """``prompt``: P >= 1 token ids, P < max_positions. No position from ``max_positions`` on is written. ``shift``:
         of `Family.prediction_shift`."""
         self.shift = shift
-        self.options, self.block_size, self.mask_id, self.end_ids = options, block_size, mask_id, end_ids
+        self.options, self.mask_id, self.end_ids = options, mask_id, end_ids
         self.prompt_length = len(prompt)
         self.limit = min(self.prompt_length + options.max_new_tokens, max_positions)
+        self.is_full = block_size == FULL
+        self.block_size = block_size = block_size or self.limit
         self.block = self.prompt_length // block_size * block_size  # where the block being written starts
         self.tokens = list(prompt)
         self.steps: list[int | None] = [None] * len(prompt)
@@ -102,6 +120,8 @@ class Decoding:
         self._clean_start = 0 if self.block > 0 else None
         self._refreshed: int | None = None  # the sub-block whose first pass was the last one over the whole block
         self._asked: list[int] = []
+        self._scheduled: int | None = None  # the sub-block whose shares these are
+        self._shares: Iterator[int] = iter(())
 
     def next_pass(self) -> Pass:
         """What is to be computed next; only while not `finished`."""
@@ -118,10 +138,15 @@ class Decoding:
     def _noisy_extent(self) -> tuple[int, int]:
         """First position and length of the next noisy pass; what it asks for is the rest of one sub-block."""
         masked, size = self._masked(), self.options.small_block_size
-        sub_start = masked[0] // size * size
+        first = self.prompt_length if self.is_full else 0  # where sub-blocks are counted from
+        sub_start = first + (masked[0] - first) // size * size
         self._asked = [position for position in masked if position < sub_start + size]
+        if self._scheduled != sub_start and self.options.rule in SCHEDULES:
+            count = len(self._asked)
+            shares = SCHEDULES[self.options.rule](count, self.options.denoising_steps or count)
+            self._scheduled, self._shares = sub_start, filter(None, shares)
         within = masked[0] - self.shift >= sub_start  # the rows that are read lie in the sub-block
-        approximate = self.options.sub_block_cache and self._refreshed == sub_start and within
+        approximate = self.options.sub_block_cache and not self.is_full and self._refreshed == sub_start and within
         self._refreshed = sub_start
         return (sub_start, size) if approximate else (self.block, self.block_size)
 
@@ -132,17 +157,24 @@ class Decoding:
             self._clean_start = None
             accepted = [True] * len(tokens)
         else:
-            accepted = accept(confidence, self.options.threshold).tolist()
+            accepted = self._accepted(confidence).tolist()
         proposals = zip(self._asked, tokens, confidence.tolist(), accepted, strict=True)
-        written = _to_end([one[:3] for one in proposals if one[3]], self.end_ids)
+        end_ids = frozenset() if self.is_full else self.end_ids
+        written = _to_end([one[:3] for one in proposals if one[3]], end_ids)
         for position, token, sure in written:
             self.tokens[position], self.steps[position], self.confidence[position] = token, self.step, sure
-        if written and written[-1][1] in self.end_ids:  # none is asked for behind an earlier end token
+        if written and written[-1][1] in end_ids:  # none is asked for behind an earlier end token
             self.end = written[-1][0]
             self._discard_after_end()
         self.step += bool(written)
         if not self._masked():
             self._finish_block()
+
+    def _accepted(self, confidence: Tensor) -> Tensor:
+        """Which of the proposals the rule writes: bool ``[n]``."""
+        if self.options.rule in SCHEDULES:
+            return surest(confidence, next(self._shares))
+        return accept(confidence, self.options.threshold)
 
     def finished_blocks(self) -> list[int] | None:
         """The response so far if the last pass finished a block of it and another one follows; None in between."""
@@ -155,14 +187,17 @@ class Decoding:
     def completion(self) -> Completion:
         stop = self.limit if self.end is None else self.end + 1
         response = slice(self.prompt_length, stop)
+        tokens = self.tokens[response]
+        ends = [place for place, token in enumerate(tokens) if token in self.end_ids]
         return Completion(
-            tokens=self.tokens[response],
+            tokens=tokens,
             steps=self.steps[response],
             confidence=self.confidence[response],
             blocks=[position // self.block_size for position in range(self.prompt_length, stop)],
             passes=self.passes,
-            ended=self.end is not None,
+            ended=bool(ends),
             discarded=self.discarded,
+            answer_length=ends[0] + 1 if ends else len(tokens),
         )
 
     def _masked(self) -> list[int]:

@@ -60,6 +60,30 @@ def most_probable(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor, Te
     return token, best, wide.logsumexp(-1)
 
 
+def surest(confidence: Tensor, count: int) -> Tensor:
+    """Which of one sequence's proposals are the ``count`` surest, the first ones among equals. ``[n] -> bool [n]``."""
+    accepted = torch.zeros_like(confidence, dtype=torch.bool)
+    accepted[confidence.argsort(descending=True, stable=True)[:count]] = True
+    return accepted
+
+
+def even_shares(count: int, steps: int) -> list[int]:
+    """How many of ``count`` tokens each of ``steps`` steps writes: as many in each, and one more in the first ones
+    (SDAR, LLaDA)."""
+    base, more = divmod(count, steps)
+    return [base + (step < more) for step in range(steps)]
+
+
+def shares_of_time(count: int, steps: int) -> list[int]:
+    """As `even_shares`, of Dream: time runs from 1 to 0.001 in even steps, and a step from t to s writes a share of
+    1 - s / t of what is masked, rounded down; the last one writes the rest."""
+    time = torch.linspace(1, 1e-3, steps + 1)
+    shares: list[int] = []
+    for step in range(steps - 1):
+        shares.append(int((count - sum(shares)) * (1 - time[step + 1] / time[step])))
+    return [*shares, count - sum(shares)]
+
+
 def accept(confidence: Tensor, threshold: float) -> Tensor:
     """Which of one sequence's proposals are written: those surer than ``threshold``, and always the surest.
     ``[n] -> bool [n]``, n >= 1."""

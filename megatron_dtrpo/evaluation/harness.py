@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
         completions = self.rank_zero.call("decode", generations)
         self.completions += completions
         return [
-            postprocess_generated_text(self.text.decode(completion.tokens), list(generation.until), None)
+            postprocess_generated_text(self.text.decode(completion.answer), list(generation.until), None)
             for generation, completion in zip(generations, completions, strict=True)
         ]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.config.decoding import DecodingOptions, default_small_block
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.micro_batch import Sample
@@ -20,6 +20,7 @@ from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts, efficiency
 from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
+from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.runtime.transfer import to_device
 from megatron_dtrpo.training.engine import Engine
@@ -109,10 +110,13 @@ class PeriodicEvaluation:
     def _decoded(self, engine: Engine) -> dict[str, float]:
         """Share of problems whose greedily decoded answer the verifier accepts, and what decoding cost."""
         settings, block_size = self.config.evaluation, self.config.model.block_size
+        rule, longest = family_of(self.config.model).rule, settings.eval_max_new_tokens
+        small = 8 if block_size % 8 == 0 else block_size
         options = DecodingOptions(
-            max_new_tokens=settings.eval_max_new_tokens,
+            max_new_tokens=longest,
+            rule=rule,
             threshold=settings.eval_threshold,
-            small_block_size=8 if block_size % 8 == 0 else block_size,
+            small_block_size=small if block_size else default_small_block(block_size, rule, longest),
         )
         decoded = decode_prompts(
             engine, self.problems, options, batch_size=settings.eval_batch_size, seed=0, progress=False
@@ -120,7 +124,7 @@ class PeriodicEvaluation:
         judge = Judge(self.verifier)
         right = 0
         for problem, samples in zip(self.problems, decoded, strict=True):
-            text = self.tokenizer.decode(samples[0].tokens)
+            text = self.tokenizer.decode(samples[0].answer)
             right += judge(problem.row, problem.location, text) is True
         if len(judge.failures) == len(self.problems):
             raise UserError(f"eval_verifier judged no answer: {judge.failures[0]}")

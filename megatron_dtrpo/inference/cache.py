@@ -122,6 +122,18 @@ def prefill_attention(
     return PrefillAttention(backend=backend, plan=plan, cache=cache, slot=slot, position=position, padding=padding)
 
 
+def whole_attention(slot: Tensor, padding: int, width: int, backend: str) -> PackedAttention:
+    """Full attention among the tokens of each slot, without a cache, and among ``padding`` tokens behind them.
+
+    Args:
+        slot: int64 ``[s]`` of every token, on the device.
+        width, backend: as of `prefill_attention`.
+    """
+    document = F.pad(slot, (0, padding), value=PADDING_DOCUMENT)
+    shared = torch.zeros_like(document)
+    return plan_attention(Coordinates(document, shared, shared + CLEAN + 1, shared), 1, backend, width)
+
+
 def block_attention(
     cache: KeyValueCache,
     slots: Sequence[int],

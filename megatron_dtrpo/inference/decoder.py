@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from megatron_dtrpo.config.backends import choose_backend
+from megatron_dtrpo.config.backends import BACKENDS, choose_backend
+from megatron_dtrpo.config.blocks import FULL, grain
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.families.registry import family_of
-from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention
+from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention, whole_attention
 from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
@@ -140,7 +142,7 @@ class BlockDecoder:
 
     def _capacity(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
         longest = min(max(map(len, prompts)) + options.max_new_tokens, self.max_positions)
-        return round_up(longest, self.block_size)
+        return round_up(longest, grain(self.block_size))
 
     def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor) -> None:
         """One pass of every active sequence; sequences whose passes have the same form share a call of the model."""
@@ -175,8 +177,13 @@ class BlockDecoder:
             ],
             self.device,
         )
-        if lengths[0] > self.block_size:
-            width = attention_width(self.model.config)
+        width = attention_width(self.model.config)
+        if self.block_size == FULL:
+            ranks = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
+            padding = BACKENDS[self.backend].padded(round_up(len(tokens), ranks)) - len(tokens)
+            attention = whole_attention(slot, padding, width, self.backend)
+            tokens, position = (F.pad(each, (0, padding)) for each in (tokens, position))
+        elif lengths[0] > self.block_size:
             attention = prefill_attention(cache, slot, position, self.block_size, width, self.backend)
         else:
             attention = block_attention(cache, slots, visible, each, slot, position)

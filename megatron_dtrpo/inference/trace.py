@@ -75,7 +75,7 @@ def trace_of(prompt: str, completion: Completion, tokenizer: Tokenizer, end_ids:
         steps=tuple(completion.steps),
         confidence=tuple(completion.confidence),
         blocks=tuple(completion.blocks),
-        text=tokenizer.decode(completion.tokens),
+        text=tokenizer.decode(completion.answer),
         discarded=tuple(sorted(map(thrown_away, completion.discarded), key=lambda token: token.place)),
     )
 

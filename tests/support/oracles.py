@@ -6,6 +6,7 @@ Nothing here imports `megatron_dtrpo`. Positions are absolute, the prompt is ``0
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 
 class _WideRMSNorm(torch.nn.Module):
@@ -77,6 +78,35 @@ def _tiny(
     return _randomized(model_class(config), dtype, seed)
 
 
+def llama(
+    *,
+    vocab_size: int = 61,
+    hidden_size: int = 32,
+    ffn_hidden_size: int = 48,
+    layers: int = 2,
+    heads: int = 4,
+    rotary_base: float = 500000.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A tiny Llama as LLaDA is one, as `qwen2`: no biases, no groups of heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=ffn_hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
+        attn_implementation="sdpa",
+    )
+    return _randomized(LlamaForCausalLM(config), dtype, seed)
+
+
 def _randomized(model, dtype: torch.dtype, seed: int):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -96,7 +126,97 @@ def _randomized(model, dtype: torch.dtype, seed: int):
     return model
 
 
-def qwen2_logits(model: Qwen2ForCausalLM | Qwen3ForCausalLM, tokens: Tensor, position: Tensor, sees: Tensor) -> Tensor:
+def full_logits(model: LlamaForCausalLM | Qwen2ForCausalLM, tokens: Tensor) -> Tensor:
+    """Logits ``[S, V]`` of one sequence ``[S]`` whose tokens all see each other."""
+    return qwen2_logits(model, tokens, torch.arange(len(tokens)), torch.ones(len(tokens), len(tokens)).bool())
+
+
+def full_hidden(model: LlamaForCausalLM | Qwen2ForCausalLM, tokens: Tensor) -> Tensor:
+    """Hidden states ``[S, h]`` of one sequence ``[S]`` whose tokens all see each other."""
+    zeros = torch.zeros(1, 1, len(tokens), len(tokens), dtype=model.dtype)  # additive: nothing is hidden
+    return model.model(input_ids=tokens[None], attention_mask=zeros, use_cache=False).last_hidden_state[0]
+
+
+def llada_log_likelihood(log_probs, length: int) -> float:
+    """The mean over its random masks that LLaDA's published likelihood code estimates: k uniform on 1 .. L, k of the
+    answer's L tokens masked, each set of k alike; the cross-entropy of the masked ones over the share k / L, summed.
+    ``log_probs``: from the masked places to the log-probability of the token at each."""
+    total = 0.0
+    for k in range(1, length + 1):
+        sets = list(itertools.combinations(range(length), k))
+        total += sum(sum(log_probs(masked).values()) / (k / length) for masked in sets) / len(sets)
+    return total / length
+
+
+def decode_as_llada(
+    model: LlamaForCausalLM | Qwen2ForCausalLM,
+    prompt: Sequence[int],
+    *,
+    gen_length: int,
+    block_length: int,
+    steps: int | None,
+    mask_id: int,
+    shift: int = 0,
+    vocab_size: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """LLaDA's greedy sampling by low confidence, of a model of prediction ``shift``: the response, and which pass wrote
+    each token. ``steps``: of a block; None: as many as it has tokens."""
+    tokens = list(prompt) + [mask_id] * gen_length
+    written: dict[int, int] = {}
+    passes = 0
+    for start in range(len(prompt), len(tokens), block_length):
+        block = range(start, min(start + block_length, len(tokens)))
+        number = steps or len(block)
+        for step in range(number):
+            quota = len(block) // number + (step < len(block) % number)
+            if quota == 0:
+                continue
+            probability = _probabilities(model, tokens, mask_id, shift, vocab_size)
+            masked = [p for p in block if p not in written]
+            for p in sorted(masked, key=lambda p: -probability[p].max())[:quota]:
+                tokens[p], written[p] = int(probability[p].argmax()), passes
+            passes += 1
+    return tokens[len(prompt) :], [written[p] for p in range(len(prompt), len(tokens))]
+
+
+def decode_as_dream(
+    model: LlamaForCausalLM | Qwen2ForCausalLM,
+    prompt: Sequence[int],
+    *,
+    gen_length: int,
+    steps: int,
+    mask_id: int,
+    shift: int = 1,
+) -> tuple[list[int], list[int]]:
+    """Dream's greedy sampling by ``maskgit_plus``, of a model of prediction ``shift``: as `decode_as_llada`."""
+    tokens = list(prompt) + [mask_id] * gen_length
+    written: dict[int, int] = {}
+    passes = 0
+    time = torch.linspace(1, 1e-3, steps + 1)
+    for step in range(steps):
+        masked = [p for p in range(len(prompt), len(tokens)) if p not in written]
+        quota = len(masked) if step == steps - 1 else int(len(masked) * (1 - time[step + 1] / time[step]))
+        if quota == 0:
+            continue
+        probability = _probabilities(model, tokens, mask_id, shift)
+        for p in sorted(masked, key=lambda p: -probability[p].max())[:quota]:
+            tokens[p], written[p] = int(probability[p].argmax()), passes
+        passes += 1
+    return tokens[len(prompt) :], [written[p] for p in range(len(prompt), len(tokens))]
+
+
+def _probabilities(model, tokens: list[int], mask_id: int, shift: int, vocab_size: int | None = None) -> Tensor:
+    """``[S, V]``: of the token at each position, from the row ``shift`` before it; the mask is never written, nor is
+    padding from ``vocab_size`` on."""
+    probability = torch.softmax(full_logits(model, torch.tensor(tokens)), -1)
+    probability[:, mask_id] = 0
+    probability[:, vocab_size or probability.shape[1] :] = 0
+    return torch.cat([probability[:shift], probability[: len(tokens) - shift]])
+
+
+def qwen2_logits(
+    model: LlamaForCausalLM | Qwen2ForCausalLM | Qwen3ForCausalLM, tokens: Tensor, position: Tensor, sees: Tensor
+) -> Tensor:
     """Logits ``[S, V]`` of tokens ``[S]`` at positions ``[S]`` where query q attends to key k iff ``sees[q, k]``."""
     additive = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, -torch.inf)
     output = model(

@@ -118,6 +118,21 @@ def test_prompts_through_flex_attention_give_the_same_tokens(server, job, expect
         assert [(got.tokens, got.steps) for got in completions] == expected[tuple(setting.items())]
 
 
+@pytest.mark.parametrize("processes, stages, backend", [(2, 1, "sdpa"), (2, 2, "flex")], ids=["TP2", "PP2"])
+def test_full_attention_decodes_by_its_published_rule(server, job, tmp_path, processes, stages, backend):
+    options = {"max_new_tokens": NEW, "rule": "static", "small_block_size": 5, "denoising_steps": 2}
+    part = dict(job, model={**MODEL, "block_size": 0}, prompts=job["prompts"][:4], attention_backend=backend)
+    part["cases"] = [{"options": options, "batch_size": 3}]
+    (found,) = decode(server, part, tmp_path, processes, stages)
+    model, known = (
+        peer(),
+        {"gen_length": NEW, "block_length": 5, "steps": 2, "mask_id": MASK, "shift": 1, "vocab_size": VOCAB},
+    )
+    with torch.no_grad():
+        expected = [oracles.decode_as_llada(model, prompt, **known) for prompt in part["prompts"]]
+    assert [(one.tokens, one.steps) for one in found] == expected
+
+
 def test_the_cases_are_worth_testing(expected):
     """Several tokens a step under low thresholds, responses that end and that do not, an approximation that shows."""
     exact = expected[tuple(dict(threshold=0.5, small_block_size=8).items())]

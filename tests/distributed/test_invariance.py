@@ -37,6 +37,11 @@ TIED = {"untie_embeddings_and_output_weights": False}
 QK_NORMS = {"trainable_modules": ["q_layernorm", "k_layernorm"]}
 SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12, "block_size": 4}
 
+# One block for prompt and response, each view with the prompt before it; no biases, no groups of heads.
+FULL = {"block_size": 0, "steps_per_block": 4}
+LLADA = {**FULL, "family": "llada", "add_qkv_bias": False, "num_query_groups": 4, "rotary_base": 500000.0}
+DREAM = {**FULL, "family": "dream"}  # tokens are read at the rows before them
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -85,6 +90,13 @@ LAYOUTS = {
     "sdar, PP2": Layout(2, {**SDAR, **PP2}, "sdar"),
     "sdar, CP2": Layout(2, {**SDAR, "context_parallel_size": 2}, "sdar"),
     "sdar, DP2": Layout(2, {**SDAR, **SHARDED, "seq_length": 1000}, "sdar"),
+    "llada": Layout(1, LLADA, None),
+    "llada, TP2 SP": Layout(2, {**LLADA, **TP2, "sequence_parallel": True}, "llada"),
+    "llada, PP2 x CP2": Layout(4, {**LLADA, **PP2, "context_parallel_size": 2}, "llada"),
+    "llada, DP2": Layout(2, {**LLADA, **SHARDED, "seq_length": 1000}, "llada"),
+    "dream": Layout(1, DREAM, None),
+    "dream, TP2 SP x CP2": Layout(4, {**DREAM, **TP2, "sequence_parallel": True, "context_parallel_size": 2}, "dream"),
+    "dream, PP2": Layout(2, {**DREAM, **PP2, "micro_batch_size": 3}, "dream"),
     "simpo": Layout(1, SIMPO, None),
     "simpo, TP2 x PP2": Layout(4, {**SIMPO, **TP2, **PP2, "micro_batch_size": 3}, "simpo"),
 }
@@ -119,7 +131,8 @@ def test_the_runs_trained(metrics_of):
     rows = metrics_of("one process")
     assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
     assert all(
-        disagreements(rows, metrics_of(other)) for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar")
+        disagreements(rows, metrics_of(other))
+        for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar", "llada", "dream")
     )
     assert abs(metrics_of("elbo")[0]["rewards/margins"]) > 1e-3  # its reference has other noise
 

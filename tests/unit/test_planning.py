@@ -259,9 +259,12 @@ def seven_billion(name: str = "dtrpo_7b") -> Config:
 def test_seven_billion_parameters():
     assert model_parameters(seven_billion().model) == 7_615_616_512
     assert model_parameters(seven_billion("dtrpo_sdar_8b").model) == 8_190_735_360  # Qwen3-8B's
+    # The bytes that the index of each model's weights says, two a parameter.
+    assert 2 * model_parameters(seven_billion("vrpo_llada_8b").model) == 16_031_162_368
+    assert 2 * model_parameters(seven_billion("vrpo_dream_7b").model) == 15_231_233_024
 
 
-@pytest.mark.parametrize("name", ["dtrpo_7b", "sft_7b", "dtrpo_sdar_8b"])
+@pytest.mark.parametrize("name", ["dtrpo_7b", "sft_7b", "dtrpo_sdar_8b", "vrpo_llada_8b", "vrpo_dream_7b"])
 def test_the_example_has_the_layout_that_the_planner_prefers(name):
     config = seven_billion(name)
     best = layouts(config, 8, 80 * GIB)[0]
@@ -274,6 +277,16 @@ def test_the_example_has_the_layout_that_the_planner_prefers(name):
         4,
     )
     assert parallel.sequence_parallel
+
+
+def test_under_full_attention_a_token_sees_its_own_view():
+    by_blocks, full = seven_billion("dtrpo_sdar_8b"), seven_billion("vrpo_llada_8b")
+    for config in (by_blocks, full):
+        validate(config, 8)
+    assert (time.seen_share(by_blocks), time.seen_share(full)) == (0.25, 1 / (4 * 2 * 4))  # pairs, responses, views
+    many = time.step_time(full, 4).compute
+    full.objective.num_views = 1  # longer views in as many tokens
+    assert time.step_time(full, 4).compute > many
 
 
 def test_layouts_come_best_first():

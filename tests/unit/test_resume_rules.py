@@ -27,7 +27,7 @@ def run(tmp_path):
         (folder / "iter_0000003" / name).write_text("{}")
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     config = Config.from_flat({**FIRST, "save": str(folder)})
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, config.model)
     (folder / RUN_CONFIG).write_text(yaml.safe_dump(config.to_flat()))
     return folder
 
@@ -112,7 +112,7 @@ def test_the_rest_may_change_and_is_named(run):
     config = again(
         run, lr=2e-4, beta=0.1, num_views=4, complementary=False, micro_batch_size=3, reference_cache="scores"
     )
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, config.model)
     changes = changes_since(config, first)
     assert changes == ["num_views 1 -> 4", "complementary True -> False", "beta 0.5 -> 0.1", "lr 0.0001 -> 0.0002"]
 

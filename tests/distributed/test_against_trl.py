@@ -116,3 +116,67 @@ def test_the_weights_after_five_steps_are_trls(ours, theirs, folder, loss):
         assert (weight - expected[name]).abs().max() < 1e-4, name
         assert (weight - start[name]).abs().max() > 1e-3, name
     assert json.loads((folder / f"back_{loss}" / "config.json").read_text())["architectures"] == [folders.QWEN2]
+
+
+@pytest.fixture(scope="module")
+def verb(server, folder):
+    """(name, settings): runs a verb to its end, and returns what it printed."""
+
+    def run(name: str, **settings) -> str:
+        statuses, output = server.run(settings, folder / f"{name}.log", verb=name)
+        assert statuses == [0], output
+        return output
+
+    return run
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@torch.no_grad()
+def log_likelihood(model, prompt: list[int], response: list[int]) -> float:
+    whole = torch.tensor(prompt + response)
+    log_probs = torch.log_softmax(model(input_ids=whole[None], use_cache=False).logits[0], -1)
+    return log_probs[torch.arange(len(prompt) - 1, len(whole) - 1), whole[len(prompt) :]].double().sum().item()
+
+
+def test_score_prints_trls_rewards(ours, theirs, folder, verb):
+    """After the run, of the policy against what it started from."""
+    verb("score", checkpoint=folder / "sigmoid", data=folder / "pairs.jsonl", output=folder / "scores.jsonl")
+    policy, start = theirs["sigmoid"].model.eval(), theirs["sigmoid"].ref_model.eval()
+    for row, pair in zip(read_rows(folder / "scores.jsonl"), theirs["sigmoid"].train_dataset, strict=True):
+        for name in ("chosen", "rejected"):
+            likely, before = (log_likelihood(m, pair["prompt_ids"], pair[f"{name}_ids"]) for m in (policy, start))
+            assert row[f"logps/{name}"] == pytest.approx(likely, **NEAR)
+            assert row[f"rewards/{name}"] == pytest.approx(BETA * (likely - before), abs=1e-3)
+
+
+def test_generate_writes_what_transformers_writes(ours, theirs, folder, verb):
+    prompts = read_rows(folder / "pairs.jsonl")[:6]
+    files = {"checkpoint": folder / "sigmoid", "prompts": folder / "pairs.jsonl", "output": folder / "answers.jsonl"}
+    verb("generate", **files, max_new_tokens=12, batch_size=4)
+    model = theirs["sigmoid"].model.eval()
+    padding = list(range(259, SHAPE["vocabulary"]))  # rows that are no token are never written here
+    how = dict(do_sample=False, eos_token_id=258, pad_token_id=256, suppress_tokens=padding)
+    for row in read_rows(folder / "answers.jsonl")[: len(prompts)]:
+        ids = torch.tensor([list(row["prompt"].encode())])  # the tokenizer is one of bytes
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **how)
+        assert row["completion_ids"] == written[0, ids.shape[1] :].tolist()
+        assert row["completion_passes"] == len(row["completion_ids"])
+
+
+def even(row: dict, text: str) -> bool:
+    """A verifier."""
+    return len(text) % 2 == 0
+
+
+def test_pairs_are_recorded_with_their_exact_likelihoods(ours, folder, verb):
+    """What was decoded is scored as it was decoded, and trained on."""
+    files = {"checkpoint": folder / "sigmoid", "prompts": folder / "pairs.jsonl", "output": folder / "own.jsonl"}
+    verb("pairs", **files, samples=4, max_new_tokens=10, verifier=f"{__name__}:even")
+    rows = read_rows(folder / "own.jsonl")
+    assert all(row["chosen_steps"] == list(range(len(row["chosen_ids"]))) for row in rows)
+    printed = verb("score", checkpoint=folder / "sigmoid", data=folder / "own.jsonl")
+    (line,) = [line for line in printed.splitlines() if line.startswith("from the decoder's")]
+    assert float(line.split()[3]) < 1e-3 and f"of {2 * len(rows)} recorded" in line

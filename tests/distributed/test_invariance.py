@@ -37,6 +37,8 @@ TIED = {"untie_embeddings_and_output_weights": False}
 QK_NORMS = {"trainable_modules": ["q_layernorm", "k_layernorm"]}
 SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12, "block_size": 4}
 
+AUTOREGRESSIVE = {"block_size": 1, "num_views": 1, "steps_per_block": 8}  # of the estimator exact, which reads none
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -85,6 +87,13 @@ LAYOUTS = {
     "sdar, PP2": Layout(2, {**SDAR, **PP2}, "sdar"),
     "sdar, CP2": Layout(2, {**SDAR, "context_parallel_size": 2}, "sdar"),
     "sdar, DP2": Layout(2, {**SDAR, **SHARDED, "seq_length": 1000}, "sdar"),
+    "autoregressive": Layout(1, AUTOREGRESSIVE, None),
+    "autoregressive, TP2 SP": Layout(
+        2, {**AUTOREGRESSIVE, **TP2, "sequence_parallel": True, "micro_batch_size": 3}, "autoregressive"
+    ),
+    "autoregressive, PP2": Layout(2, {**AUTOREGRESSIVE, **PP2}, "autoregressive"),
+    "autoregressive, CP2": Layout(2, {**AUTOREGRESSIVE, "context_parallel_size": 2}, "autoregressive"),
+    "autoregressive, DP2": Layout(2, {**AUTOREGRESSIVE, **SHARDED, "seq_length": 700}, "autoregressive"),
     "simpo": Layout(1, SIMPO, None),
     "simpo, TP2 x PP2": Layout(4, {**SIMPO, **TP2, **PP2, "micro_batch_size": 3}, "simpo"),
 }
@@ -119,7 +128,8 @@ def test_the_runs_trained(metrics_of):
     rows = metrics_of("one process")
     assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
     assert all(
-        disagreements(rows, metrics_of(other)) for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar")
+        disagreements(rows, metrics_of(other))
+        for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar", "autoregressive")
     )
     assert abs(metrics_of("elbo")[0]["rewards/margins"]) > 1e-3  # its reference has other noise
 

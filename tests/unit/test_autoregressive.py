@@ -118,16 +118,17 @@ def likelihood(peer, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tens
     return log_probs[places - 1, whole[places]]
 
 
-def target_log_probs(model, packed) -> torch.Tensor:
+def target_log_probs(model, packed, backend="sdpa") -> torch.Tensor:
     from megatron_dtrpo.model.attention import attention_width, plan_attention
 
-    attention = plan_attention(packed.coordinates(), 1, "sdpa", attention_width(model.config))
+    attention = plan_attention(packed.coordinates(), 1, backend, attention_width(model.config))
     hidden = model(packed.tokens, packed.position, attention)[:, 0]
     return torch.log_softmax(model.logits(hidden), -1)[packed.target_row, packed.target_token]
 
 
 @torch.no_grad()
-def test_the_likelihood_is_exact_and_lays_out_clean_tokens_once(both):
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_the_likelihood_is_exact_and_lays_out_clean_tokens_once(both, backend):
     peer, model, settings = both
     noising = noising_of(settings, "preference")
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +138,7 @@ def test_the_likelihood_is_exact_and_lays_out_clean_tokens_once(both):
         assert len(document) == prompt + one + two - 2 == noising.packed_length(prompt, [one, two])
     packed = concatenate(documents)
     assert (packed.view == CLEAN).all() and (packed.target_weight == 1).all()
-    log_probs = target_log_probs(model, packed)
+    log_probs = target_log_probs(model, packed, backend)
     expected = [likelihood(peer, prompt, response) for prompt, *two in words for response in two]
     assert (log_probs - torch.cat(expected)).abs().max() < 1e-9
 

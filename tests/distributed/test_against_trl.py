@@ -12,7 +12,7 @@ import torch
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from tests.support import conversion_folders as folders
-from tests.support.launch import uneven_pairs
+from tests.support.launch import uneven_pairs, write_lines
 
 pytest.importorskip("trl", minversion="1.16")
 pytestmark = pytest.mark.distributed
@@ -116,6 +116,19 @@ def test_the_weights_after_five_steps_are_trls(ours, theirs, folder, loss):
         assert (weight - expected[name]).abs().max() < 1e-4, name
         assert (weight - start[name]).abs().max() > 1e-3, name
     assert json.loads((folder / f"back_{loss}" / "config.json").read_text())["architectures"] == [folders.QWEN2]
+
+
+def test_sft_learns_the_mean_over_all_response_tokens(folder, server, theirs):
+    pairs = read_rows(folder / "pairs.jsonl")[:PAIRS]
+    data = write_lines(folder / "sft.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs])
+    settings = {key: value for key, value in SETTINGS.items() if key != "beta"}
+    run = {**settings, "objective": "sft", "load": folder / "base", "data_path": data, "save": folder / "sft"}
+    first, *_, last = server.train(run)
+    rows = list(theirs["sigmoid"].train_dataset)[:PAIRS]
+    start = theirs["sigmoid"].ref_model.eval()
+    likely = sum(log_likelihood(start, row["prompt_ids"], row["chosen_ids"]) for row in rows)
+    assert first["loss"] == pytest.approx(-likely / sum(len(row["chosen_ids"]) for row in rows), **NEAR)
+    assert last["loss"] < first["loss"] - 0.01
 
 
 @pytest.fixture(scope="module")

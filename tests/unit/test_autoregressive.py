@@ -3,12 +3,14 @@ likelihood, and decoding, against transformers' Qwen2 and Qwen3 in float64."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import pytest
 import torch
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
@@ -61,6 +63,11 @@ def test_an_import_with_block_size_1_asks_for_no_mask_token(tmp_path, architectu
     folders.assert_same_weights(tmp_path / "back", source)
     again = import_checkpoint(tmp_path / "back", tmp_path / "again", ImportOptions(**QUIET))
     assert again == model  # the export says that it predicts token by token
+    blocks = ImportOptions(block_size=8, add_mask_token=True, **QUIET)  # and may be trained to predict by blocks
+    assert import_checkpoint(tmp_path / "back", tmp_path / "blocks", blocks) == dataclasses.replace(model, block_size=8)
+    with pytest.raises(UserError, match="is 8: it cannot be imported with --block-size 1"):
+        export_checkpoint(tmp_path / "blocks", tmp_path / "back8", ExportOptions(**QUIET))
+        import_checkpoint(tmp_path / "back8", tmp_path / "refused", ImportOptions(block_size=1, **QUIET))
 
 
 def test_a_mask_token_that_is_there_is_kept(tmp_path):
@@ -80,6 +87,16 @@ def test_a_family_that_reads_a_token_at_its_own_row_has_no_exact_likelihood():
     config.objective.estimator = None
     validate(config, 1)
     assert config.objective.estimator == "dtrpo"  # one token a block, masked
+
+
+@pytest.mark.parametrize("words", [["--threshold", "0.5"], ["--sub-block-cache"], ["--small-block-size", "8"]])
+def test_options_of_blocks_are_refused_where_a_block_is_a_token(words):
+    parser = argparse.ArgumentParser()
+    add_decoding_flags(parser)
+    assert decoding_options(parser.parse_args([]), block_size=1).small_block_size == 1
+    decoding_options(parser.parse_args(words), block_size=8)
+    with pytest.raises(UserError, match=f"^{words[0]}.*block.?size 1"):
+        decoding_options(parser.parse_args(words), block_size=1)
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])

@@ -70,6 +70,15 @@ def test_its_reference_stays(run):
         again(run, load=None, reference="base")
 
 
+def test_its_block_size_says_its_estimator(run):
+    """Settings are compared before the model is known."""
+    first = yaml.safe_load((run / RUN_CONFIG).read_text())
+    (run / RUN_CONFIG).write_text(yaml.safe_dump({**first, "block_size": 1, "estimator": "exact"}))
+    again(run, estimator=None)
+    with pytest.raises(UserError, match="this run has estimator exact, not vrpo"):
+        again(run, estimator="vrpo")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "first"),
     [

@@ -101,6 +101,14 @@ def decoding_options(arguments: argparse.Namespace, block_size: int, rule: str =
             small > 0 and (block_size == FULL or (small <= block_size and block_size % small == 0)),
             f"--small-block-size {small}: it must divide the model's block_size {block_size}",
         ),
+        (
+            block_size > 1 or not arguments.sub_block_cache,
+            "--sub-block-cache has no effect with block size 1: leave it out",
+        ),
+        (
+            block_size > 1 or arguments.threshold == DecodingOptions.threshold,
+            f"--threshold {arguments.threshold} has no effect with block size 1, one token a pass: leave it out",
+        ),
         (arguments.seed >= 0, f"--seed {arguments.seed}: it must not be negative"),
     ):
         if not holds:

@@ -5,7 +5,8 @@ your own: --include-path. Prints the harness's table; --output has everything el
 the model and the requests, and the first one fetches the data and reports. Needs: pip install "megatron-dtrpo[eval]".
 
 --max-new-tokens, --temperature and --top-p replace what the tasks say. Where a task asks for log-likelihoods they are
-estimated: vrpo, the default, is the evidence lower bound with levels stratified over --num-views.
+estimated: vrpo, the default, is the evidence lower bound with levels stratified over --num-views. With block size 1
+they are exact.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import difflib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
@@ -21,15 +23,17 @@ from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.parser import add_settings, parse_command
+from megatron_dtrpo.config.rules import AUTOREGRESSIVE
+from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError, one_line
-from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.families.registry import family_of, is_autoregressive
 
 EXAMPLES = """
   megatron-dtrpo evaluate --checkpoint RUN --tasks gsm8k --output gsm8k.json
   torchrun --nproc-per-node 8 -m megatron_dtrpo evaluate --checkpoint RUN --tasks ifeval --apply-chat-template
 """
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
-SCORING = [name for name, one in ESTIMATORS.items() if one.objective == "preference" and not one.needs_steps]
+SCORING = [name for name, one in ESTIMATORS.items() if "preference" in one.objectives and not one.needs_steps]
 
 
 class _TasksOwn:
@@ -82,7 +86,7 @@ def build_parser() -> Parser:
     parser.add_argument("--batch-size", type=int, default=16, help="Prompts decoded at once. Default: %(default)s.")
     add_decoding_flags(parser, **TASKS_OWN)
     parser.add_argument(
-        "--estimator", choices=SCORING, default="vrpo", help="Estimator of log-likelihoods. Default: %(default)s."
+        "--estimator", choices=SCORING, help="Estimator of log-likelihoods. Default: vrpo, with block size 1 exact."
     )
     parser.add_argument(
         "--num-views",
@@ -139,9 +143,6 @@ def _evaluate(argv: list[str]) -> None:
     arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
     overrides = _take_overrides(arguments)
-    objective = config.objective
-    objective.estimator, objective.steps_per_block = arguments.estimator, arguments.steps_per_block
-    objective.num_views = arguments.num_views or (4 if ESTIMATORS[arguments.estimator].is_random else 1)
     config.data.seq_length, config.optimizer.seed = arguments.seq_length, arguments.seed
 
     from megatron_dtrpo.runtime import initialize
@@ -150,7 +151,7 @@ def _evaluate(argv: list[str]) -> None:
     from megatron_dtrpo.data.batches import Noising
     from megatron_dtrpo.evaluation.session import locate_checkpoint
 
-    with locate_checkpoint(arguments.checkpoint, config) as source:
+    with locate_checkpoint(arguments.checkpoint, config, partial(_choose_estimator, arguments)) as source:
         decoding = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         with source.open() as engine:
             from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
@@ -164,6 +165,13 @@ def _evaluate(argv: list[str]) -> None:
             with model.rank_zero.calling():
                 results = _simple_evaluate(model, tasks, overrides, arguments)
             _report(results, model.completions, source, options, arguments)
+
+
+def _choose_estimator(arguments: argparse.Namespace, config: Config) -> None:
+    """The estimator of log-likelihoods, once it is known which model they are of."""
+    name = arguments.estimator or (AUTOREGRESSIVE if is_autoregressive(config.model) else "vrpo")
+    config.objective.estimator, config.objective.steps_per_block = name, arguments.steps_per_block
+    config.objective.num_views = arguments.num_views or (4 if ESTIMATORS[name].is_random else 1)
 
 
 def _take_overrides(arguments: argparse.Namespace) -> dict:

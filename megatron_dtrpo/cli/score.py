@@ -1,8 +1,8 @@
 """Scores preference pairs under a checkpoint, relative to a reference checkpoint.
 
 Prints reward accuracy and margin with 95% intervals; a tie counts half. ``likelihood`` rows compare the two responses
-under the checkpoint alone. With --estimator exact_trajectory the last line says how far any log-likelihood is from what
-the decoder itself recorded: rounding, if the checkpoint is the one that decoded.
+under the checkpoint alone. With --estimator exact_trajectory, or block size 1, the last line says how far any
+log-likelihood is from what the decoder itself recorded: rounding, if the checkpoint is the one that decoded.
 
 What a preference run was trained with (reference, estimator, steps_per_block, beta, seq_length ...) is read from its
 folder; every such setting is a flag here too (--num-views 8 for less noise). Without a reference there are no rewards.
@@ -115,7 +115,7 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
             row["rewards/chosen"] = beta * (policy[index][0] - base[index][0])
             row["rewards/rejected"] = beta * (policy[index][1] - base[index][1])
             row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
-        if ESTIMATORS[config.objective.estimator].every_step:
+        if ESTIMATORS[config.objective.estimator].is_of_the_decoding:
             row |= _recorded(data.store.row(index))
         rows.append(row)
     return rows

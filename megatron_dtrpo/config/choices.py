@@ -7,8 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_dtrpo.config.estimators import ESTIMATORS
-from megatron_dtrpo.config.objectives import OBJECTIVES
-from megatron_dtrpo.config.rules import no_reference, unread_options
+from megatron_dtrpo.config.rules import default_estimator, no_reference, unread_options
 from megatron_dtrpo.config.settings import FIELDS, Config
 
 CHOICES = frozenset({"objective", "estimator", "loss_type", "lr_decay_style"})
@@ -40,16 +39,16 @@ def leave_out_misfits(config: Config, chosen: Collection[str], where: object) ->
 
 def _of_another_objective(config: Config) -> dict[str, str]:
     objective = config.objective
-    if objective.estimator and ESTIMATORS[objective.estimator].objective != objective.objective:
-        return {"estimator": f"belongs to objective {ESTIMATORS[objective.estimator].objective}"}
+    if objective.estimator and objective.objective not in ESTIMATORS[objective.estimator].objectives:
+        return {"estimator": f"belongs to objective {', '.join(ESTIMATORS[objective.estimator].objectives)}"}
     return {}
 
 
 def _of_other_choices(config: Config) -> dict[str, str]:
     objective = config.objective
-    name = objective.estimator or OBJECTIVES[objective.objective].estimator
+    name = objective.estimator or default_estimator(objective.objective, config.model)
     estimator, losses = ESTIMATORS[name], objective.loss_type or ["sigmoid"]
-    found = {option: f"belongs to {readers}" for option, readers in unread_options(objective).items()}
+    found = {option: f"belongs to {readers}" for option, readers in unread_options(objective, name).items()}
     if not estimator.is_random and objective.num_views not in (None, 1):
         found["num_views"] = f"estimator {name} has no noise to average over views"
     if objective.block_start and objective.block_start not in estimator.block_starts:

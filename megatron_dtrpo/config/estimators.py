@@ -36,26 +36,33 @@ class Estimator:
     Attributes:
         function: what draws, ``module:function``.
         options: the fields of `EstimatorOptions` that it reads.
-        objective: the objective it belongs to.
+        objectives: the objectives it belongs to.
         pairs_views: with the option ``complementary`` it lays out two views per generator.
         default_views: K where none is given.
         is_random: whether averaging several views means anything.
         independent_reference: the reference's noise is drawn apart from the policy's.
         needs_steps: it reads a recorded decoding.
         every_step: it has as many views as a block has steps, and of a block that has fewer steps lays out as many.
+        autoregressive: it belongs to models of block size 1 that predict the next token, and lays out no noisy view.
         block_starts: where it may read a block's first token; where ``"noisy"`` is missing, that would be biased.
     """
 
     function: str
     options: tuple[str, ...] = ()
-    objective: str = "preference"
+    objectives: tuple[str, ...] = ("preference",)
     pairs_views: bool = False
     default_views: int = 1
     is_random: bool = True
     independent_reference: bool = False
     needs_steps: bool = False
     every_step: bool = False
+    autoregressive: bool = False
     block_starts: tuple[str, ...] = ("clean", "noisy")
+
+    @property
+    def is_of_the_decoding(self) -> bool:
+        """Whether ``L`` is the log-likelihood that the decoder itself recorded, up to rounding."""
+        return self.every_step or self.autoregressive
 
     @property
     def draw(self) -> Callable:
@@ -83,12 +90,21 @@ ESTIMATORS: dict[str, Estimator] = {
     "sft": Estimator(
         "megatron_dtrpo.diffusion.estimators:sft",
         options=("complementary", "min_timestep", "sft_weighting"),
-        objective="sft",
+        objectives=("sft",),
         pairs_views=True,
+    ),
+    "exact": Estimator(
+        "megatron_dtrpo.diffusion.estimators:exact",
+        objectives=("preference", "sft"),
+        is_random=False,
+        autoregressive=True,
+        block_starts=("clean",),
     ),
 }
 
 
 def total_views(name: str, base_views: int, options: EstimatorOptions) -> int:
     """K, the number of noisy views an estimator lays out for ``base_views`` generators."""
+    if ESTIMATORS[name].autoregressive:
+        return 0
     return 2 * base_views if ESTIMATORS[name].pairs_views and options.complementary else base_views

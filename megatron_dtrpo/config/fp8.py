@@ -37,10 +37,9 @@ _OF_DELAYED = {"fp8_margin": 0, "fp8_amax_history_len": 1, "fp8_amax_compute_alg
 
 def token_multiple(parallel) -> int:
     """The number that packed tokens on one context-parallel rank must be a multiple of. Under sequence parallelism
-    every tensor-parallel rank has as many; and with FP8 a matrix product is fed by all of them, each with whole
-    multiples."""
+    they are shared by all tensor-parallel ranks, under FP8 in whole multiples of what its matrix products ask for."""
     ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return ranks * (1 if parallel.fp8_format is None else RECIPES[parallel.fp8_recipe].multiple)
+    return ranks if parallel.fp8_format is None else RECIPES[parallel.fp8_recipe].multiple * ranks
 
 
 def check_fp8(model, parallel, seq_length: int) -> None:

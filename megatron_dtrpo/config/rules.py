@@ -11,9 +11,11 @@ from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
-from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ObjectiveSettings, ParallelSettings
+from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ModelSettings, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.families.registry import family_of, is_autoregressive
+
+AUTOREGRESSIVE = next(name for name, row in ESTIMATORS.items() if row.autoregressive)
 
 
 def _demand(condition, message: str) -> None:
@@ -28,12 +30,17 @@ def _multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     )
 
 
-def fill_objective_defaults(objective: ObjectiveSettings, has_block_start: bool = True) -> None:
-    """``has_block_start``: of the model's `Family`."""
-    kind = OBJECTIVES[objective.objective]
-    objective.estimator = objective.estimator or kind.estimator
-    if has_block_start:
-        objective.block_start = objective.block_start or kind.block_start
+def default_estimator(objective: str, model: ModelSettings) -> str:
+    """The estimator of an ``objective`` where none is given."""
+    return AUTOREGRESSIVE if is_autoregressive(model) else OBJECTIVES[objective].estimator
+
+
+def fill_objective_defaults(objective: ObjectiveSettings, model: ModelSettings) -> None:
+    """``model``: its family and its block size count."""
+    objective.estimator = objective.estimator or default_estimator(objective.objective, model)
+    if family_of(model).has_block_start:
+        start = "clean" if is_autoregressive(model) else OBJECTIVES[objective.objective].block_start
+        objective.block_start = objective.block_start or start
     objective.loss_type = objective.loss_type or ["sigmoid"]
     if objective.num_views is None:
         objective.num_views = ESTIMATORS[objective.estimator].default_views
@@ -50,7 +57,7 @@ def _fill_defaults(config: Config) -> None:
         f"block_start {config.objective.block_start}: a model of family {family.name} predicts no block's first token "
         "from another block: leave it out",
     )
-    fill_objective_defaults(config.objective, family.has_block_start)
+    fill_objective_defaults(config.objective, model)
     if model.num_query_groups is None:
         model.num_query_groups = model.num_attention_heads
     if model.kv_channels is None:
@@ -93,12 +100,6 @@ def validate(config: Config, world_size: int) -> int:
         _multiple("seq_length", data.seq_length, "context_parallel_size x block_size =", cp * grain(model.block_size))
     _demand(model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} is odd: rotary angles need an even width")
     _demand(
-        model.block_size != 1 or objective.block_start != "clean",
-        "block_size 1 with block_start clean leaves nothing to unmask: choose a larger block_size",
-    )
-    if parallel.sequence_parallel:
-        _multiple("block_size", model.block_size, "tensor_model_parallel_size (sequence_parallel)", tp)
-    _demand(
         not (parallel.overlap_param_gather and not parallel.use_distributed_optimizer),
         "overlap_param_gather needs use_distributed_optimizer",
     )
@@ -123,8 +124,9 @@ def validate(config: Config, world_size: int) -> int:
     )
 
     estimator = ESTIMATORS[objective.estimator]
+    _check_block_size_1(model, objective)
     _demand(
-        estimator.objective == objective.objective,
+        objective.objective in estimator.objectives,
         f"estimator {objective.estimator} does not fit objective {objective.objective}: leave it out or choose another",
     )
     _demand(
@@ -146,10 +148,28 @@ def validate(config: Config, world_size: int) -> int:
     return data_parallel
 
 
-def unread_options(objective: ObjectiveSettings) -> dict[str, str]:
-    """The options that the chosen objective, estimator and losses do not read, and who would read each."""
+def _check_block_size_1(model: ModelSettings, objective: ObjectiveSettings) -> None:
+    """An autoregressive model has one estimator, and no other model has it."""
+    name, is_exact = objective.estimator, ESTIMATORS[objective.estimator].autoregressive
+    _demand(
+        is_exact or not is_autoregressive(model),
+        f"estimator {name}: with block_size 1 there is nothing to mask: give --estimator {AUTOREGRESSIVE}, or leave "
+        "estimator out",
+    )
+    _demand(
+        is_autoregressive(model) or not is_exact,
+        f"estimator {name} is for block_size 1 in families that predict the next token, this model has block_size "
+        f"{model.block_size} and family {model.family}: leave estimator out or choose another",
+    )
+    _demand(
+        objective.block_start != "noisy" or not is_exact,
+        "block_start noisy: with block_size 1 there are no noisy views: leave it out",
+    )
+
+
+def unread_options(objective: ObjectiveSettings, estimator: str) -> dict[str, str]:
+    """The options that the chosen objective, ``estimator`` and losses do not read, and who would read each."""
     chosen, losses = objective.objective, objective.loss_type or ["sigmoid"]
-    estimator = objective.estimator or OBJECTIVES[chosen].estimator
     unread = _of_others("estimator", ESTIMATORS, [estimator])
     if OBJECTIVES[chosen].may_read_reference:
         return unread | _of_others("loss_type", LOSSES, losses, ALWAYS_READ)
@@ -169,7 +189,7 @@ def _of_others(kind: str, table: Mapping, chosen: Collection[str], always: Colle
 
 def _refuse_unread(objective: ObjectiveSettings) -> None:
     defaults = ObjectiveSettings(loss_type=["sigmoid"])
-    for option, readers in unread_options(objective).items():
+    for option, readers in unread_options(objective, objective.estimator).items():
         choice = getattr(objective, readers.partition(" ")[0])
         chosen = choice if isinstance(choice, str) else ", ".join(choice)
         _demand(

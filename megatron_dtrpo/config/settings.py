@@ -53,7 +53,7 @@ class ModelSettings:
     block_size: int = setting(
         32,
         "Tokens per diffusion block (Fast-dLLM v2's bd_size, SDAR's block_size). 0: prompt and response are one block, "
-        "which is full attention (LLaDA, Dream).",
+        "which is full attention (LLaDA, Dream). 1: autoregressive, in families that predict the next token.",
         at_least=0,
     )
 
@@ -219,7 +219,8 @@ class ObjectiveChoices:
         "How log-likelihoods are estimated. dtrpo: one random decoding step per block; trajectory: the same of the "
         "decodings recorded in the data (chosen_steps, rejected_steps); exact_trajectory: all of its steps; "
         "elbo; vrpo: elbo with levels stratified over "
-        "views and noise shared with the reference; mean_field: all masked; sft. Default: that of the objective.",
+        "views and noise shared with the reference; mean_field: all masked; sft; exact: the likelihood itself, with "
+        "block_size 1. Default: that of the objective, with block_size 1 exact.",
         tuple(ESTIMATORS),
     )
     block_start: str | None = setting(

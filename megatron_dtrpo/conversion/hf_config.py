@@ -91,13 +91,14 @@ def _block_size(family: Family, config: dict, where: str | Path, given: int | No
             )
         return FULL
     own = positive(config, key, where) if key in config else family.block_size
-    if own is not None and given is not None and own != given:
+    may_change = family.starting_point and own == 1  # an autoregressive one, that is to predict by blocks from here on
+    if own is not None and given is not None and own != given and not may_change:
         raise UserError(f"{where}: {key} is {own}: it cannot be imported with --block-size {given}")
     if own is None and given is None and is_read and not family.starting_point:
         raise UserError(
             f"{where}: no {key}, and a model of family {family.name} has one: import it with --block-size N"
         )
-    return own or given or DEFAULT_BLOCK_SIZE
+    return given or own or DEFAULT_BLOCK_SIZE
 
 
 def assumptions(config: dict, where: str | Path) -> list[str]:

@@ -96,4 +96,4 @@ def _mask_token(load) -> str:
         tokenizer: Tokenizer = load()
     except UserError as error:
         return f"none ({error})"
-    return f"{tokenizer.mask_token} ({tokenizer.mask_id})"
+    return "none" if tokenizer.mask_token is None else f"{tokenizer.mask_token} ({tokenizer.mask_id})"

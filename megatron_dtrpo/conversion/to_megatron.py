@@ -25,10 +25,10 @@ from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.template import FOLDER, Source, save_template
 from megatron_dtrpo.conversion.tokenizer_files import import_tokenizer
 from megatron_dtrpo.conversion.torch_dist_writer import TorchDistWriter
-from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.data.tokenizer import NO_MASK, Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.config_json import block_size_entry
-from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.families.registry import family_of, is_autoregressive
 from megatron_dtrpo.files import write_atomically
 
 CHUNK_BYTES = 8 << 20  # what is in memory at a time: small enough that the allocator keeps it, so no page faults
@@ -85,8 +85,9 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
                     options.add_mask_token,
                     options.eos_token,
                     family_of(settings).mask_token,
+                    needs_mask=not is_autoregressive(settings),
                 )
-                if options.mask_token is None:
+                if options.mask_token is None and tokenizer.mask_id != NO_MASK:
                     _require_mask_of(config, tokenizer, hf_path / CONFIG)
                 model = dataclasses.replace(settings, vocab_size=max(settings.vocab_size, tokenizer.vocab_size))
                 if model.vocab_size != settings.vocab_size:

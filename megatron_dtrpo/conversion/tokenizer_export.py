@@ -67,6 +67,8 @@ def _write_end_token(saved: Path, target: Path) -> list[str]:
 
 def _write_mask_token(saved: Path, target: Path) -> list[str]:
     token, default = read_json(saved / METADATA_FILE)["mask_token"], _named(saved, "mask_token")
+    if token is None:  # an autoregressive model's
+        return []
     ids = vocabulary(saved)
     usual = next((name for name in mask_tokens() if name in ids), None)
     next_time = usual or default

@@ -33,6 +33,7 @@ _MEGATRON_LIBRARIES = {
     "ByteLevelTokenizer": "byte-level",
 }
 TOKENIZER_TYPES = tuple(LIBRARIES)
+NO_MASK = -1  # the mask id of a tokenizer without a mask token, as autoregressive models have: the id of no token
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Tokenizer:
     """One tokenizer and the ids that training needs. Build it with ``build_tokenizer`` or ``load_tokenizer``.
 
     ``vocab_size`` counts every token, added ones included, without padding for tensor parallelism. ``eos_id`` closes
-    every response. ``mask_id`` is the noise token. ``files`` are what the tokenizer was read from.
+    every response. ``mask_id`` is the noise token, `NO_MASK` where there is none. ``files`` are what the tokenizer was
+    read from.
     """
 
     tokenizer_type: str
@@ -49,7 +51,7 @@ class Tokenizer:
     eos_id: int
     mask_id: int
     eos_token: str
-    mask_token: str
+    mask_token: str | None
     special_ids: frozenset[int]
     files: tuple[Path, ...]
 
@@ -289,13 +291,14 @@ def build_tokenizer(
     tokenizer_model: str | Path | None = None,
     mask_token: str | None = None,
     eos_token: str | None = None,
+    needs_mask: bool = True,
 ) -> Tokenizer:
     """Build a tokenizer by Megatron-LM's name for it.
 
     ``HuggingFaceTokenizer`` takes a folder, ``SentencePieceTokenizer`` a ``.model`` file, ``ByteLevelTokenizer``
     nothing. The mask token defaults to a family's that is in the vocabulary (``|<MASK>|``, ``<MASK>``), then to the
-    tokenizer's own, or for SentencePiece to the symbol ``[MASK]``; the end token to the tokenizer's own. Raises
-    UserError where a file or token is missing.
+    tokenizer's own, or for SentencePiece to the symbol ``[MASK]``; the end token to the tokenizer's own. Without
+    ``needs_mask`` a tokenizer may have no mask token. Raises UserError where a file or token is missing.
     """
     if tokenizer_type not in LIBRARIES:
         raise UserError(f"tokenizer_type: unknown {tokenizer_type!r}; use one of {', '.join(TOKENIZER_TYPES)}")
@@ -306,21 +309,24 @@ def build_tokenizer(
         raise
     except Exception as error:  # transformers and SentencePiece raise what they like
         raise UserError(f"{path}: cannot be loaded as a {tokenizer_type} ({one_line(error)})") from error
-    mask_token = backend.mask_token if mask_token is None else mask_token
+    if mask_token is None and (needs_mask or backend.token_id(backend.mask_token or "") is not None):
+        mask_token = backend.mask_token
     eos_token = backend.eos_token if eos_token is None else eos_token
     where = str(path or tokenizer_type)
-    mask_id = _known_id(backend, mask_token, "mask", where)
+    has_mask = needs_mask or mask_token is not None
+    mask_id = _known_id(backend, mask_token, "mask", where) if has_mask else NO_MASK
     eos_id = _known_id(backend, eos_token, "end", where)
     if mask_id == eos_id:
         raise UserError(f"{where}: {mask_token!r} is both mask and end token; name another with --mask-token")
-    special_ids = backend.special_ids | {mask_id, eos_id}
+    special_ids = backend.special_ids | ({mask_id, eos_id} - {NO_MASK})
     return Tokenizer(
         tokenizer_type, backend, backend.vocab_size, eos_id, mask_id, eos_token, mask_token, special_ids, backend.files
     )
 
 
 def load_tokenizer(directory: str | Path, mask_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
-    """Rebuild the tokenizer that ``Tokenizer.save`` wrote into ``directory``, with other special tokens where given.
+    """Rebuild the tokenizer that ``Tokenizer.save`` wrote into ``directory``, with other special tokens where given. It
+    may have no mask token if it had none.
 
     Raises UserError if it is not there, or lacks one of the tokens.
     """
@@ -336,7 +342,7 @@ def load_tokenizer(directory: str | Path, mask_token: str | None = None, eos_tok
     mask_token, eos_token = (
         theirs if given is None else given for given, theirs in zip((mask_token, eos_token), saved, strict=True)
     )
-    return build_tokenizer(kind, model, mask_token, eos_token)
+    return build_tokenizer(kind, model, mask_token, eos_token, needs_mask=mask_token is not None)
 
 
 def _known_id(backend: Library, token: str | None, name: str, where: str) -> int:

@@ -196,6 +196,13 @@ def mean_field(request: NoiseRequest) -> Noise:
     return Noise(masked, masked.double() / views)
 
 
+def exact(request: NoiseRequest) -> Noise:
+    """The log-likelihood of an autoregressive model: of block size 1, read from clean rows alone, with weight 1 each
+    (`layout.lay_out`). There is nothing to mask, and no view."""
+    nothing = request.maskable.new_zeros(0, *request.maskable.shape)
+    return Noise(nothing, nothing.double())
+
+
 def sft(request: NoiseRequest) -> Noise:
     """Fast-dLLM v2's training noise: one ``t ~ U(min_timestep, 1)`` per block, each token masked with probability t and
     read where masked. With ``complementary`` each view is followed by one that masks the rest. Every token weighs 1 in

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +52,16 @@ class Source:
 
 
 @contextmanager
-def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
+def locate_checkpoint(
+    folder: str | Path, config: Config, choose: Callable[[Config], None] = lambda config: None
+) -> Iterator[Source]:
     """Reads what lies beside the weights.
 
     Args:
         folder: a checkpoint or run folder of this project, or a Hugging Face folder, which is converted into a
             temporary folder first.
         config: its parallel settings count; its model settings are filled in.
+        choose: sets what depends on the model's settings, before they are checked.
 
     Raises:
         UserError: if there is no such checkpoint, or it does not fit the number of processes.
@@ -70,6 +73,7 @@ def locate_checkpoint(folder: str | Path, config: Config) -> Iterator[Source]:
     with _converted(folder) if is_huggingface else _as_it_is(folder) as folder:
         iteration = iterations.require_latest(folder)
         config.model = checkpoint_folder.load_model_config(folder)
+        choose(config)
         config.parallel.sequence_parallel = False  # a sub-block may hold fewer tokens than there are ranks
         refuse_fp8(config.parallel, "decoding and evaluation")
         replicas = validate(config, initialize.world_size())

@@ -97,6 +97,10 @@ class Family:
         block."""
         return self.prediction_shift == 1 and self.attention == "block_causal"
 
+    def is_autoregressive(self, block_size: int) -> bool:
+        """Whether a model of this block size predicts token by token, and no token stands for a masked one."""
+        return block_size == 1 and self.has_block_start
+
     def mismatch(self, model: ModelSettings) -> str | None:
         """Why a model of these settings is none of this family; None where it is one."""
         for key, value in self.layers.items():

@@ -43,6 +43,11 @@ def family_of(model: ModelSettings) -> Family:
     return family_named(model.family)
 
 
+def is_autoregressive(model: ModelSettings) -> bool:
+    """See `Family.is_autoregressive`."""
+    return family_of(model).is_autoregressive(model.block_size)
+
+
 def family_of_config(config: dict, where: str | Path) -> Family:
     """The one family whose architecture a config.json names. Raises UserError listing the known ones."""
     names = config.get("architectures") or []

@@ -53,18 +53,31 @@ class KeyValueCache:
 
 
 @dataclass
-class PrefillAttention(PackedAttention):
-    """Attention of clean tokens from position 0 on, of several sequences one after the other, which it also caches. The
-    plan is for ``padding`` more tokens: FlexAttention's kernels are for few lengths, and the model's tokens need not
-    be."""
+class CachedAttention(PackedAttention):
+    """Attention of tokens in slots, whose keys and values it also caches. What the model runs behind these tokens is
+    padding, and gets zeros."""
 
     cache: Any = None
     slot: Tensor | None = None  # [s]
     position: Tensor | None = None  # [s]
-    padding: int = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
+        padding = query.shape[0] - len(self.slot)
+        if padding:
+            query, key, value = (t[: len(self.slot)] for t in (query, key, value))
         self.cache.write(layer, self.slot, self.position, key, value)
+        out = self._attend(query, key, value, scale, layer)
+        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+
+@dataclass
+class PrefillAttention(CachedAttention):
+    """Attention of clean tokens from position 0 on, of several sequences one after the other. The plan is for
+    ``padding`` more tokens: FlexAttention's kernels are for few lengths, and the model's tokens need not be."""
+
+    padding: int = 0
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         count = query.shape[0]
         if self.padding:
             query, key, value = (F.pad(t, (0, 0, 0, 0, 0, self.padding)) for t in (query, key, value))
@@ -72,19 +85,15 @@ class PrefillAttention(PackedAttention):
 
 
 @dataclass
-class BlockAttention(PackedAttention):
+class BlockAttention(CachedAttention):
     """Attention of ``q`` tokens in each of n slots over everything its slot holds before a length, its own tokens among
     it: a block sees itself whole. ``mask`` is additive, fp32 ``[n, 1, 1, L]``, or None where all lengths agree."""
 
-    cache: Any = None
-    slot: Tensor | None = None  # [s]
-    position: Tensor | None = None  # [s]
     slots: slice | Tensor | None = None
     longest: int = 0
     mask: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
-        self.cache.write(layer, self.slot, self.position, key, value)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         keys, values = self.cache.read(layer, self.slots, self.longest)
         n, groups, _, width = keys.shape
         heads = query.shape[1] // groups

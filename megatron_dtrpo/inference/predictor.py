@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_dtrpo.data.tokenizer import NO_MASK
 from megatron_dtrpo.diffusion.sampling import most_probable, propose
 from megatron_dtrpo.model.attention import PackedAttention
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
@@ -24,7 +26,8 @@ class Predictor:
         self.device = next(model.parameters()).device
         self.group = parallel_state.get_tensor_model_parallel_group()
         allowed = torch.arange(model.vocab_size) < vocab_size
-        allowed[mask_id] = False
+        if mask_id != NO_MASK:
+            allowed[mask_id] = False
         shard = model.vocab_size // self.group.size()
         self.first = self.group.rank() * shard
         self.forbidden = ~allowed.to(self.device)
@@ -40,6 +43,9 @@ class Predictor:
         Returns:
             Proposed tokens int64 ``[N]`` and their confidence ``[N]``, on the CPU.
         """
+        # Under sequence parallelism the processes have as many rows each; the attention leaves the padding out.
+        ranks = self.group.size() if self.model.config.sequence_parallel else 1
+        tokens, position = (F.pad(t, (0, -len(t) % ranks)) for t in (tokens, position))
         hidden = self._through_stages(tokens, position, attention)
         if not len(rows):
             return torch.empty(0, dtype=torch.long), torch.empty(0)

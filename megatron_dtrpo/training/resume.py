@@ -15,10 +15,9 @@ from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.rules import fill_objective_defaults
-from megatron_dtrpo.config.settings import FIELDS, Config, RunSettings
+from megatron_dtrpo.config.settings import FIELDS, Config, ModelSettings, RunSettings
 from megatron_dtrpo.config.yaml_file import read_yaml
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.registry import family_named
 
 # What a run is: another value makes it another run. The options that its estimator reads belong to it.
 _PINNED = (
@@ -140,18 +139,19 @@ def source_iterations(run: RunSettings) -> dict:
 
 
 def _check_pinned(config: Config, first: dict) -> None:
-    now = _resolved(config, first.get("family", FIELDS["family"].default))
+    now = _resolved(config, first)
     for key in (*_PINNED, *ESTIMATORS[now["estimator"]].options):
         theirs = first.get(key, FIELDS[key].default)  # a run may be older than the setting
         if now[key] != theirs:
             raise UserError(f"{config.run.save}: this run has {key} {theirs}, not {now[key]}")
 
 
-def _resolved(config: Config, family: str) -> dict:
-    """All settings, with the defaults that depend on the objective filled in, as the record of a run of a model of
-    this ``family`` has them."""
+def _resolved(config: Config, first: dict) -> dict:
+    """All settings, with the defaults that depend on the objective and on the run's model, which its record ``first``
+    names, filled in."""
     config = copy.deepcopy(config)
-    fill_objective_defaults(config.objective, family_named(family).has_block_start)
+    known = {key: first.get(key, FIELDS[key].default) for key in ("family", "block_size")}  # a record may be older
+    fill_objective_defaults(config.objective, ModelSettings(**known))
     return config.to_flat()
 
 

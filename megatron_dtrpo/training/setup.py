@@ -34,7 +34,7 @@ from megatron_dtrpo.data.tally import skipped_line
 from megatron_dtrpo.data.token_store import TokenStore, build_token_store
 from megatron_dtrpo.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import SharedError, StopRequest, UserError
-from megatron_dtrpo.families.registry import family_of, same_predictions
+from megatron_dtrpo.families.registry import family_of, is_autoregressive, same_predictions
 from megatron_dtrpo.files import write_atomically
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.precision import check_machine, check_optimizer, transformer_engine_is_usable
@@ -110,7 +110,8 @@ def open_tokenizer(config: Config) -> Tokenizer:
         if load is None:
             raise UserError("tokenizer_type is missing: give --tokenizer-type, or --load a checkpoint that has one")
         return load_tokenizer(Path(load) / checkpoint_folder.TOKENIZER, data.mask_token, data.eos_token)
-    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token, data.eos_token)
+    needs_mask = not is_autoregressive(config.model)
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.mask_token, data.eos_token, needs_mask)
 
 
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

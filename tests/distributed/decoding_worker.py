@@ -14,7 +14,12 @@ from tests.support import oracles
 
 def main(source: str, stages: str, target: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1)) // int(stages)
-    parallel = ParallelSettings(tensor_model_parallel_size=ranks, pipeline_model_parallel_size=int(stages))
+    job = torch.load(source, weights_only=False)
+    parallel = ParallelSettings(
+        tensor_model_parallel_size=ranks,
+        pipeline_model_parallel_size=int(stages),
+        sequence_parallel=job.get("sequence_parallel", False),
+    )
     initialize.start(parallel, seed=1)
     from megatron.core import parallel_state
 
@@ -23,7 +28,6 @@ def main(source: str, stages: str, target: str) -> None:
     from megatron_dtrpo.model.initialization import global_parameter_names
     from megatron_dtrpo.model.provider import build_model
 
-    job = torch.load(source, weights_only=False)
     model = build_model(ModelSettings(**job["model"]), parallel).double()
     model.config.params_dtype = torch.float64
     rank = parallel_state.get_tensor_model_parallel_rank()

@@ -133,6 +133,18 @@ def test_full_attention_decodes_by_its_published_rule(server, job, tmp_path, pro
     assert [(one.tokens, one.steps) for one in found] == expected
 
 
+@pytest.mark.parametrize(("processes", "stages", "changes"), [(2, 1, {"sequence_parallel": True}), (2, 2, {})])
+def test_a_model_of_block_size_1_writes_token_by_token(server, job, tmp_path, processes, stages, changes):
+    """Under sequence parallelism, as in periodic evaluation, too: two processes share a pass over five tokens."""
+    case = {"options": {"max_new_tokens": NEW, "small_block_size": 1}, "batch_size": 5}
+    part = {**job, "model": {**MODEL, "block_size": 1}, "cases": [case], "prompts": job["prompts"][:12], **changes}
+    known = {"block_size": 1, "mask_id": MASK, "end_id": END, "vocab_size": VOCAB, "threshold": 0.9, **case["options"]}
+    with torch.no_grad():
+        expected = [oracles.decode_without_cache(peer(), prompt, **known) for prompt in part["prompts"]]
+    (found,) = decode(server, part, tmp_path, processes, stages)
+    assert [(got.tokens, got.steps) for got in found] == expected
+
+
 def test_the_cases_are_worth_testing(expected):
     """Several tokens a step under low thresholds, responses that end and that do not, an approximation that shows."""
     exact = expected[tuple(dict(threshold=0.5, small_block_size=8).items())]

@@ -41,6 +41,7 @@ SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_chann
 FULL = {"block_size": 0, "steps_per_block": 4}
 LLADA = {**FULL, "family": "llada", "add_qkv_bias": False, "num_query_groups": 4, "rotary_base": 500000.0}
 DREAM = {**FULL, "family": "dream"}  # tokens are read at the rows before them
+AUTOREGRESSIVE = {"block_size": 1, "num_views": 1, "steps_per_block": 8}  # of the estimator exact, which reads none
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ LAYOUTS = {
     "dream": Layout(1, DREAM, None),
     "dream, TP2 SP x CP2": Layout(4, {**DREAM, **TP2, "sequence_parallel": True, "context_parallel_size": 2}, "dream"),
     "dream, PP2": Layout(2, {**DREAM, **PP2, "micro_batch_size": 3}, "dream"),
+    "autoregressive": Layout(1, AUTOREGRESSIVE, None),
+    "autoregressive, TP2 SP": Layout(
+        2, {**AUTOREGRESSIVE, **TP2, "sequence_parallel": True, "micro_batch_size": 3}, "autoregressive"
+    ),
+    "autoregressive, PP2": Layout(2, {**AUTOREGRESSIVE, **PP2}, "autoregressive"),
+    "autoregressive, CP2": Layout(2, {**AUTOREGRESSIVE, "context_parallel_size": 2}, "autoregressive"),
+    "autoregressive, DP2": Layout(2, {**AUTOREGRESSIVE, **SHARDED, "seq_length": 700}, "autoregressive"),
     "simpo": Layout(1, SIMPO, None),
     "simpo, TP2 x PP2": Layout(4, {**SIMPO, **TP2, **PP2, "micro_batch_size": 3}, "simpo"),
 }
@@ -132,7 +140,7 @@ def test_the_runs_trained(metrics_of):
     assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
     assert all(
         disagreements(rows, metrics_of(other))
-        for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar", "llada", "dream")
+        for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar", "llada", "dream", "autoregressive")
     )
     assert abs(metrics_of("elbo")[0]["rewards/margins"]) > 1e-3  # its reference has other noise
 

@@ -253,6 +253,32 @@ def test_greedy_is_what_is_decoded(folder):
     assert answers[-1][0] == 0.0 and all(score < 0 for score, _ in answers[:-1])
 
 
+def test_likelihoods_of_an_autoregressive_model_are_exact(folder):
+    """By default, and as transformers has them. No --estimator, no --threshold: neither has anything to choose."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
+
+    model = {**TINY_MODEL, "block_size": 1, "make_vocab_size_divisible_by": 1, "init_method_std": 0.5}
+    run = {"seq_length": 2048, "global_batch_size": 4, "train_iters": 1, "lr": 1e-9, "save": folder / "next_token"}
+    assert train.main(flags({**model, **run, "data_path": folder / "pairs.jsonl"})) == 0
+    files = {"checkpoint": folder / "next_token", "include_path": folder / "tasks", "output": folder / "next.json"}
+    assert evaluate.main(flags({**files, "tasks": "local_choice,local_generation", "log_samples": True})) == 0
+    results = json.loads((folder / "next.json").read_text())
+    assert results["config"]["model_args"]["estimator"] == "exact"
+    assert results["efficiency"]["completions/tokens_per_pass"] == 1
+
+    export_checkpoint(folder / "next_token", folder / "next_token_hf", ExportOptions(progress=False))
+    peer = AutoModelForCausalLM.from_pretrained(folder / "next_token_hf", dtype=torch.float32)
+    for document, answers in zip(CHOICES, answers_of(results, "local_choice"), strict=True):
+        for choice, (score, _) in zip(document["choices"], answers, strict=True):
+            ids = torch.tensor(list((document["question"] + choice).encode()))
+            first = len(document["question"].encode())
+            with torch.no_grad():
+                log_probs = torch.log_softmax(peer(input_ids=ids[None]).logits[0, first - 1 : -1], -1)
+            assert score == pytest.approx(log_probs.gather(1, ids[first:, None]).sum().item(), rel=1e-4)
+
+
 def test_huggingface_folder_with_a_chat_template(folder, capfd):
     write_folder(folder / "hf")
     changed = run_tool(

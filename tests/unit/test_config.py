@@ -333,10 +333,16 @@ def test_a_complete_configuration_is_accepted():
 
 
 @pytest.mark.parametrize(
-    "objective, estimator, block_start", [("preference", "dtrpo", "clean"), ("sft", "sft", "noisy")]
+    "objective, block_size, estimator, block_start",
+    [
+        ("preference", 8, "dtrpo", "clean"),
+        ("sft", 8, "sft", "noisy"),
+        ("preference", 1, "exact", "clean"),
+        ("sft", 1, "exact", "clean"),
+    ],
 )
-def test_defaults_that_depend_on_the_objective(objective, estimator, block_start):
-    config = config_of(objective=objective)
+def test_defaults_that_depend_on_the_objective(objective, block_size, estimator, block_start):
+    config = config_of(objective=objective, block_size=block_size)
     validate(config, 1)
     assert (config.objective.estimator, config.objective.block_start) == (estimator, block_start)
 
@@ -416,17 +422,18 @@ def test_what_is_missing_is_named(key):
             ["recompute_modules", "'moe'", "core_attn, mlp"],
         ),
         (
-            2,
-            dict(tensor_model_parallel_size=2, sequence_parallel=True, block_size=7),
-            ["block_size 7", "sequence_parallel"],
-        ),
-        (
             1,
             dict(recompute_granularity="full", recompute_num_layers=3),
             ["layers per stage 4", "recompute_num_layers 3"],
         ),
         (1, dict(kv_channels=7), ["kv_channels 7", "odd"]),
-        (1, dict(block_size=1), ["block_size 1", "block_start clean"]),
+        (1, dict(block_size=1, estimator="vrpo"), ["estimator vrpo: with block_size 1", "--estimator exact"]),
+        (1, dict(block_size=1, estimator="dtrpo"), ["estimator dtrpo: with block_size 1", "--estimator exact"]),
+        (1, dict(block_size=1, objective="sft", estimator="sft"), ["estimator sft: with", "--estimator exact"]),
+        (1, dict(block_size=1, block_start="noisy"), ["block_start noisy", "no noisy views"]),
+        (1, dict(block_size=1, steps_per_block=3), ["steps_per_block belongs to estimator dtrpo", "with exact"]),
+        (1, dict(block_size=1, num_views=2), ["num_views is 2", "exact has no noise"]),
+        (1, dict(estimator="exact"), ["estimator exact is for block_size 1", "has block_size 32"]),
         (1, dict(overlap_param_gather=True), ["overlap_param_gather", "use_distributed_optimizer"]),
         (1, dict(ddp_bucket_size=1000), ["ddp_bucket_size", "overlap_grad_reduce"]),
         (1, dict(optimizer_cpu_offload=True, bf16=True), ["optimizer_cpu_offload", "use_distributed_optimizer"]),

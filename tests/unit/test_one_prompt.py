@@ -154,7 +154,7 @@ def _scored(path, kind, tokenizer, cache):
     """As `megatron-dtrpo score` and a run open their data."""
     config = Config()
     config.objective.objective = kind
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, config.model)
     config.data.data_path, config.data.data_cache_path = str(path), str(cache)
     config.data.seq_length, config.model.max_position_embeddings = 8192, 8192
     return open_data(config, tokenizer).store[0].prompt.tolist()

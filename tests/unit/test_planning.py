@@ -258,13 +258,16 @@ def seven_billion(name: str = "dtrpo_7b") -> Config:
 
 def test_seven_billion_parameters():
     assert model_parameters(seven_billion().model) == 7_615_616_512
+    assert model_parameters(seven_billion("dpo_qwen2.5_7b").model) == 7_615_616_512
     assert model_parameters(seven_billion("dtrpo_sdar_8b").model) == 8_190_735_360  # Qwen3-8B's
     # The bytes that the index of each model's weights says, two a parameter.
     assert 2 * model_parameters(seven_billion("vrpo_llada_8b").model) == 16_031_162_368
     assert 2 * model_parameters(seven_billion("vrpo_dream_7b").model) == 15_231_233_024
 
 
-@pytest.mark.parametrize("name", ["dtrpo_7b", "sft_7b", "dtrpo_sdar_8b", "vrpo_llada_8b", "vrpo_dream_7b"])
+@pytest.mark.parametrize(
+    "name", ["dtrpo_7b", "sft_7b", "dtrpo_sdar_8b", "vrpo_llada_8b", "vrpo_dream_7b", "dpo_qwen2.5_7b"]
+)
 def test_the_example_has_the_layout_that_the_planner_prefers(name):
     config = seven_billion(name)
     best = layouts(config, 8, 80 * GIB)[0]

@@ -260,7 +260,7 @@ def test_a_run_keeps_its_format():
     """Also one that was started before there was the setting: without FP8 then."""
     from megatron_dtrpo.training import resume
 
-    now, first = Config(), resume._resolved(Config(), "fast_dllm_v2")
+    now, first = Config(), resume._resolved(Config(), {})
     for key in ("fp8_format", "fp8_recipe", "fp8_reference"):
         del first[key]
     resume._check_pinned(now, first)

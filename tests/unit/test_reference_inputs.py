@@ -12,7 +12,7 @@ from megatron_dtrpo.config.settings import Config
 OTHER = {"steps_per_block": 3, "num_views": 5, "block_start": "noisy", "seed": 7}
 
 
-@pytest.mark.parametrize("name", [name for name, row in ESTIMATORS.items() if row.objective == "preference"])
+@pytest.mark.parametrize("name", [name for name, row in ESTIMATORS.items() if "preference" in row.objectives])
 def test_the_facts_of_a_cache_name_all_that_is_drawn_from(alone, name):
     from megatron_dtrpo.training.reference_cache import score_inputs
 

@@ -27,7 +27,7 @@ def run(tmp_path):
         (folder / "iter_0000003" / name).write_text("{}")
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     config = Config.from_flat({**FIRST, "save": str(folder)})
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, config.model)
     (folder / RUN_CONFIG).write_text(yaml.safe_dump(config.to_flat()))
     return folder
 
@@ -68,6 +68,15 @@ def test_its_reference_stays(run):
     record.write_text(yaml.safe_dump({**first, "load": None}))
     with pytest.raises(UserError, match="this run's reference is its random starting weights, not base"):
         again(run, load=None, reference="base")
+
+
+def test_its_block_size_says_its_estimator(run):
+    """Settings are compared before the model is known."""
+    first = yaml.safe_load((run / RUN_CONFIG).read_text())
+    (run / RUN_CONFIG).write_text(yaml.safe_dump({**first, "block_size": 1, "estimator": "exact"}))
+    again(run, estimator=None)
+    with pytest.raises(UserError, match="this run has estimator exact, not vrpo"):
+        again(run, estimator="vrpo")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +122,7 @@ def test_the_rest_may_change_and_is_named(run):
     config = again(
         run, lr=2e-4, beta=0.1, num_views=4, complementary=False, micro_batch_size=3, reference_cache="scores"
     )
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, config.model)
     changes = changes_since(config, first)
     assert changes == ["num_views 1 -> 4", "complementary True -> False", "beta 0.5 -> 0.1", "lr 0.0001 -> 0.0002"]
 

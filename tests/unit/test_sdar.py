@@ -160,9 +160,9 @@ def config_of(**settings) -> Config:
     return Config.from_flat(model | settings)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [name for name, row in ESTIMATORS.items() if not row.autoregressive])
 def test_there_is_no_block_start_to_choose(estimator):
-    objective = ESTIMATORS[estimator].objective
+    objective = ESTIMATORS[estimator].objectives[0]
     config = config_of(estimator=estimator, objective=objective)
     validate(config, 1)
     assert config.objective.block_start is None

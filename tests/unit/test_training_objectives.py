@@ -46,7 +46,7 @@ def settings(**changes) -> Config:
     config.model.block_size, config.optimizer.seed = B, 3
     for key, value in changes.items():
         setattr(config.objective, key, value)
-    fill_objective_defaults(config.objective)
+    fill_objective_defaults(config.objective, config.model)
     return config
 
 

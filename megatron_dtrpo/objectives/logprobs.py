@@ -22,7 +22,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         if sharded:
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         probabilities = (wide - peak.unsqueeze(-1)).exp_()
-        probabilities[:, tokens:] = 0
+        probabilities[:, tokens:].zero_()
         # Normaliser and target logit travel in one message.
         parts = torch.stack(
             [probabilities.sum(-1), (wide.gather(-1, local.unsqueeze(-1)).squeeze(-1) - peak).masked_fill(~owned, 0)]

@@ -85,8 +85,8 @@ def _our_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def nearby(policy: Qwen2ForCausalLM, seed: int) -> Qwen2ForCausalLM:
-    """Another frozen model a little off: with equal ones every loss is ln 2, whatever is wrong."""
+    """Another frozen model some way off: with equal ones every loss is ln 2, whatever is wrong."""
     other, generator = copy.deepcopy(policy).requires_grad_(False), torch.Generator().manual_seed(seed)
     for parameter in other.parameters():
-        parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+        parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
     return other

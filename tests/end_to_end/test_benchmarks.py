@@ -63,7 +63,8 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     assert status == 0, output
     record = json.loads((tmp_path / "numbers.json").read_text())
     names = {"fast_dllm_layout", "fast_dllm_layout_cached", "vrpo_8", "exact_trajectory", "packed_sketch"}
-    names |= {"trl_dpo"} if find_spec("trl") else set()
+    names |= {"trl_dpo", "trl_dpo_autoregressive"} if find_spec("trl") else set()
+    names |= {"padded_views"}
     assert set(record["ratios"]) == names
     assert all(row["loss_difference"] < 1e-5 for row in record["contenders"].values())
     machine = record["machine"]
@@ -71,9 +72,15 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
     speed = {name: row["pairs_per_second"] for name, row in record["contenders"].items()}
     assert record["ratios"]["fast_dllm_layout"] == pytest.approx(speed["ours"] / speed["fast_dllm_layout"])
     assert record["ratios"]["vrpo_8"] == pytest.approx(speed["ours_few"] / speed["vrpo_8"])
+    assert record["ratios"]["padded_views"] == pytest.approx(speed["ours_full"] / speed["padded_views"])
     assert record["goals"] == {}  # they are for another size
     tokens = {name: row["tokens_per_pair"] for name, row in record["contenders"].items()}
     assert tokens["ours"] == tokens["packed_sketch"] < tokens["fast_dllm_layout"]
+    assert tokens["ours_full"] < tokens["padded_views"]
+    if find_spec("trl"):
+        ratio = speed["ours_autoregressive"] / speed["trl_dpo"]
+        assert record["ratios"]["trl_dpo_autoregressive"] == pytest.approx(ratio)
+        assert tokens["ours_autoregressive"] < tokens["trl_dpo"]
     assert tokens["exact_trajectory"] <= tokens["vrpo_8"]  # short responses end before their last step
 
 
@@ -121,11 +128,11 @@ def test_what_misses_its_goal_is_said_to_with_a_profile(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "(goal 1e+06, missed)" in done.stdout and "(goal 1e-06, met)" in done.stdout, done.stdout
-    assert "aten::" in done.stdout.partition("shares of a step of ours")[2]
+    assert "aten::" in done.stdout.partition("shares of a step of ours, live reference")[2]
     record = json.loads((tmp_path / "numbers.json").read_text())
     met = {name: goal["met"] for name, goal in record["goals"].items()}
     assert not met["packed_sketch"] and met["fast_dllm_layout"]
-    shares = [share for _, share in record["profile"]]
+    shares = [share for _, share in record["profile"]["ours"]]
     assert shares == sorted(shares, reverse=True) and 0.2 < sum(shares) <= 1
 
 

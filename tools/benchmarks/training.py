@@ -9,6 +9,7 @@ the default size each ratio stands beside its goal; when a speed misses its own,
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import random
@@ -54,7 +55,9 @@ def build_parser() -> Parser:
         help="On a CPU: peers choose the library of a matrix product as ours does; left is the layout.",
     )
     parser.add_argument("--repetitions", type=int, default=5, help="Default: %(default)s.")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="Some only (ours always). Default: all.")
+    parser.add_argument(
+        "--contenders", nargs="+", metavar="NAME", help="Some, and what of ours each is compared with. Default: all."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Chooses the pairs. Default: %(default)s.")
     parser.add_argument("--no-memory", action="store_true", help="Do not measure peak memory (a process each).")
     parser.add_argument("--output", type=new_file, metavar="FILE.json", help="Write the numbers.")
@@ -77,48 +80,85 @@ def _benchmark(argv: list[str]) -> None:
     initialize.start(ParallelSettings(), seed=0)
     try:
         # Only now: what imports megatron-core needs the runtime.
-        from tools.benchmarks.peers.contenders import CONTENDERS, World, check, peak_memory
-        from tools.benchmarks.peers.goals import SPEED, where_time_goes
+        from tools.benchmarks.peers.contenders import CONTENDERS, World, peak_memory
 
-        chosen = list(arguments.contenders or CONTENDERS)
-        for name in chosen:
+        names = list(arguments.contenders or CONTENDERS)
+        for name in names:
             if name not in CONTENDERS:
                 raise UserError(f"no contender {name!r}: choose from {', '.join(CONTENDERS)}")
-        world = World(arguments, SIZES[arguments.size], _pairs(arguments))
+        shape, drawn = SIZES[arguments.size], _pairs(arguments)
         if arguments.peak_memory_of:
-            print(peak_memory(world, arguments.peak_memory_of))
+            family = CONTENDERS[arguments.peak_memory_of].family
+            print(peak_memory(World(arguments, shape, drawn, family), arguments.peak_memory_of))
             return
-        chosen = [name for name in CONTENDERS if name in chosen or name.startswith("ours")]
-        missing = [name for name in chosen if not CONTENDERS[name].available()]
-        for name in missing:
-            print(f"skipped {name}: {CONTENDERS[name].requires} is not installed", file=sys.stderr)
-        chosen = [name for name in chosen if name not in missing]
+        chosen = _chosen(names)
         # Before this process holds models of its own: a peer alone may fill the machine.
         memory = {} if arguments.no_memory else {name: _memory_in_own_process(argv, name) for name in chosen}
-        steps = {name: CONTENDERS[name].build(world) for name in chosen}
-        differences = {}
-        for name in chosen:
-            differences[name] = check(world, name, steps[name])  # warms up, too
-            print(f"{name} gives our loss, to within {differences[name]:.1e}", file=sys.stderr)
-        seconds, tokens = _time(steps, arguments.repetitions)
-        results = {
-            name: {
-                "pairs_per_second": steps[name].pairs / statistics.median(seconds[name]),
-                "spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
-                "seconds": seconds[name],
-                "pairs": steps[name].pairs,
-                "tokens_per_pair": tokens[name] / steps[name].pairs,
-                "peak_memory_bytes": memory.get(name),
-                "loss_difference": differences[name],
-            }
-            for name in chosen
-        }
-        comparison = _compare(arguments.size, results)
-        if any(name in SPEED and not verdict.met for name, verdict in comparison["goals"].items()):
-            comparison["profile"] = where_time_goes(steps["ours"].run)
+        results: dict[str, dict] = {}
+        profiles: dict[str, list] = {}
+        for family in dict.fromkeys(CONTENDERS[name].family for name in chosen):  # one family's weights at a time
+            some = [name for name in chosen if CONTENDERS[name].family == family]
+            measured, slow = _measure(World(arguments, shape, drawn, family), some, memory)
+            results |= measured
+            profiles |= slow
+            gc.collect()
     finally:
         initialize.stop()
-    _report(arguments, world, results, comparison)
+    comparison = _compare(arguments.size, results) | ({"profile": profiles} if profiles else {})
+    _report(arguments, World(arguments, shape, drawn), results, comparison)
+
+
+def _chosen(names: list[str]) -> list[str]:
+    """The contenders called ``names`` that can run here, with those of ours that they are compared with."""
+    from tools.benchmarks.peers.contenders import CONTENDERS
+
+    compared = {ours for name in names for ours in CONTENDERS[name].against.values()}
+    chosen = [name for name in CONTENDERS if name in names or name in compared]
+    missing = [name for name in chosen if not CONTENDERS[name].available()]
+    for name in missing:
+        print(f"skipped {name}: {CONTENDERS[name].requires} is not installed", file=sys.stderr)
+    return [name for name in chosen if name not in missing]
+
+
+def _measure(world, names: list[str], memory: dict[str, int]) -> tuple[dict[str, dict], dict[str, list]]:
+    """The results of contenders of one family; and of each of ours that misses a goal of speed where its time goes."""
+    from tools.benchmarks.peers.contenders import CONTENDERS, check
+    from tools.benchmarks.peers.goals import where_time_goes
+
+    steps = {name: CONTENDERS[name].build(world) for name in names}
+    differences = {}
+    for name in names:
+        differences[name] = check(world, name, steps[name])  # warms up, too
+        print(f"{name} gives our loss, to within {differences[name]:.1e}", file=sys.stderr)
+    seconds, tokens = _time(steps, world.arguments.repetitions)
+    results = {
+        name: {
+            "pairs_per_second": steps[name].pairs / statistics.median(seconds[name]),
+            "spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
+            "seconds": seconds[name],
+            "pairs": steps[name].pairs,
+            "tokens_per_pair": tokens[name] / steps[name].pairs,
+            "peak_memory_bytes": memory.get(name),
+            "loss_difference": differences[name],
+        }
+        for name in names
+    }
+    return results, {name: where_time_goes(steps[name].run) for name in _too_slow(world.arguments.size, results)}
+
+
+def _too_slow(size: str, results: dict) -> list[str]:
+    """Those of ours that miss a goal of speed."""
+    from tools.benchmarks.peers.goals import SPEED
+
+    goals, against = _compare(size, results)["goals"], _comparisons(results)
+    return list(dict.fromkeys(against[name][0] for name in goals if name in SPEED and not goals[name].met))
+
+
+def _comparisons(results: dict) -> dict[str, tuple[str, str]]:
+    """Of each comparison the contender of ours and the peer."""
+    from tools.benchmarks.peers.contenders import CONTENDERS
+
+    return {name: (ours, peer) for peer in results for name, ours in CONTENDERS[peer].against.items()}
 
 
 def _pairs(arguments: argparse.Namespace):
@@ -192,18 +232,14 @@ def _memory_in_own_process(argv: list[str], name: str) -> int:
 
 def _compare(size: str, results: dict) -> dict:
     """Ours over each peer, in speed and in memory, with the verdict where there is a goal."""
-    from tools.benchmarks.peers.contenders import CONTENDERS
     from tools.benchmarks.peers.goals import verdicts
 
-    def over(ours: str, other: str, key: str = "pairs_per_second") -> float:
-        return results[ours][key] / results[other][key]
+    def ratios(key: str) -> dict[str, float]:
+        both = {name: [results[one][key] for one in pair] for name, pair in _comparisons(results).items()}
+        return {name: ours / peer for name, (ours, peer) in both.items() if peer}
 
-    against = {name: CONTENDERS[name].against for name in results if CONTENDERS[name].against}
-    ratios = {name: over(ours, name) for name, ours in against.items()}
-    if "fast_dllm_layout" in results:
-        ratios["fast_dllm_layout_cached"] = over("ours_cached", "fast_dllm_layout")
-    memory = {n: over(o, n, "peak_memory_bytes") for n, o in against.items() if results[n]["peak_memory_bytes"]}
-    return {"ratios": ratios, "memory_ratios": memory, "goals": verdicts(size, ratios, memory)}
+    speed, memory = ratios("pairs_per_second"), ratios("peak_memory_bytes")
+    return {"ratios": speed, "memory_ratios": memory, "goals": verdicts(size, speed, memory)}
 
 
 def _report(arguments: argparse.Namespace, world, results: dict, comparison: dict) -> None:
@@ -229,14 +265,15 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
             f"| {CONTENDERS[name].title} | {row['pairs_per_second']:.4f} | {row['spread']:.0%} | "
             f"{row['tokens_per_pair']:.0f} | {gib} | {factor} |"
         )
-    if "fast_dllm_layout_cached" in ratios:
-        factor = with_goal("fast_dllm_layout_cached", ratios["fast_dllm_layout_cached"])
-        print(f"ours with a cached reference, against Fast-dLLM v2's layout: {factor}")
+    for name, (ours, peer) in _comparisons(results).items():
+        if name != peer:
+            titles = f"{CONTENDERS[ours].title}, against {CONTENDERS[peer].title}"
+            print(f"{titles}: {with_goal(name, ratios[name])}")
     for name, ratio in comparison["memory_ratios"].items():
         print(f"peak memory, ours over {name}: {with_goal(f'peak_memory_{name}', ratio)}")
-    if "profile" in comparison:
-        print("a goal of speed was missed; shares of a step of ours, live reference:")
-        for operation, share in comparison["profile"]:
+    for name, shares in comparison.get("profile", {}).items():
+        print(f"a goal of speed was missed; shares of a step of {CONTENDERS[name].title}:")
+        for operation, share in shares:
             print(f"  {share:6.1%} {operation}")
     if arguments.output:
         from megatron_dtrpo.files import write_atomically

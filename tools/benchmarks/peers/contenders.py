@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +18,16 @@ from megatron_dtrpo.diffusion.estimators import Noise, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, lay_out
 from megatron_dtrpo.errors import UserError
 from tools.benchmarks.peers.fast_dllm_layout import FastDllmLayout, every_step
-from tools.benchmarks.peers.ours import Ours, noising, sample_of
+from tools.benchmarks.peers.ours import Document, Ours, autoregressive, full_attention, noising, sample_of
 from tools.benchmarks.peers.packed_layout import PackedLayout
+from tools.benchmarks.peers.padded_views import PaddedViews
 from tools.benchmarks.peers.pairs import Pair
 from tools.benchmarks.peers.trl_dpo import TrlDpo
 from tools.benchmarks.peers.weights import Learner, multiply_as_ours
 
 BETA = 0.1
 TOLERANCE = 1e-4  # of a loss near 1: fp32 sums over some thousand weighted tokens
+FULL_VIEWS = 2  # samples of VRPO under full attention, where each repeats the prompt
 
 
 class Step(NamedTuple):
@@ -37,10 +39,10 @@ class Step(NamedTuple):
 
 
 class World:
-    """What the contenders share: weights, pairs and noise. Built when first asked for."""
+    """What the contenders of one family share: weights, pairs and noise. Built when first asked for."""
 
-    def __init__(self, arguments, shape: dict, data):
-        self.arguments, self.shape = arguments, shape
+    def __init__(self, arguments, shape: dict, data, family: str = "qwen2"):
+        self.arguments, self.shape, self.family = arguments, shape, family
         self.pairs, self.tokenizer = data
         self.threads = torch.get_num_threads()
         self.mask_id = shape["vocab_size"] - 1
@@ -51,7 +53,7 @@ class World:
 
     @cached_property
     def learner(self) -> Learner:
-        learner = Learner(self.shape, lr=0.0)
+        learner = Learner(self.shape, lr=0.0, family=self.family)
         if self.arguments.same_products:
             for model in (learner.policy, learner.reference):
                 multiply_as_ours(model)
@@ -62,7 +64,7 @@ class World:
         return Ours(
             self.learner,
             self.shape,
-            self.document,
+            self.full if self.family == "llada" else self.document,
             beta=BETA,
             micro_batch_size=self.arguments.micro_batch_size,
             seq_length=2**30,
@@ -80,6 +82,20 @@ class World:
     def document(self, pair: Pair) -> PackedSequence:
         """dTRPO's noise, packed."""
         return self.noising("dtrpo", 1).document(sample_of(pair), pair.prompt, pair.responses)
+
+    def causal(self, pair: Pair) -> PackedSequence:
+        """No noise, packed."""
+        return autoregressive(self.mask_id).document(sample_of(pair), pair.prompt, pair.responses)
+
+    def full(self, pair: Pair) -> PackedSequence:
+        """VRPO's noise under full attention, packed."""
+        return full_attention(FULL_VIEWS, self.mask_id).document(sample_of(pair), pair.prompt, pair.responses)
+
+    def draw_full(self, pair: Pair) -> list[Noise]:
+        """The same noise, to be padded."""
+        wholes = [[Blocks(len(pair.prompt), len(r), len(pair.prompt) + len(r))] for r in pair.responses]
+        noising = full_attention(FULL_VIEWS, self.mask_id)
+        return [noising.noise(sample_of(pair), b + 1, whole) for b, whole in enumerate(wholes)]
 
     def packed(self, pair: Pair, noise: Sequence[Noise]) -> PackedSequence:
         """Any noise, packed."""
@@ -123,15 +139,18 @@ class World:
         return prompts, sum(len(r) for p in self.pairs for r in p.responses) / (2 * len(self.pairs))
 
 
-def _ours(slow: bool = False):
+def _ours(slow: bool = False, document: Callable[[World, Pair], PackedSequence] | None = None):
+    """``document`` lays out a pair otherwise than `World.ours` does."""
+
     def step(world: World) -> Step:
-        pairs = world.slow_pairs if slow else world.pairs
+        pairs, ours = world.slow_pairs if slow else world.pairs, world.ours
+        laid_out: Document | None = partial(document, world) if document else None
 
         def run() -> float:
-            world.ours.forget_cache()
-            return world.ours.step(pairs)
+            ours.forget_cache()
+            return ours.step(pairs, laid_out)
 
-        return Step(run, len(pairs), lambda: world.ours.tokens)
+        return Step(run, len(pairs), lambda: ours.tokens)
 
     return step
 
@@ -176,15 +195,17 @@ def _causal_loss(world: World) -> float:
 
 
 class Contender(NamedTuple):
-    """``expected``: the loss that its step must give, by our code on the same noise. ``against``: which of ours ran
-    the same pairs and is compared with it."""
+    """``expected``: the loss that its step must give, by our code on the same noise or, of what has none, by plain
+    transformers. ``against``: by the names of its comparisons those of ours that ran the same pairs. ``family``: of its
+    weights."""
 
     name: str
     title: str
     build: Callable[[World], Step]
     expected: Callable[[World], float]
-    against: str | None = "ours"
+    against: Mapping[str, str] = {}
     requires: str | None = None
+    family: str = "qwen2"
 
     def available(self) -> bool:
         return self.requires is None or find_spec(self.requires) is not None
@@ -198,23 +219,32 @@ def _expected(draw: Callable[[World], Callable[[Pair], Sequence[Noise]]], slow: 
     return loss
 
 
+def _full_loss(world: World) -> float:
+    return world.ours.loss([world.full(pair) for pair in world.pairs])
+
+
 _dtrpo = _expected(lambda world: world.draw("dtrpo"))
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("ours", "ours, live reference", _ours(), _dtrpo, against=None),
-        Contender("ours_cached", "ours, cached reference", _ours_cached, _dtrpo, against=None),
+        Contender("ours", "ours, live reference", _ours(), _dtrpo),
+        Contender("ours_cached", "ours, cached reference", _ours_cached, _dtrpo),
+        Contender(
+            "ours_autoregressive", "ours, block size 1, live reference", _ours(document=World.causal), _causal_loss
+        ),
         Contender(
             "packed_sketch",
             "the packed layout in plain transformers, one pair at a time",
             _peer(lambda world: PackedLayout(world.learner, world.document, beta=BETA)),
             _dtrpo,
+            {"packed_sketch": "ours"},
         ),
         Contender(
             "fast_dllm_layout",
             "Fast-dLLM v2's layout, dTRPO",
             _peer(lambda world: world.layout(world.draw("dtrpo"))),
             _dtrpo,
+            {"fast_dllm_layout": "ours", "fast_dllm_layout_cached": "ours_cached"},
         ),
         Contender(
             "trl_dpo",
@@ -225,6 +255,7 @@ CONTENDERS = {
                 )
             ),
             _causal_loss,
+            {"trl_dpo": "ours", "trl_dpo_autoregressive": "ours_autoregressive"},
             requires="trl",
         ),
         Contender(
@@ -232,21 +263,39 @@ CONTENDERS = {
             "ours, live reference, on the pairs below",
             _ours(slow=True),
             _expected(lambda world: world.draw("dtrpo"), slow=True),
-            against=None,
         ),
         Contender(
             "vrpo_8",
             "VRPO, 8 samples, Fast-dLLM v2's layout",
             _peer(lambda world: world.layout(world.draw("vrpo", 8)), slow=True),
             _expected(lambda world: world.draw("vrpo", 8), slow=True),
-            against="ours_few",
+            {"vrpo_8": "ours_few"},
         ),
         Contender(
             "exact_trajectory",
             "exact trajectory, a pass per step, Fast-dLLM v2's layout",
             _peer(lambda world: world.layout(world.every_step), slow=True),
             _expected(lambda world: world.every_step, slow=True),
-            against="ours_few",
+            {"exact_trajectory": "ours_few"},
+        ),
+        Contender(
+            "ours_full", f"ours, full attention, VRPO, {FULL_VIEWS} samples", _ours(), _full_loss, family="llada"
+        ),
+        Contender(
+            "padded_views",
+            f"VRPO, {FULL_VIEWS} samples, full attention, padded batches in plain transformers",
+            _peer(
+                lambda world: PaddedViews(
+                    world.learner,
+                    world.draw_full,
+                    mask_id=world.mask_id,
+                    beta=BETA,
+                    micro_batch_size=world.arguments.micro_batch_size,
+                )
+            ),
+            _full_loss,
+            {"padded_views": "ours_full"},
+            family="llada",
         ),
     )
 }
@@ -266,7 +315,6 @@ def peak_memory(world: World, name: str) -> int:
     """Peak resident bytes of this process over two steps of one contender that is alone in it. Linux only."""
     step = CONTENDERS[name].build(world)
     if name.startswith("ours"):
-        world.ours  # noqa: B018
         world.__dict__.pop("learner")  # the weights came from there; nobody trains it
     if name == "ours_cached":
         world.ours.drop_reference()

@@ -13,9 +13,11 @@ SPEED = {
     "fast_dllm_layout": 3.0,
     "fast_dllm_layout_cached": 4.0,
     "trl_dpo": 1.2,
+    "trl_dpo_autoregressive": 1.3,
     "vrpo_8": 12.0,
+    "padded_views": 1.5,
 }
-MEMORY = {"fast_dllm_layout": 0.5}
+MEMORY = {"fast_dllm_layout": 0.5, "trl_dpo_autoregressive": 0.6}
 
 
 class Verdict(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dtrpo.config.backends import choose_backend
+from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.config.settings import Config, ObjectiveSettings, OptimizerSettings
 from megatron_dtrpo.data.batches import Noising
@@ -31,8 +32,21 @@ def noising(estimator: str, views: int, *, block_size: int, mask_id: int, steps_
     return Noising(estimator, options, views, "noisy", block_size, mask_id, seed=0)
 
 
+def autoregressive(mask_id: int) -> Noising:
+    """No noise: the likelihood of a model of block size 1."""
+    return Noising("exact", EstimatorOptions(), 1, "clean", 1, mask_id, seed=0)
+
+
+def full_attention(views: int, mask_id: int) -> Noising:
+    """LLaDA's VRPO of ``views`` samples."""
+    return Noising("vrpo", EstimatorOptions(), views, None, FULL, mask_id, seed=0, shift=0)
+
+
 def sample_of(pair: Pair) -> Sample:
     return Sample(epoch=0, index=pair.index)
+
+
+Document = Callable[[Pair], PackedSequence]
 
 
 class Ours:
@@ -42,7 +56,7 @@ class Ours:
         self,
         learner: Learner,
         shape: dict,
-        document: Callable[[Pair], PackedSequence],
+        document: Document,
         *,
         beta: float,
         micro_batch_size: int,
@@ -53,7 +67,7 @@ class Ours:
             optimizer=OptimizerSettings(lr=learner.lr),
         )
         self.document, self.seq_length, self.micro_batch_size = document, seq_length, micro_batch_size
-        self.chunks = [build_model(settings_of(shape), self.config.parallel)]
+        self.chunks = [build_model(settings_of(shape, learner.family), self.config.parallel)]
         self.device = next(self.chunks[0].parameters()).device
         self.backend = choose_backend("auto", self.device.type)
         copy_into(self.chunks[0], learner.reference)
@@ -69,7 +83,7 @@ class Ours:
         """Scores ``pairs`` under the reference once, as `megatron-dtrpo reference` does; `step` then looks them
         up. They stay until `forget_cache`."""
         for pair in pairs:
-            self.cached[pair.index] = self._reference_scores(self._batches([pair]))[0]
+            self.cached[pair.index] = self._reference_scores(self._batches([pair], self.document))[0]
 
     def forget_cache(self) -> None:
         self.cached = {}
@@ -78,9 +92,9 @@ class Ours:
         """A run with cached scores keeps no reference in memory."""
         self.reference = None
 
-    def step(self, pairs: Sequence[Pair]) -> float:
-        """The mean loss of ``pairs``, and one update."""
-        batches = self._batches(pairs)
+    def step(self, pairs: Sequence[Pair], document: Document | None = None) -> float:
+        """The mean loss of ``pairs``, and one update. ``document`` lays out a pair otherwise than the constructor's."""
+        batches = self._batches(pairs, document or self.document)
         if self.cached:
             for batch in batches:
                 batch.reference = torch.cat([self.cached[s.index] for s in batch.samples])
@@ -102,8 +116,8 @@ class Ours:
             outcomes = train_pass(self.wrapped, batches, self.objective, forward_only=True)
         return float(sum(o.loss for o in outcomes)) / len(documents)
 
-    def _batches(self, pairs: Sequence[Pair]) -> list[DeviceBatch]:
-        documents = [self.document(pair) for pair in pairs]
+    def _batches(self, pairs: Sequence[Pair], document: Document) -> list[DeviceBatch]:
+        documents = [document(pair) for pair in pairs]
         costs = [len(document) for document in documents]
         self.tokens = sum(costs)
         batches = []

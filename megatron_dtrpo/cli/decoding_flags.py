@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megatron_dtrpo.config.blocks import FULL
-from megatron_dtrpo.config.decoding import RULES, DecodingOptions, default_small_block
+from megatron_dtrpo.config.decoding import CACHES, RULES, DecodingOptions, default_small_block
 from megatron_dtrpo.config.settings import FIELDS
 from megatron_dtrpo.errors import UserError
 
@@ -19,35 +20,40 @@ def add_decoding_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     parser.add_argument(
         "--rule",
         choices=RULES,
-        help="What a step writes: " + "; ".join(f"{name}: {words}" for name, words in RULES.items()) + ". Default: the "
+        help="What a step writes: "
+        + "; ".join(f"{name}: {row.words}" for name, row in RULES.items())
+        + ". Default: the "
         "family's own.",
     )
     parser.add_argument(
         "--denoising-steps",
         type=int,
         metavar="N",
-        help="static, maskgit_plus: steps that a sub-block is written in. Default: as many as it has tokens.",
+        help=f"{_readers('denoising_steps')}: steps that a sub-block is written in. Default: as many as it has tokens.",
     )
     parser.add_argument(
         "--threshold",
         type=float,
-        default=default["threshold"],
-        help="Unmask tokens whose confidence is above this, and always the most confident one. 1: one at a time. "
-        "Default: %(default)s.",
+        help=f"{_readers('threshold')}: unmask tokens whose confidence is above this. Default: the rule's own, "
+        + ", ".join(f"{row.threshold} of {name}" for name, row in RULES.items() if row.threshold is not None)
+        + ".",
     )
     parser.add_argument(
         "--small-block-size",
         type=int,
         metavar="N",
-        help="Tokens of a sub-block; sub-blocks are "
-        "written from left to right. Default: 8, or the block size if that is smaller; under full attention 32, "
-        "LLaDA's block length, with maskgit_plus the whole response.",
+        help="Tokens of a sub-block; sub-blocks are written from left to right. Default: the block, with threshold 8 "
+        "if that divides it; under full attention 32, LLaDA's block length, with Dream's rules the whole response.",
     )
     parser.add_argument(
         "--sub-block-cache",
-        action="store_true",
-        help="Recompute the current sub-block only, where "
-        "its first token is known: Fast-dLLM v2's approximation, faster.",
+        nargs="?",
+        const="dual",
+        choices=CACHES,
+        help="An approximation, faster, Fast-dLLM's: after a sub-block's first pass over the whole block, under full "
+        "attention over prompt and response, compute anew "
+        + "; ".join(f"{name}: {words}" for name, words in CACHES.items())
+        + ". Without a word: dual. A decoding made so is not replayed exactly.",
     )
     parser.add_argument(
         "--temperature",
@@ -79,22 +85,29 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _readers(option: str) -> str:
+    """The rules that read an option, for people."""
+    return ", ".join(name for name, row in RULES.items() if option in row.reads)
+
+
 def decoding_options(arguments: argparse.Namespace, block_size: int, rule: str = "threshold") -> DecodingOptions:
-    """``rule``: the family's own. Raises UserError for values that cannot be."""
-    rule = arguments.rule or rule
+    """``rule``: the family's own. Raises UserError for values that cannot be, and for those that nothing would read."""
+    if block_size == 1:
+        _refuse_options_of_blocks(arguments)
+    rule = "leftmost" if block_size == 1 else arguments.rule or rule
     small = default_small_block(block_size, rule, arguments.max_new_tokens)
     if arguments.small_block_size is not None:
         small = arguments.small_block_size
-    steps = arguments.denoising_steps
+    for option in ("denoising_steps", "threshold"):
+        value = getattr(arguments, option)
+        if value is not None and option not in RULES[rule].reads:
+            flag = "--" + option.replace("_", "-")
+            raise UserError(f"{flag} {value}: --rule {rule} does not read it; {_readers(option)} do: leave it out")
+    steps, threshold = arguments.denoising_steps, arguments.threshold
     for holds, message in (
         (steps is None or steps >= 1, f"--denoising-steps {steps}: it must be at least 1"),
-        (steps is None or rule != "threshold", "--denoising-steps goes with --rule static or maskgit_plus"),
-        (
-            block_size != FULL or not arguments.sub_block_cache,
-            "--sub-block-cache: under full attention nothing is cached: leave it out",
-        ),
         (arguments.max_new_tokens >= 1, f"--max-new-tokens {arguments.max_new_tokens}: it must be at least 1"),
-        (0 <= arguments.threshold <= 1, f"--threshold {arguments.threshold}: it must be from 0 to 1"),
+        (threshold is None or 0 <= threshold <= 1, f"--threshold {threshold}: it must be from 0 to 1"),
         (arguments.temperature >= 0, f"--temperature {arguments.temperature}: it must not be negative"),
         (0 < arguments.top_p <= 1, f"--top-p {arguments.top_p}: it must be above 0 and at most 1"),
         (
@@ -102,12 +115,9 @@ def decoding_options(arguments: argparse.Namespace, block_size: int, rule: str =
             f"--small-block-size {small}: it must divide the model's block_size {block_size}",
         ),
         (
-            block_size > 1 or not arguments.sub_block_cache,
-            "--sub-block-cache has no effect with block size 1: leave it out",
-        ),
-        (
-            block_size > 1 or arguments.threshold == DecodingOptions.threshold,
-            f"--threshold {arguments.threshold} has no effect with block size 1, one token a pass: leave it out",
+            not arguments.sub_block_cache or small != block_size,
+            f"--sub-block-cache has no effect where a sub-block is the block of {block_size} tokens: leave it out, or "
+            "give a smaller --small-block-size",
         ),
         (arguments.seed >= 0, f"--seed {arguments.seed}: it must not be negative"),
     ):
@@ -117,9 +127,28 @@ def decoding_options(arguments: argparse.Namespace, block_size: int, rule: str =
         max_new_tokens=arguments.max_new_tokens,
         rule=rule,
         denoising_steps=steps,
-        threshold=arguments.threshold,
+        threshold=threshold,
         small_block_size=small,
         sub_block_cache=arguments.sub_block_cache,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
     )
+
+
+def _refuse_options_of_blocks(arguments: argparse.Namespace) -> None:
+    """A model of block size 1 writes from left to right, a token a pass, whatever the rule."""
+    for option in ("rule", "threshold", "denoising_steps", "sub_block_cache"):
+        value = getattr(arguments, option)
+        if value not in (None, "leftmost"):
+            flag = "--" + option.replace("_", "-")
+            raise UserError(f"{flag} {value} has no effect with block size 1, one token a pass: leave it out")
+
+
+def warn_of_approximation(options: DecodingOptions) -> None:
+    """Says of recorded decodings that they are not those that training replays."""
+    if options.sub_block_cache:
+        print(
+            f"warning: --sub-block-cache {options.sub_block_cache} is an approximation: the recorded decodings replay "
+            "otherwise than they were made; leave it out for --estimator trajectory and exact_trajectory",
+            file=sys.stderr,
+        )

@@ -15,7 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, add_prompt_file_flags, decoding_options
+from megatron_dtrpo.cli.decoding_flags import (
+    add_decoding_flags,
+    add_prompt_file_flags,
+    decoding_options,
+    warn_of_approximation,
+)
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.parser import add_settings, parse_command
@@ -100,6 +105,8 @@ def _generate(argv: list[str]) -> None:
         with source.open() as engine:
             for note in prompt_notes(prompts, skipped) if engine.is_main else ():
                 print(note, file=sys.stderr)
+            if engine.is_main and arguments.record_trajectory:
+                warn_of_approximation(options)
             started = time.perf_counter()
             decoded = decode_prompts(
                 engine,

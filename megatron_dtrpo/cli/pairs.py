@@ -14,7 +14,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, add_prompt_file_flags, decoding_options
+from megatron_dtrpo.cli.decoding_flags import (
+    add_decoding_flags,
+    add_prompt_file_flags,
+    decoding_options,
+    warn_of_approximation,
+)
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.parser import add_settings, parse_command
@@ -66,15 +71,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--temperature 0 writes the same response every time: give a temperature above 0")
 
 
-def _warn(arguments: argparse.Namespace) -> None:
-    if arguments.sub_block_cache:
-        print(
-            "warning: --sub-block-cache is an approximation: the recorded decodings replay otherwise than they were "
-            "made; leave it out for --estimator trajectory and exact_trajectory",
-            file=sys.stderr,
-        )
-
-
 def main(argv: list[str] | None = None) -> int:
     return run_command(_build, argv)
 
@@ -99,6 +95,8 @@ def _build(argv: list[str]) -> None:
         with source.open() as engine:
             for note in prompt_notes(prompts, skipped) if engine.is_main else ():
                 print(note, file=sys.stderr)
+            if engine.is_main:
+                warn_of_approximation(options)
             started = time.perf_counter()
             completions = decode_prompts(
                 engine,

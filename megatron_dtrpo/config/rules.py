@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from megatron_dtrpo.config.blocks import grain
+from megatron_dtrpo.config.decoding import RULES
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
@@ -252,6 +253,11 @@ def validate_training(config: Config, data_parallel: int) -> None:
     _demand(interval is None or path, "eval_interval needs data: give --eval-data-path FILE")
     _demand(path is None or interval, "eval_data_path is never read without eval_interval: give --eval-interval N")
     _demand(path or config.evaluation.eval_split is None, "eval_split is a part of eval_data_path: give that too")
+    rule = "leftmost" if config.model.block_size == 1 else family_of(config.model).rule
+    _demand(
+        config.evaluation.eval_threshold is None or "threshold" in RULES[rule].reads,
+        f"eval_threshold: decoding by the rule {rule} has no threshold: leave it out",
+    )
     for option in dataclasses.fields(config.evaluation):
         _demand(
             path or getattr(config.evaluation, option.name) == option.default,

@@ -339,9 +339,10 @@ class EvaluationSettings:
     eval_examples: int = setting(512, "At most this many of its rows, the first ones.", at_least=1)
     eval_verifier: str = setting("numeric", "Judges decoded answers: numeric, or module:function.")
     eval_max_new_tokens: int = setting(512, "Longest decoded answer.", at_least=1)
-    eval_threshold: float = setting(
-        0.9,
-        "Decoding unmasks tokens whose confidence is above this, and always the most confident one.",
+    eval_threshold: float | None = setting(
+        None,
+        "Decoding unmasks tokens whose confidence is above this, where the family's rule has a threshold. Default: the "
+        "rule's own.",
         at_least=0,
         at_most=1,
     )

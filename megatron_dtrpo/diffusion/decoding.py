@@ -1,9 +1,8 @@
 """How one response is written: Fast-dLLM v2's decoder as a state machine that knows no model.
 
 A block starts as ``[MASK]`` behind its first token. Its sub-blocks are unmasked from left to right, several tokens a
-step: those whose confidence exceeds a threshold, and always the surest; or by another rule as many as its schedule
-says (`SCHEDULES`). A full block is passed through the model once
-more, clean: that pass fills the key/value cache for good, and its last row predicts the next block's first token.
+step, as a rule says (`config.decoding.RULES`). A full block is passed through the model once more, clean: that pass
+fills the key/value cache for good, and its last row predicts the next block's first token.
 
 `Decoding.next_pass` says what the model is to compute, `Decoding.update` takes the predictions. Positions are
 absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1. In a model of
@@ -21,19 +20,20 @@ Once an end token is written, the tokens behind it in the block return to ``[MAS
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_dtrpo.config.blocks import FULL
-from megatron_dtrpo.config.decoding import DecodingOptions
-from megatron_dtrpo.diffusion.sampling import accept, even_shares, shares_of_time, surest
+from megatron_dtrpo.config.decoding import RULES, DecodingOptions
+from megatron_dtrpo.diffusion.sampling import PLACES, SHARES, choose
 
 
 class Pass(NamedTuple):
-    """One sequence's share of a forward pass: ``tokens`` at positions ``start, start + 1, ...``, whole blocks or one
-    sub-block; predictions are read from ``rows`` of it. Keys and values of positions before ``visible`` are seen."""
+    """One sequence's share of a forward pass: ``tokens`` at positions ``start, start + 1, ...``, whole blocks or a part
+    of one; predictions are read from ``rows`` of it. Keys and values of positions before ``visible`` are seen."""
 
     start: int
     tokens: Sequence[int]
@@ -81,10 +81,6 @@ class Completion(NamedTuple):
         return sum(math.log(c) if c > 0 else -math.inf for c in confidence)
 
 
-# Of the rules with a schedule: (masked tokens of a sub-block, steps) -> the tokens that each step writes.
-SCHEDULES = {"static": even_shares, "maskgit_plus": shares_of_time}
-
-
 class Decoding:
     """The state of one response."""
 
@@ -98,10 +94,12 @@ class Decoding:
         end_ids: frozenset[int],
         max_positions: int,
         shift: int = 1,
+        generator: torch.Generator | None = None,
     ):
         """``prompt``: P >= 1 token ids, P < max_positions. No position from ``max_positions`` on is written. ``shift``:
-        of `Family.prediction_shift`."""
-        self.shift = shift
+        of `Family.prediction_shift`. ``generator``: of the rule that draws an order; default: a fixed seed."""
+        self.shift, self.generator = shift, generator or torch.Generator()
+        self.rule = RULES[options.rule]
         self.options, self.mask_id, self.end_ids = options, mask_id, end_ids
         self.prompt_length = len(prompt)
         self.limit = min(self.prompt_length + options.max_new_tokens, max_positions)
@@ -118,10 +116,11 @@ class Decoding:
         self.finished = False
         # Where the clean tokens begin that the cache does not hold yet; None: it holds all before the block.
         self._clean_start = 0 if self.block > 0 else None
-        self._refreshed: int | None = None  # the sub-block whose first pass was the last one over the whole block
         self._asked: list[int] = []
-        self._scheduled: int | None = None  # the sub-block whose shares these are
-        self._shares: Iterator[int] = iter(())
+        self._sub_block: range | None = None  # which positions a noisy pass was last about
+        self._sub_step = 0  # of the rule's schedule
+        self._order: Tensor | None = None  # of its places, where the rule sorts them without the model
+        self._is_kept = False  # whether keys and values of all positions are there from a pass over the whole block
 
     def next_pass(self) -> Pass:
         """What is to be computed next; only while not `finished`."""
@@ -139,25 +138,36 @@ class Decoding:
         """First position and length of the next noisy pass; what it asks for is the rest of one sub-block."""
         masked, size = self._masked(), self.options.small_block_size
         first = self.prompt_length if self.is_full else 0  # where sub-blocks are counted from
-        sub_start = first + (masked[0] - first) // size * size
-        self._asked = [position for position in masked if position < sub_start + size]
-        if self._scheduled != sub_start and self.options.rule in SCHEDULES:
-            count = len(self._asked)
-            shares = SCHEDULES[self.options.rule](count, self.options.denoising_steps or count)
-            self._scheduled, self._shares = sub_start, filter(None, shares)
-        within = masked[0] - self.shift >= sub_start  # the rows that are read lie in the sub-block
-        approximate = self.options.sub_block_cache and not self.is_full and self._refreshed == sub_start and within
-        self._refreshed = sub_start
-        return (sub_start, size) if approximate else (self.block, self.block_size)
+        start = first + (masked[0] - first) // size * size
+        sub_block = range(start, min(start + size, self.block + self.block_size))
+        if sub_block != self._sub_block:
+            self._enter(sub_block)
+        self._asked = [position for position in masked if position in sub_block]
+        stop = self.block + self.block_size
+        within = self._asked[0] - self.shift >= start  # the rows that are read lie in the sub-block
+        if self.options.sub_block_cache and self._is_kept and within:
+            stop = {"prefix": stop, "dual": sub_block.stop}[self.options.sub_block_cache]
+        else:
+            start, self._is_kept = self.block, True
+            if self.options.sub_block_cache and self.is_full and not within:
+                self._asked = self._asked[:1]  # Fast-dLLM's for Dream: then all other rows lie in the sub-block
+        return start, stop - start
 
-    def update(self, tokens: Sequence[int], confidence: Tensor) -> None:
-        """Takes the predictions that the last pass was asked for: token ids and confidences ``[len(rows)]``."""
+    def _enter(self, sub_block: range) -> None:
+        self._sub_block, self._sub_step, self._is_kept = sub_block, 0, False
+        places = len(sub_block)
+        if order := PLACES.get(self.rule.order):
+            self._order = order(places, self.options.denoising_steps or places, self.generator)
+
+    def update(self, tokens: Sequence[int], confidence: Tensor, rank: Tensor | None = None) -> None:
+        """Takes the predictions that the last pass was asked for: token ids, confidences ``[len(rows)]`` and what sorts
+        them ``[len(rows)]``, the larger the surer; default: their confidences."""
         self.passes += 1
         if self._clean_start is not None:
             self._clean_start = None
             accepted = [True] * len(tokens)
         else:
-            accepted = self._accepted(confidence).tolist()
+            accepted = self._accepted(confidence, confidence if rank is None else rank).tolist()
         proposals = zip(self._asked, tokens, confidence.tolist(), accepted, strict=True)
         end_ids = frozenset() if self.is_full else self.end_ids
         written = _to_end([one[:3] for one in proposals if one[3]], end_ids)
@@ -170,11 +180,19 @@ class Decoding:
         if not self._masked():
             self._finish_block()
 
-    def _accepted(self, confidence: Tensor) -> Tensor:
-        """Which of the proposals the rule writes: bool ``[n]``."""
-        if self.options.rule in SCHEDULES:
-            return surest(confidence, next(self._shares))
-        return accept(confidence, self.options.threshold)
+    def _accepted(self, confidence: Tensor, rank: Tensor) -> Tensor:
+        """Which of the proposals the rule writes: bool ``[n]``, at least one."""
+        if len(rank) == 1:
+            self._sub_step += 1
+            return torch.ones(1, dtype=torch.bool)
+        if self._order is not None:
+            rank = self._order[[position - self._sub_block.start for position in self._asked]]
+        share, places = SHARES[self.rule.share], len(self._sub_block)
+        steps = self.options.denoising_steps or places
+        while not (count := share(rank, places, self._sub_step, steps)):
+            self._sub_step += 1
+        self._sub_step += 1
+        return choose(rank, confidence, count, self.options.threshold)
 
     def finished_blocks(self) -> list[int] | None:
         """The response so far if the last pass finished a block of it and another one follows; None in between."""
@@ -221,7 +239,6 @@ class Decoding:
             return
         self._clean_start, self.block = self.block, following
         self._append_masks(self.block_size)
-        self._refreshed = None
 
     def _append_masks(self, count: int) -> None:
         self.tokens += [self.mask_id] * count

@@ -1,21 +1,67 @@
-"""Which token a prediction proposes, and how sure it is: pure functions on logits.
+"""Which token a prediction proposes, how sure it is, and which proposals a step writes: pure functions.
 
 Some tokens are forbidden, the mask and those that the tokenizer does not know: they are never proposed. They count in
 the normaliser of every confidence, sampled or greedy, as they do in training: at temperature 1 and top_p 1 a confidence
-is the probability that training knows. Rows that pad the vocabulary are no tokens: their logits are minus infinity.
+is the probability that training knows. What sorts proposals may be another number: Dream's measures are of the whole
+distribution. Rows that pad the vocabulary are no tokens: their logits are minus infinity.
 
 Legend: N predictions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
+class Measure(NamedTuple):
+    """How sure a prediction is by its whole distribution, the larger the surer, from shards of the vocabulary.
+
+    ``parts``: probabilities ``[N, v]`` of a shard's allowed tokens, among its own -> ``[k, N]``.
+    ``joined``: the parts of n shards ``[n, k, N]`` and the probability ``[n, N]`` of each shard -> ``[N]``.
+    """
+
+    parts: Callable[[Tensor], Tensor]
+    joined: Callable[[Tensor, Tensor], Tensor]
+
+    def whole(self, probability: Tensor) -> Tensor:
+        """Of the probabilities ``[N, V]`` of all allowed tokens: ``[N]``."""
+        return self.joined(self.parts(probability)[None], probability.new_ones(1, len(probability)))
+
+
+def _entropy_parts(probability: Tensor) -> Tensor:
+    return torch.stack([-torch.special.entr(probability).sum(-1), probability.sum(-1)])
+
+
+def _negative_entropy(parts: Tensor, share: Tensor) -> Tensor:
+    """``sum p log p``, where a token of probability q in its shard has p = share x q."""
+    return (share * parts[:, 0] + parts[:, 1] * torch.xlogy(share, share)).sum(0)
+
+
+def _two_largest(probability: Tensor) -> Tensor:
+    return probability.topk(2, -1).values.T
+
+
+def _margin(parts: Tensor, share: Tensor) -> Tensor:
+    first, second = (parts * share.unsqueeze(1)).flatten(0, 1).topk(2, 0).values
+    return first - second
+
+
+MEASURES = {"entropy": Measure(_entropy_parts, _negative_entropy), "margin": Measure(_two_largest, _margin)}
+
+
 def propose(
-    logits: Tensor, forbidden: Tensor, uniform: Tensor, temperature: float, top_p: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    forbidden: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_p: float,
+    measure: Measure | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token for each prediction (Fast-dLLM v2, ``sample_with_top_p``).
 
     The distribution is ``softmax(logits / temperature)`` over the allowed tokens, cut to its nucleus: the most probable
@@ -26,10 +72,11 @@ def propose(
         forbidden: bool ``[V]``, tokens that must not be written.
         uniform: ``[N]`` in [0, 1): the randomness, from outside, so that it can be a function of the prompt.
         temperature: above 0; greedy proposals are `most_probable`'s.
+        measure: what sorts the proposals; None: their confidence.
 
     Returns:
-        Tokens int64 ``[N]`` and the confidence ``[N]`` in each: its probability in the cut distribution times the share
-        of the allowed tokens in ``softmax(logits / temperature)``.
+        Tokens int64 ``[N]``, the confidence ``[N]`` in each, which is its probability in the cut distribution times the
+        share of the allowed tokens in ``softmax(logits / temperature)``, and what sorts them ``[N]``.
     """
     tempered = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     allowed = tempered.masked_fill(forbidden, -torch.inf)
@@ -43,7 +90,9 @@ def propose(
     choice = (cumulative <= uniform.to(total.dtype).unsqueeze(1) * total).sum(-1, keepdim=True)
     # Rounding may carry the draw past the last token that was kept.
     choice = torch.minimum(choice, (kept > 0).sum(-1, keepdim=True) - 1)
-    return token.gather(1, choice).squeeze(1), (kept.gather(1, choice) / total).squeeze(1) * share
+    confidence = (kept.gather(1, choice) / total).squeeze(1) * share
+    rank = measure.whole(kept / total * share.unsqueeze(1)) if measure else confidence
+    return token.gather(1, choice).squeeze(1), confidence, rank
 
 
 def most_probable(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,33 +109,73 @@ def most_probable(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor, Te
     return token, best, wide.logsumexp(-1)
 
 
-def surest(confidence: Tensor, count: int) -> Tensor:
-    """Which of one sequence's proposals are the ``count`` surest, the first ones among equals. ``[n] -> bool [n]``."""
-    accepted = torch.zeros_like(confidence, dtype=torch.bool)
-    accepted[confidence.argsort(descending=True, stable=True)[:count]] = True
-    return accepted
+def surest(rank: Tensor, count: int) -> Tensor:
+    """Which of one sequence's proposals are the ``count`` that rank highest, the first ones among equals.
+    ``[n] -> bool [n]``."""
+    chosen = torch.zeros_like(rank, dtype=torch.bool)
+    chosen[rank.argsort(descending=True, stable=True)[:count]] = True
+    return chosen
 
 
-def even_shares(count: int, steps: int) -> list[int]:
-    """How many of ``count`` tokens each of ``steps`` steps writes: as many in each, and one more in the first ones
-    (SDAR, LLaDA)."""
-    base, more = divmod(count, steps)
-    return [base + (step < more) for step in range(steps)]
+def choose(rank: Tensor, confidence: Tensor, count: int, threshold: float | None) -> Tensor:
+    """Which of one sequence's proposals a step writes: those surer than ``threshold`` if there are as many as
+    ``count``, else the ``count`` that rank highest. ``[n], [n] -> bool [n]``."""
+    if threshold is not None:
+        sure = confidence > threshold
+        if sure.sum() >= count:
+            return sure
+    return surest(rank, count)
 
 
-def shares_of_time(count: int, steps: int) -> list[int]:
-    """As `even_shares`, of Dream: time runs from 1 to 0.001 in even steps, and a step from t to s writes a share of
-    1 - s / t of what is masked, rounded down; the last one writes the rest."""
-    time = torch.linspace(1, 1e-3, steps + 1)
-    shares: list[int] = []
-    for step in range(steps - 1):
-        shares.append(int((count - sum(shares)) * (1 - time[step + 1] / time[step])))
-    return [*shares, count - sum(shares)]
+@functools.cache
+def _times(steps: int) -> Tensor:
+    """Dream's: from 1 to 0.001 in even steps, ``[steps + 1]``."""
+    return torch.linspace(1, 1e-3, steps + 1)
 
 
-def accept(confidence: Tensor, threshold: float) -> Tensor:
-    """Which of one sequence's proposals are written: those surer than ``threshold``, and always the surest.
-    ``[n] -> bool [n]``, n >= 1."""
-    accepted = confidence > threshold
-    accepted[confidence.argmax()] = True
-    return accepted
+# How a sub-block's places are sorted without the model: (places, steps, generator) -> [places], the larger the earlier.
+
+
+def _from_the_left(places: int, steps: int, generator: torch.Generator) -> Tensor:
+    return -torch.arange(places)
+
+
+def _drawn(places: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Dream's ``origin``: a step from time t to s writes each masked token with probability 1 - s / t, the last step
+    all. That is: a token is written in the step in which time falls below a number that is drawn for it once."""
+    moment = torch.rand(places, generator=generator, dtype=torch.float64)
+    later = (_times(steps).double() > moment.unsqueeze(1)).sum(1) - 1
+    return -later.clamp(max=steps - 1)
+
+
+PLACES = {"position": _from_the_left, "time": _drawn}
+
+
+# How many tokens a step writes at least: (ranks [n] of what is masked, places of the sub-block, number of the step from
+# 0, steps) -> count. Where it is 0 the step is nothing, and needs no pass.
+
+
+def _one(rank: Tensor, places: int, step: int, steps: int) -> int:
+    return 1
+
+
+def _even(rank: Tensor, places: int, step: int, steps: int) -> int:
+    """As many in each step, and one more in the first ones (SDAR, LLaDA)."""
+    base, more = divmod(places, steps)
+    return max(1, base + (step < more))
+
+
+def _time(rank: Tensor, places: int, step: int, steps: int) -> int:
+    """Dream's: a step from time t to s writes a share of 1 - s / t of what is masked, rounded down; the last step the
+    rest."""
+    if step >= steps - 1:
+        return len(rank)
+    return int(len(rank) * (1 - _times(steps)[step + 1] / _times(steps)[step]))
+
+
+def _as_drawn(rank: Tensor, places: int, step: int, steps: int) -> int:
+    """All that were drawn for the same step."""
+    return int((rank == rank.max()).sum())
+
+
+SHARES = {"one": _one, "even": _even, "time": _time, "drawn": _as_drawn}

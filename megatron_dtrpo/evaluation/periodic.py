@@ -111,12 +111,11 @@ class PeriodicEvaluation:
         """Share of problems whose greedily decoded answer the verifier accepts, and what decoding cost."""
         settings, block_size = self.config.evaluation, self.config.model.block_size
         rule, longest = family_of(self.config.model).rule, settings.eval_max_new_tokens
-        small = 8 if block_size % 8 == 0 else block_size
         options = DecodingOptions(
             max_new_tokens=longest,
             rule=rule,
             threshold=settings.eval_threshold,
-            small_block_size=small if block_size else default_small_block(block_size, rule, longest),
+            small_block_size=default_small_block(block_size, rule, longest),
         )
         decoded = decode_prompts(
             engine, self.problems, options, batch_size=settings.eval_batch_size, seed=0, progress=False

@@ -68,7 +68,19 @@ QWEN3 = _family(
     block_size=None,
     starting_point=True,
 )
-SDAR = _family(name="sdar", architecture="SDARForCausalLM", model_type="sdar", prediction_shift=0, block_size=None)
+SDAR = _family(
+    name="sdar",
+    architecture="SDARForCausalLM",
+    model_type="sdar",
+    prediction_shift=0,
+    block_size=None,
+    rule="dynamic",
+)
 A2D_QWEN3 = _family(
-    name="a2d_qwen3", architecture="A2DQwen3LMHeadModel", model_type="a2d-qwen3", prediction_shift=0, block_size=32
+    name="a2d_qwen3",
+    architecture="A2DQwen3LMHeadModel",
+    model_type="a2d-qwen3",
+    prediction_shift=0,
+    block_size=32,
+    rule="static",
 )

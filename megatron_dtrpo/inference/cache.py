@@ -2,7 +2,8 @@
 
 The cache has a slot per sequence that is being decoded. A pass writes the keys and values of its tokens at their
 positions and attends what its slots hold up to a length each; a noisy block's entries are overwritten by its next pass
-and, once the block is full, by the clean one. No entry is ever copied or thrown away.
+and, once the block is full, by the clean one. No entry is ever copied or thrown away. Under full attention there is a
+cache only where decoding approximates by one (`config.decoding.CACHES`).
 
 Legend: s packed tokens of a pass, n slots in it, q tokens per slot, L the longest visible length, g key/value groups.
 """
@@ -72,8 +73,8 @@ class CachedAttention(PackedAttention):
 
 @dataclass
 class PrefillAttention(CachedAttention):
-    """Attention of clean tokens from position 0 on, of several sequences one after the other. The plan is for
-    ``padding`` more tokens: FlexAttention's kernels are for few lengths, and the model's tokens need not be."""
+    """Attention of tokens from position 0 on, of several sequences one after the other. The plan is for ``padding``
+    more tokens: FlexAttention's kernels are for few lengths, and the model's tokens need not be."""
 
     padding: int = 0
 
@@ -131,16 +132,23 @@ def prefill_attention(
     return PrefillAttention(backend=backend, plan=plan, cache=cache, slot=slot, position=position, padding=padding)
 
 
-def whole_attention(slot: Tensor, padding: int, width: int, backend: str) -> PackedAttention:
-    """Full attention among the tokens of each slot, without a cache, and among ``padding`` tokens behind them.
+def whole_attention(
+    cache: KeyValueCache | None, slot: Tensor, position: Tensor, padding: int, width: int, backend: str
+) -> PackedAttention:
+    """Full attention among the tokens of each slot, and among ``padding`` tokens behind them, which the cache, if any,
+    does not get.
 
     Args:
-        slot: int64 ``[s]`` of every token, on the device.
+        slot, position: int64 ``[s]`` of every token, on the device.
         width, backend: as of `prefill_attention`.
     """
     document = F.pad(slot, (0, padding), value=PADDING_DOCUMENT)
     shared = torch.zeros_like(document)
-    return plan_attention(Coordinates(document, shared, shared + CLEAN + 1, shared), 1, backend, width)
+    attention = plan_attention(Coordinates(document, shared, shared + CLEAN + 1, shared), 1, backend, width)
+    if cache is None:
+        return attention
+    plan = attention.plan
+    return PrefillAttention(backend=backend, plan=plan, cache=cache, slot=slot, position=position, padding=padding)
 
 
 def block_attention(

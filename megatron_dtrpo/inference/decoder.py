@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_dtrpo.config.backends import BACKENDS, choose_backend
 from megatron_dtrpo.config.blocks import FULL, grain
-from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.config.decoding import RULES, DecodingOptions
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
@@ -102,6 +103,7 @@ class BlockDecoder:
             mask_id=self.vocabulary.mask_id,
             temperature=options.temperature,
             top_p=options.top_p,
+            order=RULES[options.rule].order,
         )
         active: list[_Slot] = []
         was_training = self.model.training
@@ -110,9 +112,9 @@ class BlockDecoder:
             while waiting or active:
                 while waiting and len(active) < cache.slots:
                     index = waiting.pop()
-                    generator = noise_generator(seed, -1, *keys[index], 0)
-                    active.append(_Slot(index, self._start(prompts[index], options), generator))
-                self._round(active, cache, predict)
+                    tokens, order = (noise_generator(seed, -1, *keys[index], number) for number in (0, 1))
+                    active.append(_Slot(index, self._start(prompts[index], options, order), tokens))
+                self._round(active, cache, predict, bool(options.sub_block_cache))
                 for number in range(len(active) - 1, -1, -1):
                     slot = active[number]
                     finished_blocks = slot.decoding.finished_blocks()
@@ -129,7 +131,7 @@ class BlockDecoder:
             self.model.train(was_training)
         return completions
 
-    def _start(self, prompt: Sequence[int], options: DecodingOptions) -> Decoding:
+    def _start(self, prompt: Sequence[int], options: DecodingOptions, order: torch.Generator) -> Decoding:
         return Decoding(
             prompt,
             options,
@@ -138,14 +140,16 @@ class BlockDecoder:
             end_ids=self.vocabulary.end_ids,
             max_positions=self.max_positions,
             shift=self.shift,
+            generator=order,
         )
 
     def _capacity(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
         longest = min(max(map(len, prompts)) + options.max_new_tokens, self.max_positions)
         return round_up(longest, grain(self.block_size))
 
-    def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor) -> None:
-        """One pass of every active sequence; sequences whose passes have the same form share a call of the model."""
+    def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor, keeps: bool) -> None:
+        """One pass of every active sequence; sequences whose passes have the same form share a call of the model.
+        ``keeps``: a pass over the whole under full attention fills the cache."""
         passes = [slot.decoding.next_pass() for slot in active]
         for numbers in self._groups(passes):
             group = [passes[number] for number in numbers]
@@ -153,12 +157,21 @@ class BlockDecoder:
                 torch.rand(len(passes[number].rows), generator=active[number].generator, dtype=torch.float64)
                 for number in numbers
             ]
-            token, confidence = self._call(group, numbers, cache, predict, torch.cat(uniform))
+            proposals = self._call(group, numbers, cache, predict, torch.cat(uniform), keeps)
             counts = [len(one.rows) for one in group]
-            for number, t, c in zip(numbers, token.split(counts), confidence.split(counts), strict=True):
-                active[number].decoding.update(t.tolist(), c)
+            each = zip(*(part.split(counts) for part in proposals), strict=True)
+            for number, (token, confidence, rank) in zip(numbers, each, strict=True):
+                active[number].decoding.update(token.tolist(), confidence, rank)
 
-    def _call(self, group: Sequence[Pass], slots: Sequence[int], cache: KeyValueCache, predict: Predictor, uniform):
+    def _call(
+        self,
+        group: Sequence[Pass],
+        slots: Sequence[int],
+        cache: KeyValueCache,
+        predict: Predictor,
+        uniform: Tensor,
+        keeps: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the model proposes for the passes of ``group``, which are in ``slots`` of the cache."""
         lengths, visible = [len(one.tokens) for one in group], [one.visible for one in group]
         offsets = torch.tensor([0] + lengths).cumsum(0).tolist()
@@ -178,25 +191,29 @@ class BlockDecoder:
             self.device,
         )
         width = attention_width(self.model.config)
-        if self.block_size == FULL:
-            ranks = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
-            padding = BACKENDS[self.backend].padded(round_up(len(tokens), ranks)) - len(tokens)
-            attention = whole_attention(slot, padding, width, self.backend)
-            tokens, position = (F.pad(each, (0, padding)) for each in (tokens, position))
-        elif lengths[0] > self.block_size:
+        if not self._is_long(group[0]):
+            attention = block_attention(cache, slots, visible, each, slot, position)
+        elif self.block_size != FULL:
             attention = prefill_attention(cache, slot, position, self.block_size, width, self.backend)
         else:
-            attention = block_attention(cache, slots, visible, each, slot, position)
+            ranks = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
+            padding = BACKENDS[self.backend].padded(round_up(len(tokens), ranks)) - len(tokens)
+            attention = whole_attention(cache if keeps else None, slot, position, padding, width, self.backend)
+            tokens, position = (F.pad(each, (0, padding)) for each in (tokens, position))
         return predict(tokens, position, attention, rows, uniform)
 
+    def _is_long(self, one: Pass) -> bool:
+        """Whether it attends what it computes itself, and nothing of the cache: several blocks, or all there is."""
+        return one.start == 0 and len(one.tokens) > self.block_size
+
     def _groups(self, passes: Sequence[Pass]) -> Iterator[list[int]]:
-        """Which passes share a call: those over one block, those over one sub-block, and long ones up to a budget."""
+        """Which passes share a call: those over one block or as many tokens of one, and long ones up to a budget."""
         by_length: dict[int, list[int]] = {}
         long: list[int] = []
         total = 0
         for number, one in enumerate(passes):
             length = len(one.tokens)
-            if length <= self.block_size:
+            if not self._is_long(one):
                 by_length.setdefault(length, []).append(number)
                 continue
             if long and total + length > PREFILL_TOKENS:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dtrpo.data.tokenizer import NO_MASK
-from megatron_dtrpo.diffusion.sampling import most_probable, propose
+from megatron_dtrpo.diffusion.sampling import MEASURES, most_probable, propose
 from megatron_dtrpo.model.attention import PackedAttention
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
 
@@ -20,9 +20,20 @@ from megatron_dtrpo.model.gpt import BlockDiffusionModel
 class Predictor:
     """Proposes tokens; collective over the model-parallel processes."""
 
-    def __init__(self, model: BlockDiffusionModel, *, vocab_size: int, mask_id: int, temperature: float, top_p: float):
-        """``vocab_size``: without padding; padding and the mask token are never proposed."""
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        *,
+        vocab_size: int,
+        mask_id: int,
+        temperature: float,
+        top_p: float,
+        order: str = "confidence",
+    ):
+        """``vocab_size``: without padding; padding and the mask token are never proposed. ``order``: of
+        `config.decoding.Rule`."""
         self.model, self.temperature, self.top_p = model, temperature, top_p
+        self.measure = MEASURES.get(order)
         self.device = next(model.parameters()).device
         self.group = parallel_state.get_tensor_model_parallel_group()
         allowed = torch.arange(model.vocab_size) < vocab_size
@@ -36,30 +47,31 @@ class Predictor:
     @torch.no_grad()
     def __call__(
         self, tokens: Tensor, position: Tensor, attention: PackedAttention, rows: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs ``tokens, position`` int64 ``[s]`` and reads the predictions of ``rows`` int64 ``[N]``; ``uniform``
         float64 ``[N]`` is the randomness of each, used above temperature 0. All on the model's device.
 
         Returns:
-            Proposed tokens int64 ``[N]`` and their confidence ``[N]``, on the CPU.
+            Proposed tokens int64 ``[N]``, their confidence ``[N]`` and what sorts them ``[N]``, the larger the surer,
+            on the CPU.
         """
         # Under sequence parallelism the processes have as many rows each; the attention leaves the padding out.
         ranks = self.group.size() if self.model.config.sequence_parallel else 1
         tokens, position = (F.pad(t, (0, -len(t) % ranks)) for t in (tokens, position))
         hidden = self._through_stages(tokens, position, attention)
         if not len(rows):
-            return torch.empty(0, dtype=torch.long), torch.empty(0)
-        proposals = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
+            return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0)
+        proposals = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             logits = self.model.logits(hidden.squeeze(1)[rows])
             logits[:, self.model.tokens_here :] = -torch.inf
-            token, confidence = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
-            proposals[0], proposals[1] = token, confidence  # token ids are exact in fp64
+            found = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
+            torch.stack([each.double() for each in found], out=proposals)  # token ids are exact in fp64
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(proposals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-        token, confidence = proposals.cpu()
-        return token.long(), confidence
+        token, confidence, rank = proposals.cpu()
+        return token.long(), confidence, rank
 
     def _through_stages(self, tokens: Tensor, position: Tensor, attention: PackedAttention) -> Tensor:
         """Hidden states ``[s, 1, h]`` of the last stage; on the others what they sent on."""
@@ -74,10 +86,15 @@ class Predictor:
             dist.send(hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
-    def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, V / TP]`` -> tokens and probabilities ``[N]``: three numbers a row travel, not the vocabulary."""
+    def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[N, V / TP]`` -> tokens, probabilities and what sorts them, ``[N]``: at most five numbers a row travel, not
+        the vocabulary."""
         token, best, normaliser = most_probable(logits, self.forbidden_here)
-        mine = torch.stack([(token + self.first).double(), best.double(), normaliser.double()])
+        parts = [token + self.first, best, normaliser]
+        if self.measure:
+            probability = (logits - normaliser.unsqueeze(1)).masked_fill(self.forbidden_here, -torch.inf).exp()
+            parts += self.measure.parts(probability)
+        mine = torch.stack([part.double() for part in parts])
         if self.group.size() == 1:
             everyone = mine[None]
         else:
@@ -86,11 +103,14 @@ class Predictor:
             everyone = torch.stack(parts)
         winner = everyone[:, 1].argmax(0, keepdim=True)
         token, best = everyone[:, 0].gather(0, winner)[0], everyone[:, 1].gather(0, winner)[0]
-        return token, (best - everyone[:, 2].logsumexp(0)).exp()
+        normaliser = everyone[:, 2].logsumexp(0)
+        confidence = (best - normaliser).exp()
+        share = (everyone[:, 2] - normaliser).exp()
+        return token, confidence, self.measure.joined(everyone[:, 3:], share) if self.measure else confidence
 
-    def _sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.group.size() > 1:
             parts = [torch.empty_like(logits) for _ in range(self.group.size())]
             dist.all_gather(parts, logits.contiguous(), group=self.group)
             logits = torch.cat(parts, -1)
-        return propose(logits, self.forbidden, uniform, self.temperature, self.top_p)
+        return propose(logits, self.forbidden, uniform, self.temperature, self.top_p, self.measure)

@@ -47,7 +47,7 @@ def run(job: dict, ranks: int, parallel: ParallelSettings) -> list:
     vocabulary = Vocabulary(job["vocab_size"], job["mask_id"], frozenset(job["end_ids"]))
     block_size, shift = job["model"]["block_size"], job["shift"]
     decoder = BlockDecoder(model, vocabulary, block_size, max_positions=4096, shift=shift)
-    start = "clean" if shift else None
+    start = "clean" if shift and block_size else None
     noising = Noising("exact_trajectory", EstimatorOptions(), 1, start, block_size, job["mask_id"], seed=0, shift=shift)
     results = []
     for options in job["options"]:

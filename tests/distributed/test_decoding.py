@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 
+from megatron_dtrpo.diffusion.estimators import noise_generator
 from tests.support import oracles
+from tests.unit.test_full_attention import coin_of
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -30,7 +33,7 @@ MODEL = {
 NEW = 14
 THRESHOLDS, SUB_BLOCKS = (0.5, 0.9, 1.0), (4, 8, 32)
 SETTINGS = [dict(threshold=t, small_block_size=s) for t, s in product(THRESHOLDS, SUB_BLOCKS)]
-APPROXIMATE = [dict(threshold=0.9, small_block_size=s, sub_block_cache=True) for s in (4, 8)]
+APPROXIMATE = [dict(threshold=0.9, small_block_size=s, sub_block_cache=c) for s, c in ((4, "prefix"), (8, "dual"))]
 
 
 def peer():
@@ -120,17 +123,37 @@ def test_prompts_through_flex_attention_give_the_same_tokens(server, job, expect
 
 @pytest.mark.parametrize("processes, stages, backend", [(2, 1, "sdpa"), (2, 2, "flex")], ids=["TP2", "PP2"])
 def test_full_attention_decodes_by_its_published_rule(server, job, tmp_path, processes, stages, backend):
-    options = {"max_new_tokens": NEW, "rule": "static", "small_block_size": 5, "denoising_steps": 2}
+    """The vocabulary in two shards, and in stages; under sequence parallelism too."""
+    rules = [("static", 5, None), ("entropy", NEW, None), ("topk_margin", NEW, None), ("origin", NEW, None)]
+    rules += [("entropy", 5, "prefix"), ("topk_margin", 5, "dual")]
     part = dict(job, model={**MODEL, "block_size": 0}, prompts=job["prompts"][:4], attention_backend=backend)
-    part["cases"] = [{"options": options, "batch_size": 3}]
-    (found,) = decode(server, part, tmp_path, processes, stages)
-    model, known = (
-        peer(),
-        {"gen_length": NEW, "block_length": 5, "steps": 2, "mask_id": MASK, "shift": 1, "vocab_size": VOCAB},
-    )
-    with torch.no_grad():
-        expected = [oracles.decode_as_llada(model, prompt, **known) for prompt in part["prompts"]]
-    assert [(one.tokens, one.steps) for one in found] == expected
+    part["sequence_parallel"] = stages == 1
+    rules = rules if stages == 1 else rules[1::4]  # uncompiled FlexAttention is slow
+    part["cases"] = [
+        {
+            "options": {
+                "max_new_tokens": NEW,
+                "rule": rule,
+                "small_block_size": size,
+                "denoising_steps": 3,
+                "sub_block_cache": cache,
+            },
+            "batch_size": 3,
+        }
+        for rule, size, cache in rules
+    ]
+    model, known = peer(), {"gen_length": NEW, "steps": 3, "mask_id": MASK, "shift": 1, "vocab_size": VOCAB}
+    for (rule, size, cache), found in zip(rules, decode(server, part, tmp_path, processes, stages), strict=True):
+        how = dict(known, block_length=size, cache=cache)
+        for index, (prompt, one) in enumerate(zip(part["prompts"], found, strict=True)):
+            drawn = torch.rand(NEW, generator=noise_generator(0, -1, index, 0, 1), dtype=torch.float64)
+            coin = partial(coin_of, drawn, len(prompt))
+            with torch.no_grad():
+                if rule == "static":
+                    expected = oracles.decode_as_llada(model, prompt, **how)
+                else:
+                    expected = oracles.decode_as_dream(model, prompt, **how, alg=rule, coin=coin)
+            assert (one.tokens, one.steps) == expected, (rule, cache, len(prompt))
 
 
 @pytest.mark.parametrize(("processes", "stages", "changes"), [(2, 1, {"sequence_parallel": True}), (2, 2, {})])

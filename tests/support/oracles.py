@@ -7,7 +7,7 @@ Nothing here imports `megatron_dtrpo`. Positions are absolute, the prompt is ``0
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,29 +154,48 @@ def decode_as_llada(
     *,
     gen_length: int,
     block_length: int,
-    steps: int | None,
+    steps: int | None = None,
+    threshold: float | None = None,
+    cache: str | None = None,
     mask_id: int,
     shift: int = 0,
     vocab_size: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """LLaDA's greedy sampling by low confidence, of a model of prediction ``shift``: the response, and which pass wrote
-    each token. ``steps``: of a block; None: as many as it has tokens."""
+    each token. ``steps``: of a block; None: as many as it has tokens. ``threshold``: Fast-dLLM's instead, all that are
+    as sure, and always the surest. ``cache``: its ``prefix`` or ``dual``."""
     tokens = list(prompt) + [mask_id] * gen_length
     written: dict[int, int] = {}
     passes = 0
     for start in range(len(prompt), len(tokens), block_length):
         block = range(start, min(start + block_length, len(tokens)))
         number = steps or len(block)
-        for step in range(number):
+        step, snapshot = 0, None
+        while masked := [p for p in block if p not in written]:
             quota = len(block) // number + (step < len(block) % number)
+            step += 1
             if quota == 0:
                 continue
-            probability = _probabilities(model, tokens, mask_id, shift, vocab_size)
-            masked = [p for p in block if p not in written]
-            for p in sorted(masked, key=lambda p: -probability[p].max())[:quota]:
+            if snapshot is None or cache is None:
+                snapshot = list(tokens)
+                probability = _probabilities(model, tokens, mask_id, shift, vocab_size)
+            else:
+                probability = _probabilities_beside(model, tokens, snapshot, block, cache, mask_id, shift, vocab_size)
+            order = sorted(masked, key=lambda p: -probability[p].max())
+            if threshold is not None:
+                quota = max(1, sum(float(probability[p].max()) >= threshold for p in masked))
+            for p in order[:quota]:
                 tokens[p], written[p] = int(probability[p].argmax()), passes
             passes += 1
     return tokens[len(prompt) :], [written[p] for p in range(len(prompt), len(tokens))]
+
+
+# How sure Dream's algorithms are of a place: of the probabilities ``[V]`` of its tokens.
+DREAM = {
+    "maskgit_plus": lambda p: p.max(),
+    "topk_margin": lambda p: p.sort().values[-1] - p.sort().values[-2],
+    "entropy": lambda p: (p[p > 0] * p[p > 0].log()).sum(),
+}
 
 
 def decode_as_dream(
@@ -187,31 +206,122 @@ def decode_as_dream(
     steps: int,
     mask_id: int,
     shift: int = 1,
+    alg: str = "maskgit_plus",
+    coin: Callable[[int, float], float] | None = None,
+    block_length: int | None = None,
+    cache: str | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Dream's greedy sampling by ``maskgit_plus``, of a model of prediction ``shift``: as `decode_as_llada`."""
+    """Dream's greedy sampling, of a model of prediction ``shift``: as `decode_as_llada`.
+
+    ``alg``: of `DREAM`, or ``origin``, which at time t writes a masked place p where ``coin(p, t)``, a fresh uniform
+    number, is below the step's share. ``block_length`` and ``cache``: as Fast-dLLM has them, whose first step in a
+    block, over everything, writes the block's first token and no other.
+    """
     tokens = list(prompt) + [mask_id] * gen_length
     written: dict[int, int] = {}
     passes = 0
     time = torch.linspace(1, 1e-3, steps + 1)
-    for step in range(steps):
-        masked = [p for p in range(len(prompt), len(tokens)) if p not in written]
-        quota = len(masked) if step == steps - 1 else int(len(masked) * (1 - time[step + 1] / time[step]))
-        if quota == 0:
-            continue
-        probability = _probabilities(model, tokens, mask_id, shift)
-        for p in sorted(masked, key=lambda p: -probability[p].max())[:quota]:
-            tokens[p], written[p] = int(probability[p].argmax()), passes
-        passes += 1
+    length = block_length or gen_length
+    for start in range(len(prompt), len(tokens), length):
+        block = range(start, min(start + length, len(tokens)))
+        snapshot = None
+        for step in range(steps):
+            masked = [p for p in block if p not in written]
+            share, is_last = 1 - time[step + 1] / time[step], step == steps - 1
+            quota = len(masked) if is_last else int(len(masked) * share)
+            if cache and step == 0:
+                chosen = [start]
+            elif alg == "origin":
+                chosen = [p for p in masked if is_last or coin(p, float(time[step])) < share]
+            else:
+                chosen = masked if quota else []
+            if not chosen:
+                continue
+            if snapshot is None or cache is None:
+                snapshot = list(tokens)
+                probability = _probabilities(model, tokens, mask_id, shift, vocab_size)
+            else:
+                probability = _probabilities_beside(model, tokens, snapshot, block, cache, mask_id, shift, vocab_size)
+            if len(chosen) > quota and alg != "origin":
+                chosen = sorted(chosen, key=lambda p: -DREAM[alg](probability[p]))[: max(1, quota)]
+            for p in chosen:
+                tokens[p], written[p] = int(probability[p].argmax()), passes
+            passes += 1
     return tokens[len(prompt) :], [written[p] for p in range(len(prompt), len(tokens))]
 
 
 def _probabilities(model, tokens: list[int], mask_id: int, shift: int, vocab_size: int | None = None) -> Tensor:
-    """``[S, V]``: of the token at each position, from the row ``shift`` before it; the mask is never written, nor is
-    padding from ``vocab_size`` on."""
-    probability = torch.softmax(full_logits(model, torch.tensor(tokens)), -1)
+    """``[S, V]``: of the token at each position, from the row ``shift`` before it; the mask is never written. Rows from
+    ``vocab_size`` on are no tokens."""
+    return _as_read(full_logits(model, torch.tensor(tokens)), mask_id, shift, vocab_size)
+
+
+def _as_read(logits: Tensor, mask_id: int, shift: int, vocab_size: int | None) -> Tensor:
+    probability = torch.softmax(logits[:, :vocab_size], -1)
     probability[:, mask_id] = 0
-    probability[:, vocab_size or probability.shape[1] :] = 0
-    return torch.cat([probability[:shift], probability[: len(tokens) - shift]])
+    return torch.cat([probability[:shift], probability[: len(logits) - shift]])
+
+
+def _probabilities_beside(
+    model,
+    tokens: list[int],
+    snapshot: list[int],
+    block: range,
+    cache: str,
+    mask_id: int,
+    shift: int,
+    vocab_size: int | None,
+) -> Tensor:
+    """As `_probabilities`, of Fast-dLLM's approximation: what is outside of the part that is computed anew, ``block``
+    or with the prefix cache all from there on, is seen as it was when ``snapshot`` was computed whole."""
+    length = len(tokens)
+    fresh = range(block.start, length if cache == "prefix" else block.stop)
+    position = torch.tensor([*range(length), *fresh])
+    sees = torch.zeros(len(position), len(position), dtype=torch.bool)
+    sees[:length, :length] = True
+    sees[length:] = True
+    sees[length:, fresh.start : fresh.stop] = False
+    logits = qwen2_logits(model, torch.tensor(snapshot + [tokens[p] for p in fresh]), position, sees)
+    placed = torch.full((length, logits.shape[1]), torch.nan, dtype=logits.dtype)
+    placed[fresh.start : fresh.stop] = logits[length:]
+    return _as_read(placed, mask_id, shift, vocab_size)
+
+
+def decode_as_sdar(
+    model: Qwen2ForCausalLM | Qwen3ForCausalLM,
+    prompt: Sequence[int],
+    *,
+    total: int,
+    block_size: int,
+    steps: int,
+    remasking: str,
+    threshold: float,
+    mask_id: int,
+) -> tuple[list[int], list[int]]:
+    """SDAR's greedy sampling to ``total`` positions, whole blocks: the response, and which pass wrote each token."""
+    tokens, written, passes = list(prompt), {}, 0
+    for start in range(len(prompt) // block_size * block_size, total, block_size):
+        tokens += [mask_id] * (start + block_size - len(tokens))
+        for step in range(steps):
+            masked = [p for p in range(max(start, len(prompt)), len(tokens)) if p not in written]
+            quota = block_size // steps + (step < block_size % steps)
+            if not masked:
+                break
+            sees = block_causal(len(tokens), block_size)
+            logits = qwen2_logits(model, torch.tensor(tokens), torch.arange(len(tokens)), sees)
+            probability = _as_read(logits, mask_id, 0, None)
+            surest = sorted(masked, key=lambda p: -probability[p].max())[:quota]
+            high = [p for p in masked if probability[p].max() > threshold]
+            chosen = {
+                "sequential": masked[:quota],
+                "low_confidence_static": surest,
+                "low_confidence_dynamic": high if len(high) >= quota else surest,
+            }[remasking]
+            for p in chosen:
+                tokens[p], written[p] = int(probability[p].argmax()), passes
+            passes += 1
+    return tokens[len(prompt) :], [written[p] for p in range(len(prompt), len(tokens))]
 
 
 def qwen2_logits(
@@ -372,15 +482,16 @@ def decode_without_cache(
     mask_id: int,
     end_id: int,
     vocab_size: int,
-    sub_block_cache: bool = False,
+    sub_block_cache: str | None = None,
     shift: int = 1,
 ) -> tuple[list[int], list[int]]:
     """Greedy block-diffusion decoding that recomputes everything in every step: the response, and which step wrote each
     token.
 
-    With ``sub_block_cache`` a step inside a sub-block whose first token is known runs that sub-block's tokens only; the
-    rest of the block is seen as it was in the last step that ran the whole block. ``shift`` 0: a token is predicted at
-    its own row, and a block's first token is written as the others are.
+    With ``sub_block_cache`` a step inside a sub-block whose first token is known runs that sub-block's tokens only
+    (``dual``), or what follows them too (``prefix``); the rest of the block is seen as it was in the last step that
+    ran the whole block. ``shift`` 0: a token is predicted at its own row, and a block's first token is written as the
+    others are.
     """
     tokens, written = list(prompt), {}
     last = len(prompt) + max_new_tokens
@@ -392,12 +503,12 @@ def decode_without_cache(
             rows = {p: logits[p - shift] for p in positions}
         else:  # [earlier blocks, the block as it was, the sub-block as it is]
             start = positions[0] // small_block_size * small_block_size
-            fresh = range(start, start + small_block_size)
+            fresh = range(start, length if sub_block_cache == "prefix" else start + small_block_size)
             position = torch.tensor([*range(length), *fresh])
             sees = torch.zeros(len(position), len(position), dtype=torch.bool)
             sees[:length, :length] = block_causal(length, block_size)
             sees[length:, :length] = True
-            sees[length:, start : start + small_block_size] = False
+            sees[length:, fresh.start : fresh.stop] = False
             sees[length:, length:] = True
             now = tokens[: length - block_size] + snapshot + [tokens[p] for p in fresh]
             logits = qwen2_logits(model, torch.tensor(now), position, sees)

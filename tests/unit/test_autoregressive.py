@@ -89,12 +89,16 @@ def test_a_family_that_reads_a_token_at_its_own_row_has_no_exact_likelihood():
     assert config.objective.estimator == "dtrpo"  # one token a block, masked
 
 
-@pytest.mark.parametrize("words", [["--threshold", "0.5"], ["--sub-block-cache"], ["--small-block-size", "8"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--threshold", "0.5"], ["--sub-block-cache"], ["--small-block-size", "8"], ["--rule", "static"]],
+)
 def test_options_of_blocks_are_refused_where_a_block_is_a_token(words):
     parser = argparse.ArgumentParser()
     add_decoding_flags(parser)
     assert decoding_options(parser.parse_args([]), block_size=1).small_block_size == 1
-    decoding_options(parser.parse_args(words), block_size=8)
+    assert decoding_options(parser.parse_args([]), block_size=1).rule == "leftmost"
+    decoding_options(parser.parse_args(words), block_size=16)
     with pytest.raises(UserError, match=f"^{words[0]}.*block.?size 1"):
         decoding_options(parser.parse_args(words), block_size=1)
 

@@ -105,7 +105,7 @@ def test_limits(prompt, limit, expected):
 
 
 def test_sub_block_passes_need_a_known_first_token_and_a_whole_pass_before():
-    state = decoding(4, small_block_size=2, sub_block_cache=True, threshold=1.0)
+    state = decoding(4, small_block_size=2, sub_block_cache="dual", threshold=1.0)
     extents = []
     while not state.finished:
         one = state.next_pass()
@@ -126,7 +126,7 @@ def test_any_answers_lead_to_a_whole_response():
             small_block_size=small,
             max_new_tokens=rng.randint(1, 20),
             threshold=rng.random(),
-            sub_block_cache=rng.random() < 0.5,
+            sub_block_cache=rng.choice((None, "prefix", "dual")),
         )
         while not state.finished:
             one = state.next_pass()

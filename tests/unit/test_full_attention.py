@@ -4,6 +4,8 @@ megatron-core against transformers' Llama and Qwen2 in float64; the limit in whi
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -14,7 +16,7 @@ import torch
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
 from megatron_dtrpo.config.blocks import FULL
-from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.config.decoding import CACHES, RULES, DecodingOptions
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
@@ -28,12 +30,12 @@ from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
-from megatron_dtrpo.diffusion import estimators
+from megatron_dtrpo.diffusion import estimators, sampling
 from megatron_dtrpo.diffusion.estimators import NoiseRequest, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, concatenate, packed_length, pad_to, visible
 from megatron_dtrpo.diffusion.sharding import work
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.families.registry import family_named, family_of
 from tests.support import conversion_folders as folders
 from tests.support import oracles
 from tests.unit.test_attention import NARROW, WIDE, attend, random_qkv
@@ -514,6 +516,22 @@ def test_decoding_is_the_published_rule(pairs, family):
         )
         for steps in (3, 20)
     ]
+    cases += [
+        (
+            {"small_block_size": 7, "rule": alg, "denoising_steps": steps},
+            oracles.decode_as_dream,
+            {"steps": steps, "alg": alg},
+        )
+        for alg in ("entropy", "topk_margin")
+        for steps in (3, 20)
+    ]
+    cases.append(
+        (
+            {"small_block_size": 4, "rule": "threshold", "threshold": 0.4},
+            oracles.decode_as_llada,
+            {"block_length": 4, "threshold": 0.4},
+        )
+    )
     ended = 0
     for options, oracle, how in cases:
         found = decoder.decode(prompts, DecodingOptions(max_new_tokens=7, **options), batch_size=2)
@@ -526,14 +544,86 @@ def test_decoding_is_the_published_rule(pairs, family):
     assert ended
 
 
+def coin_of(drawn: torch.Tensor, first: int, place: int, time: float) -> float:
+    """A fresh uniform number for a place at a time, where time has not come to the number that is drawn for it."""
+    return 1 - float(drawn[place - first]) / time
+
+
 @torch.no_grad()
-def test_what_was_decoded_is_replayed(pairs):
+def test_origin_writes_each_place_in_its_own_time(pairs):
+    """Dream's: at time t a masked place is written where a fresh uniform number is below 1 - s / t."""
+    from megatron_dtrpo.inference.decoder import make_decoder
+
+    peer, model = pairs["dream"]
+    prompts, steps = [[5, 6, 7], [8]], 4
+    options = DecodingOptions(max_new_tokens=9, small_block_size=9, rule="origin", denoising_steps=steps)
+    decoder = make_decoder(model, ModelSettings(**DREAM), Words)
+    found = decoder.decode(prompts, options, batch_size=2, seed=3)
+    for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
+        drawn = torch.rand(9, generator=noise_generator(3, -1, number, 0, 1), dtype=torch.float64)
+
+        coin = functools.partial(coin_of, drawn, len(prompt))
+        known = {"gen_length": 9, "steps": steps, "mask_id": MASK, "shift": 1, "alg": "origin", "coin": coin}
+        assert (one.tokens, one.steps) == oracles.decode_as_dream(peer, prompt, **known)
+    assert found[0].steps != found[1].steps
+    (alone,) = decoder.decode(prompts[1:], options, batch_size=1, seed=3, keys=[(1, 0)])
+    assert (alone.tokens, alone.steps) == (found[1].tokens, found[1].steps)  # its neighbours have no part in it
+
+
+def test_origins_order_has_dreams_distribution():
+    steps, places = 5, 200_000
+    written = -sampling.PLACES["time"](places, steps, torch.Generator().manual_seed(0))
+    time = torch.linspace(1, 1e-3, steps + 1)
+    for step in range(steps):
+        masked = written >= step
+        share = 1.0 if step == steps - 1 else 1 - time[step + 1] / time[step]
+        assert (written == step).sum() / masked.sum() == pytest.approx(float(share), abs=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_are_fast_dllms_approximation(pairs, family, cache):
+    """Token for token, by transformers with the kept tokens beside the ones that are computed anew; prompts of
+    different lengths, more of them than slots. With the whole response as one sub-block the prompt alone is kept."""
+    from megatron_dtrpo.inference.decoder import make_decoder
+
+    peer, model = pairs[family]
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 59, (n,), generator=generator).tolist() for n in (1, 9, 4)]
+    decoder = make_decoder(model, ModelSettings(**MODELS[family]), Words)
+    known = {"gen_length": 10, "mask_id": MASK}
+    if family == "llada":
+        cases = [("static", None, 2, 4), ("static", None, None, 10), ("threshold", 0.3, None, 5)]
+    else:
+        cases = [("entropy", None, 3, 4), ("maskgit_plus", None, 4, 10), ("topk_margin", None, 4, 5)]
+    exact = 0
+    for rule, threshold, steps, block in cases:
+        how = {"small_block_size": block, "rule": rule, "denoising_steps": steps, "threshold": threshold}
+        options = DecodingOptions(max_new_tokens=10, sub_block_cache=cache, **how)
+        found = decoder.decode(prompts, options, batch_size=2)
+        for prompt, one in zip(prompts, found, strict=True):
+            theirs = {"steps": steps, "block_length": block, "cache": cache, **known}
+            if family == "llada":
+                expected = oracles.decode_as_llada(peer, prompt, threshold=threshold, **theirs)
+            else:
+                expected = oracles.decode_as_dream(peer, prompt, alg=rule, **theirs)
+            assert (one.tokens, one.steps) == expected, (rule, block, prompt)
+        whole = decoder.decode(prompts, dataclasses.replace(options, sub_block_cache=None), batch_size=2)
+        exact += sum(one.tokens == other.tokens for one, other in zip(found, whole, strict=True))
+    assert exact < 9  # an approximation, and it shows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", RULES)
+def test_what_was_decoded_is_replayed(pairs, rule):
     """The log-likelihood of the recorded steps, by one packed forward, is what the decoder was sure of."""
     from megatron_dtrpo.inference.decoder import make_decoder
 
     _, model = pairs["dream"]
     decoder = make_decoder(model, ModelSettings(**DREAM), Words)
-    options = DecodingOptions(max_new_tokens=11, small_block_size=4, rule="static", denoising_steps=2)
+    steps = 2 if "denoising_steps" in RULES[rule].reads else None
+    options = DecodingOptions(max_new_tokens=11, small_block_size=4, rule=rule, denoising_steps=steps)
     prompts = [[5, 6, 7], [8]]
     for prompt, one in zip(prompts, decoder.decode(prompts, options, batch_size=2), strict=True):
         decoded = [Decoded(torch.tensor(one.steps), torch.zeros(0, 4, dtype=torch.long))]
@@ -547,12 +637,17 @@ def test_what_was_decoded_is_replayed(pairs):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--sub-block-cache"], "--sub-block-cache: under full attention nothing is cached: leave it out"),
         (["--denoising-steps", "0"], "--denoising-steps 0: it must be at least 1"),
         (
             ["--rule", "threshold", "--denoising-steps", "4"],
-            "--denoising-steps goes with --rule static or maskgit_plus",
+            "^--denoising-steps 4: --rule threshold does not read it; static, dynamic, .*origin do: leave it out$",
         ),
+        (
+            ["--threshold", "0.9"],
+            "^--threshold 0.9: --rule static does not read it; threshold, dynamic do: leave it out$",
+        ),
+        (["--rule", "origin", "--threshold", "0"], "^--threshold 0.0: --rule origin does not read it"),
+        (["--rule", "dynamic", "--threshold", "1.5"], "^--threshold 1.5: it must be from 0 to 1"),
     ],
 )
 def test_flags_of_decoding(flags, words):
@@ -562,4 +657,13 @@ def test_flags_of_decoding(flags, words):
         decoding_options(parser.parse_args(flags), FULL, "static")
     assert decoding_options(parser.parse_args([]), FULL, "static").small_block_size == 32
     assert decoding_options(parser.parse_args([]), FULL, "maskgit_plus").small_block_size == 512
-    assert decoding_options(parser.parse_args([]), 32) == DecodingOptions()
+    assert decoding_options(parser.parse_args([]), FULL, "entropy").small_block_size == 512
+    assert decoding_options(parser.parse_args([]), 32) == DecodingOptions(threshold=0.9)
+    assert decoding_options(parser.parse_args([]), 32, "dynamic").small_block_size == 32
+    assert decoding_options(parser.parse_args([]), 12).small_block_size == 12
+    assert decoding_options(parser.parse_args([]), 4, family_named("sdar").rule).threshold == 0.85
+    assert decoding_options(parser.parse_args(["--rule", "dynamic", "--threshold", "0.5"]), 4).threshold == 0.5
+    given = parser.parse_args(["--sub-block-cache"])
+    assert decoding_options(given, 32).sub_block_cache == decoding_options(given, FULL).sub_block_cache == "dual"
+    with pytest.raises(UserError, match="^--sub-block-cache has no effect where a sub-block is the block of 4 tokens"):
+        decoding_options(given, 4, "dynamic")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.sampling import accept, most_probable, propose
+from megatron_dtrpo.diffusion.sampling import choose, most_probable, propose
 
 
 def nucleus(logits: list[float], temperature: float, top_p: float) -> dict[int, float]:
@@ -30,7 +30,7 @@ def test_draws_follow_the_cut_distribution(temperature, top_p):
     expected = nucleus(logits.tolist(), temperature, top_p)
     grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     nothing = torch.zeros(12, dtype=torch.bool)
-    token, confidence = propose(logits.repeat(len(grid), 1), nothing, grid, temperature, top_p)
+    token, confidence, _ = propose(logits.repeat(len(grid), 1), nothing, grid, temperature, top_p)
     share = torch.bincount(token, minlength=12).double() / len(grid)
     for i in range(12):
         assert share[i] == pytest.approx(expected.get(i, 0.0), abs=2e-4)
@@ -42,7 +42,7 @@ def test_extreme_draws_stay_inside_and_forbidden_tokens_are_never_drawn():
     logits = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
     forbidden = torch.arange(9) == 4
     uniform = torch.cat([torch.zeros(200), torch.full((200,), 1 - 1e-16)]).double()
-    token, confidence = propose(logits, forbidden, uniform, 1.0, 0.7)
+    token, confidence, _ = propose(logits, forbidden, uniform, 1.0, 0.7)
     assert (token != 4).all() and (confidence > 0).all()
     for row, t in zip(logits.tolist(), token.tolist(), strict=True):
         assert t in nucleus([-1e9 if i == 4 else x for i, x in enumerate(row)], 1.0, 0.7)
@@ -52,7 +52,7 @@ def test_extreme_draws_stay_inside_and_forbidden_tokens_are_never_drawn():
 def test_sampled_confidence_counts_forbidden_tokens_in_the_normaliser(temperature, top_p):
     """At temperature 1 and top_p 1 it is the probability that training knows."""
     logits, forbidden = torch.tensor([[1.0, 3.0, 2.0, 0.5]]).repeat(99, 1), torch.tensor([False, True, False, False])
-    token, confidence = propose(logits, forbidden, (torch.arange(99) + 0.5) / 99, temperature, top_p)
+    token, confidence, _ = propose(logits, forbidden, (torch.arange(99) + 0.5) / 99, temperature, top_p)
     exponential = [math.exp(x / temperature) for x in (1.0, 3.0, 2.0, 0.5)]
     allowed = nucleus([1.0, -1e9, 2.0, 0.5], temperature, top_p)
     assert set(token.tolist()) == {t for t, p in allowed.items() if p > 0}
@@ -80,4 +80,5 @@ def test_greedy_confidence_counts_forbidden_tokens_in_the_normaliser():
     ],
 )
 def test_what_is_accepted(confidence, threshold, expected):
-    assert accept(torch.tensor(confidence), threshold).tolist() == expected
+    confidence = torch.tensor(confidence)
+    assert choose(confidence, confidence, 1, threshold).tolist() == expected

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
-from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.config.decoding import CACHES, RULES, DecodingOptions
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
@@ -26,6 +26,7 @@ from megatron_dtrpo.data.tokenizer import METADATA_FILE, load_tokenizer
 from megatron_dtrpo.diffusion.layout import Coordinates, concatenate
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
+from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.training import resume
 from megatron_dtrpo.training.setup import check_reference_architecture
 from tests.support import conversion_folders as folders
@@ -273,7 +274,9 @@ def test_hidden_states_and_the_cross_entropy_of_noisy_blocks(peer, wide):
     assert compared == len(packed.target_row) > 30
 
 
-@pytest.mark.parametrize("options", [{}, {"small_block_size": 2}, {"small_block_size": 2, "sub_block_cache": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"small_block_size": 2}, *({"small_block_size": 2, "sub_block_cache": c} for c in CACHES)]
+)
 @pytest.mark.parametrize("threshold", [0.4, 0.9])
 def test_decoding_with_a_cache_is_decoding_without(peer, wide, options, threshold):
     from megatron_dtrpo.inference.decoder import make_decoder
@@ -295,6 +298,44 @@ def test_decoding_with_a_cache_is_decoding_without(peer, wide, options, threshol
     assert min(lengths) < 11 and 11 in lengths  # some end early, some do not
     if threshold < 0.5:
         assert any(len(set(steps)) < len(steps) for _, steps in expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt_length", [2, 4])
+@pytest.mark.parametrize(
+    "rule, remasking",
+    [
+        ("static", "low_confidence_static"),
+        ("dynamic", "low_confidence_dynamic"),
+        ("leftmost", "sequential"),
+    ],
+)
+def test_decoding_is_sdars_published_rule(peer, wide, rule, remasking, prompt_length):
+    """Token for token and step for step, also where a prompt ends inside a block: the block's share is the same."""
+    from megatron_dtrpo.inference.decoder import make_decoder
+
+    class Endless:
+        vocab_size, mask_id, eos_id = 61, MASK, MASK
+
+    generator = torch.Generator().manual_seed(prompt_length)
+    prompts = [torch.randint(0, 59, (prompt_length + more,), generator=generator).tolist() for more in (0, B)]
+    total, reads = round_up(prompt_length, B) + 3 * B, RULES[rule].reads
+    found_several = False
+    for steps in (3, 4):
+        options = DecodingOptions(
+            max_new_tokens=total - prompt_length,
+            rule=rule,
+            small_block_size=B,
+            denoising_steps=steps,
+            threshold=0.3 if "threshold" in reads else None,
+        )
+        found = make_decoder(wide, MODEL, Endless).decode(prompts, options, batch_size=2)
+        for prompt, one in zip(prompts, found, strict=True):
+            known = {"block_size": B, "steps": steps, "remasking": remasking, "threshold": 0.3, "mask_id": MASK}
+            end = len(prompt) + total - prompt_length
+            assert (one.tokens, one.steps) == oracles.decode_as_sdar(peer, prompt, total=end, **known)
+            found_several |= max(one.steps.count(step) for step in one.steps) > -(-B // steps)
+    assert found_several == (rule == "dynamic")  # more at once than the schedule asks for
 
 
 def test_an_export_computes_what_the_checkpoint_does(tmp_path, alone, peer):

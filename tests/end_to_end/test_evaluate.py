@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     files = {"checkpoint": folder / "run", "prompts": folder / "prompts.jsonl", "output": folder / "answers.jsonl"}
     assert generate.main(flags({**files, "max_new_tokens": NEW, **DECODING})) == 0
     answers = [json.loads(line)["completion"] for line in (folder / "answers.jsonl").read_text().splitlines()]
-    stop = answers[0][9:10]  # the second block of the first answer is not written for nothing
+    stop = next(answer[9] for answer in answers if len(answer) > 9)  # its second block is not written for nothing
     truth = [answer.split(stop)[0] for answer in answers]
     wrong = 1  # the task says something else about this one
     rows = [

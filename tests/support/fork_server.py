@@ -12,6 +12,7 @@ from 1, of the function ``module:name``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -106,6 +107,7 @@ def _before(name: str, call: int, action) -> None:
         owner = getattr(owner, part)
     original, calls = getattr(owner, last), itertools.count(1)
 
+    @functools.wraps(original)  # the package looks at signatures
     def replacement(*args, **kwargs):
         if next(calls) == call:
             action()

@@ -112,10 +112,11 @@ def test_bad_rows_are_skipped_or_all_named(folder, tmp_path, capfd, monkeypatch)
         f"{data} row 4: the prompt has {POSITIONS} tokens",
     ]
     asked = {"prompts": tmp_path / "*", "split": "train", "output": tmp_path / "out.jsonl", "max_new_tokens": 8}
+    asked |= {"small_block_size": 4, "sub_block_cache": "prefix"}
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half.py").write_text("def verify(row, text):\n    return len(text) % 2 == 0\n")
     for module, more in (
-        (generate, {}),
+        (generate, {"record_trajectory": True}),
         (pairs_verb, {"verifier": "half:verify", "samples": 20}),
     ):
         assert run(module, folder, **asked, **more) == 2
@@ -124,6 +125,7 @@ def test_bad_rows_are_skipped_or_all_named(folder, tmp_path, capfd, monkeypatch)
         assert run(module, folder, bad_rows="skip", **asked, **more) == 0
         said = capfd.readouterr().err
         assert "warning: skipped 4 of 6 rows" in said and all(problem in said for problem in problems)
+        assert "warning: --sub-block-cache prefix is an approximation: the recorded decodings replay otherwise" in said
         written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert written and {row["prompt"] for row in written} <= {"ab", "cd"}
         assert {row["when"] for row in written} == {str(when)}
@@ -217,6 +219,10 @@ ERRORS = {
     "no prompt": ({}, "either --prompt TEXT or --prompts FILE"),
     "threshold": ({"prompt": "a", "threshold": 1.5}, "--threshold 1.5"),
     "sub-block": ({"prompt": "a", "small_block_size": 3}, "must divide the model's block_size 8"),
+    "steps of another rule": (
+        {"prompt": "a", "denoising_steps": 4},
+        "--denoising-steps 4: --rule threshold does not read it; static",
+    ),
     "new tokens": ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 0"),
     "unknown flag": ({"prompt": "a", "treshold": 0.5}, "nearest known one is --threshold"),
     "trace folder": ({"prompt": "a", "trace": "no/folder/x.html"}, "its folder does not exist"),

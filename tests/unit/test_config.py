@@ -458,6 +458,11 @@ def test_what_is_missing_is_named(key):
         (1, dict(objective="sft", beta=0.1), ["beta belongs to objective preference", "with sft"]),
         (1, dict(objective="sft", label_smoothing=0.1), ["label_smoothing belongs to objective preference"]),
         (1, dict(eval_threshold=0.5), ["eval_threshold goes with eval_interval and eval_data_path"]),
+        (
+            1,
+            dict(eval_interval=1, eval_data_path="a", eval_threshold=0.5, block_size=1),
+            ["eval_threshold: decoding by the rule leftmost has no threshold: leave it out"],
+        ),
         (1, dict(eval_verifier="a:b"), ["eval_verifier goes with eval_interval and eval_data_path"]),
         (1, dict(lr_decay_style="constant", min_lr=1e-9), ["min_lr is where a decay ends", "constant"]),
         (1, dict(wandb_exp_name="a"), ["wandb_exp_name goes with wandb_project"]),

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.config.decoding import RULES, DecodingOptions
 from megatron_dtrpo.diffusion.decoding import Decoding
 
 MASK, END = 99, 98
@@ -120,12 +120,16 @@ def test_any_answers_lead_to_a_whole_response():
     for _ in range(300):
         block = rng.choice((1, 2, 4, 8))
         small = rng.choice([s for s in (1, 2, 4, 8) if block % s == 0])
+        rule = rng.choice(list(RULES))
+        reads = RULES[rule].reads
         state = decoding(
             rng.randint(1, 20),
             block,
             small_block_size=small,
             max_new_tokens=rng.randint(1, 20),
-            threshold=rng.random(),
+            rule=rule,
+            threshold=rng.random() if "threshold" in reads else None,
+            denoising_steps=rng.choice((None, 1, 3, 20)) if "denoising_steps" in reads else None,
             sub_block_cache=rng.choice((None, "prefix", "dual")),
         )
         while not state.finished:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.sampling import choose, most_probable, propose
+from megatron_dtrpo.diffusion.sampling import MEASURES, choose, most_probable, propose
 
 
 def nucleus(logits: list[float], temperature: float, top_p: float) -> dict[int, float]:
@@ -60,6 +60,39 @@ def test_sampled_confidence_counts_forbidden_tokens_in_the_normaliser(temperatur
         assert c == pytest.approx(allowed[t] * (1 - exponential[1] / sum(exponential)), rel=1e-5)
         if top_p == 1:
             assert c == pytest.approx(exponential[t] / sum(exponential), rel=1e-5)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_combine_over_shards_of_the_vocabulary(name, shards):
+    """Forbidden tokens count in the normaliser and nowhere else; padding nowhere, a whole shard of it neither."""
+    logits = 4 * torch.randn(7, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    logits[:, 8:] = -torch.inf
+    forbidden = (torch.arange(12) == 2) | (torch.arange(12) >= 8)
+    expected = []
+    for row in logits[:, :8].exp().tolist():
+        p = sorted(x / sum(row) for i, x in enumerate(row) if i != 2)
+        expected.append(p[-1] - p[-2] if name == "margin" else sum(x * math.log(x) for x in p))
+    parts, normalisers = [], []
+    for here, unwanted in zip(logits.chunk(shards, 1), forbidden.chunk(shards), strict=True):
+        normalisers.append(here.logsumexp(1))
+        own = (here - normalisers[-1].unsqueeze(1)).masked_fill(unwanted, -torch.inf).exp()
+        parts.append(MEASURES[name].parts(own))
+    share = torch.softmax(torch.stack(normalisers), 0)
+    assert MEASURES[name].joined(torch.stack(parts), share).tolist() == pytest.approx(expected, abs=1e-12)
+    _, _, rank = propose(logits, forbidden, torch.zeros(7, dtype=torch.float64), 1.0, 1.0, MEASURES[name])
+    assert rank.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_measure_is_of_the_tempered_and_cut_distribution():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.5]])
+    kept = sorted(nucleus(logits[0].tolist(), 2.0, 0.6).values())
+    for name, expected in (
+        ("margin", kept[-1] - kept[-2]),
+        ("entropy", sum(p * math.log(p) for p in kept)),
+    ):
+        _, _, rank = propose(logits, torch.zeros(4).bool(), torch.zeros(1), 2.0, 0.6, MEASURES[name])
+        assert rank.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_greedy_confidence_counts_forbidden_tokens_in_the_normaliser():

@@ -300,6 +300,9 @@ def test_decoding_with_a_cache_is_decoding_without(peer, wide, options, threshol
         assert any(len(set(steps)) < len(steps) for _, steps in expected)
 
 
+SURE = 0.45  # above it are now more, now fewer than the schedule asks for
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("prompt_length", [2, 4])
 @pytest.mark.parametrize(
@@ -321,17 +324,17 @@ def test_decoding_is_sdars_published_rule(peer, wide, rule, remasking, prompt_le
     prompts = [torch.randint(0, 59, (prompt_length + more,), generator=generator).tolist() for more in (0, B)]
     total, reads = round_up(prompt_length, B) + 3 * B, RULES[rule].reads
     found_several = False
-    for steps in (3, 4):
+    for steps in (2, 3):
         options = DecodingOptions(
             max_new_tokens=total - prompt_length,
             rule=rule,
             small_block_size=B,
             denoising_steps=steps,
-            threshold=0.3 if "threshold" in reads else None,
+            threshold=SURE if "threshold" in reads else None,
         )
         found = make_decoder(wide, MODEL, Endless).decode(prompts, options, batch_size=2)
         for prompt, one in zip(prompts, found, strict=True):
-            known = {"block_size": B, "steps": steps, "remasking": remasking, "threshold": 0.3, "mask_id": MASK}
+            known = {"block_size": B, "steps": steps, "remasking": remasking, "threshold": SURE, "mask_id": MASK}
             end = len(prompt) + total - prompt_length
             assert (one.tokens, one.steps) == oracles.decode_as_sdar(peer, prompt, total=end, **known)
             found_several |= max(one.steps.count(step) for step in one.steps) > -(-B // steps)

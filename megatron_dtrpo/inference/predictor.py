@@ -16,6 +16,8 @@ from megatron_dtrpo.diffusion.sampling import MEASURES, most_probable, propose
 from megatron_dtrpo.model.attention import PackedAttention
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
 
+ROWS = 1024  # predictions whose logits are there at once: under full attention a batch asks for many thousands
+
 
 class Predictor:
     """Proposes tokens; collective over the model-parallel processes."""
@@ -63,10 +65,8 @@ class Predictor:
             return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0)
         proposals = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
-            logits = self.model.logits(hidden.squeeze(1)[rows])
-            logits[:, self.model.tokens_here :] = -torch.inf
-            found = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
-            torch.stack([each.double() for each in found], out=proposals)  # token ids are exact in fp64
+            some = zip(hidden.squeeze(1)[rows].split(ROWS), uniform.split(ROWS), strict=True)
+            torch.cat([self._propose(*each) for each in some], 1, out=proposals)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(proposals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -85,6 +85,13 @@ class Predictor:
         if not parallel_state.is_pipeline_last_stage():
             dist.send(hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
+
+    def _propose(self, hidden: Tensor, uniform: Tensor) -> Tensor:
+        """Of the rows ``[n, h]`` that are read: tokens, confidences and what sorts them, ``[3, n]``."""
+        logits = self.model.logits(hidden)
+        logits[:, self.model.tokens_here :] = -torch.inf
+        found = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
+        return torch.stack([each.double() for each in found])  # token ids are exact in fp64
 
     def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[N, V / TP]`` -> tokens, probabilities and what sorts them, ``[N]``: at most five numbers a row travel, not

@@ -583,12 +583,17 @@ def test_origins_order_has_dreams_distribution():
 @torch.no_grad()
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("cache", CACHES)
-def test_caches_are_fast_dllms_approximation(pairs, family, cache):
+def test_caches_are_fast_dllms_approximation(pairs, family, cache, monkeypatch):
     """Token for token, by transformers with the kept tokens beside the ones that are computed anew; prompts of
-    different lengths, more of them than slots. With the whole response as one sub-block the prompt alone is kept."""
+    different lengths, more of them than slots. With the whole response as one sub-block the prompt alone is kept.
+    Never more logits at once than there is room for."""
+    from megatron_dtrpo.inference import predictor
     from megatron_dtrpo.inference.decoder import make_decoder
 
     peer, model = pairs[family]
+    logits, at_once = model.logits, set()
+    monkeypatch.setattr(predictor, "ROWS", 7)
+    monkeypatch.setattr(model, "logits", lambda rows: at_once.add(len(rows)) or logits(rows))
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, 59, (n,), generator=generator).tolist() for n in (1, 9, 4)]
     decoder = make_decoder(model, ModelSettings(**MODELS[family]), Words)
@@ -612,6 +617,7 @@ def test_caches_are_fast_dllms_approximation(pairs, family, cache):
         whole = decoder.decode(prompts, dataclasses.replace(options, sub_block_cache=None), batch_size=2)
         exact += sum(one.tokens == other.tokens for one, other in zip(found, whole, strict=True))
     assert exact < 9  # an approximation, and it shows
+    assert max(at_once) == 7
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ def build_parser() -> Parser:
         "--block-size",
         type=_positive,
         metavar="N",
-        help="Tokens per diffusion block, where config.json has none. Default: 32 for Qwen2 and Qwen3, others need it.",
+        help="Tokens per diffusion block, where config.json has none; 1: autoregressive, for Qwen2, Qwen3 and Llama. "
+        "Default: 32 for these, others need it.",
     )
     to.add_argument(
         "--make-vocab-size-divisible-by",

@@ -1,7 +1,7 @@
 """Qwen3, and the models that are Qwen3 trained to predict by blocks: SDAR with its descendants, and Tiny-A2D.
 
-All have the same tensors under the same names: as Qwen2's, with norms of queries and keys over the width of a head, and
-without biases. SDAR and Tiny-A2D predict a token at its own row.
+All have Llama's tensors under the same names, with norms of queries and keys over the width of a head. SDAR and
+Tiny-A2D predict a token at its own row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.families import qwen2
+from megatron_dtrpo.families import llama
 from megatron_dtrpo.families.config_json import decoder_assumptions, decoder_config, decoder_settings
 from megatron_dtrpo.families.family import Copy, Family, Rule
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_HEAD_DIM = 128  # transformers' for Qwen3, whatever the hidden size
 
 PARAMETERS: dict[str, Rule] = {
-    **{name: rule for name, rule in qwen2.PARAMETERS.items() if not name.endswith("bias")},
+    **llama.PARAMETERS,
     "decoder.layers.*.self_attention.q_layernorm.weight": Copy("model.layers.*.self_attn.q_norm.weight"),
     "decoder.layers.*.self_attention.k_layernorm.weight": Copy("model.layers.*.self_attn.k_norm.weight"),
 }

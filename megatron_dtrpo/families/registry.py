@@ -19,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "sdar": "megatron_dtrpo.families.qwen3:SDAR",
     "a2d_qwen3": "megatron_dtrpo.families.qwen3:A2D_QWEN3",
     "qwen3": "megatron_dtrpo.families.qwen3:QWEN3",
+    "llama": "megatron_dtrpo.families.llama:LLAMA",
     "llada": "megatron_dtrpo.families.llada:LLADA",
     "dream": "megatron_dtrpo.families.qwen2:DREAM",
 }
@@ -55,6 +56,8 @@ def family_of_config(config: dict, where: str | Path) -> Family:
     known = {row.architecture: row for row in families()}
     if len(names) == 1 and names[0] in known:
         return known[names[0]]
+    if len(names) > 1:
+        raise UserError(f"{where}: architectures has several, {', '.join(map(str, names))}: leave the one it is")
     raise UserError(
         f"{where}: unknown architecture {', '.join(map(str, names)) or '(none)'}: known are {', '.join(known)}"
     )

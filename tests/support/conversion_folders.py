@@ -25,12 +25,12 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MASK = "|<MASK>|"
 FAST_DLLM, QWEN2 = "Fast_dLLM_QwenForCausalLM", "Qwen2ForCausalLM"
 SDAR, A2D, QWEN3 = "SDARForCausalLM", "A2DQwen3LMHeadModel", "Qwen3ForCausalLM"
-LLADA, DREAM = "LLaDAModelLM", "DreamModel"
+LLADA, DREAM, LLAMA = "LLaDAModelLM", "DreamModel", "LlamaForCausalLM"
 MODEL_TYPES = {FAST_DLLM: "Fast_dLLM_Qwen", QWEN2: "qwen2", SDAR: "sdar", A2D: "a2d-qwen3", QWEN3: "qwen3"}
-MODEL_TYPES |= {LLADA: "llada", DREAM: "Dream"}
+MODEL_TYPES |= {LLADA: "llada", DREAM: "Dream", LLAMA: "llama"}
 LIKE_QWEN3 = (SDAR, A2D, QWEN3)  # norms of queries and keys, no biases
 MASKS = {FAST_DLLM: MASK, QWEN2: MASK, SDAR: "<MASK>", A2D: "<MASK>", QWEN3: "<MASK>"}
-MASKS |= {LLADA: "<|mdm_mask|>", DREAM: "<|mask|>"}
+MASKS |= {LLADA: "<|mdm_mask|>", DREAM: "<|mask|>", LLAMA: "<|mask|>"}
 # Qwen2's names -> LLaDA's, which are OLMo's.
 LLADA_NAMES = {
     "model.embed_tokens": "model.transformer.wte",
@@ -71,8 +71,9 @@ def random_weights(
             layer + "input_layernorm.weight": (s["hidden"],),
             layer + "post_attention_layernorm.weight": (s["hidden"],),
         }
-        if architecture in LIKE_QWEN3:
+        if architecture in (*LIKE_QWEN3, LLAMA):
             sizes = {name: size for name, size in sizes.items() if not name.endswith("bias")}
+        if architecture in LIKE_QWEN3:
             sizes |= {f"{layer}self_attn.{letter}_norm.weight": (s["width"],) for letter in "qk"}
     sizes["model.norm.weight"] = (s["hidden"],)
     if not tied:
@@ -165,6 +166,10 @@ def config(architecture=FAST_DLLM, tied=False, dtype=torch.float32, shape=None, 
         }
     if architecture in LIKE_QWEN3:
         values |= {"attention_bias": False, "head_dim": s["width"]}
+    if architecture == LLAMA:
+        values |= {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_scaling": None}
+        for qwens in ("sliding_window", "use_sliding_window"):
+            del values[qwens]
     if architecture == SDAR:
         values |= {"block_size": 4, "fuse_cross_entropy": True, "mask_token_id": 259}
     if architecture == DREAM:

@@ -56,6 +56,7 @@ def _tiny(
     groups: int = 2,
     tied: bool = False,
     rotary_base: float = 10000.0,
+    epsilon: float = 1e-6,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     **own: Any,
@@ -70,7 +71,7 @@ def _tiny(
         num_key_value_heads=groups,
         tie_word_embeddings=tied,
         max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
+        rms_norm_eps=epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
         attn_implementation="sdpa",  # eager computes its softmax in fp32
         **own,
@@ -78,33 +79,11 @@ def _tiny(
     return _randomized(model_class(config), dtype, seed)
 
 
-def llama(
-    *,
-    vocab_size: int = 61,
-    hidden_size: int = 32,
-    ffn_hidden_size: int = 48,
-    layers: int = 2,
-    heads: int = 4,
-    rotary_base: float = 500000.0,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> LlamaForCausalLM:
-    """A tiny Llama as LLaDA is one, as `qwen2`: no biases, no groups of heads."""
+def llama(*, groups: int = 4, rotary_base: float = 500000.0, epsilon: float = 1e-5, **changes: Any) -> LlamaForCausalLM:
+    """A tiny Llama as `qwen2`, without biases; the defaults are LLaDA's, which has no groups of heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=ffn_hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
-        attn_implementation="sdpa",
-    )
-    return _randomized(LlamaForCausalLM(config), dtype, seed)
+    return _tiny(LlamaConfig, LlamaForCausalLM, groups=groups, rotary_base=rotary_base, epsilon=epsilon, **changes)
 
 
 def _randomized(model, dtype: torch.dtype, seed: int):

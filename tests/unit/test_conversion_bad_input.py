@@ -122,11 +122,24 @@ def test_pickles_are_refused(source, capsys):
     import_refused(capsys, source, "only safetensors are read, and pytorch_model.bin is not")
 
 
-def test_unknown_architecture(source, capsys):
-    config = folders.config()
-    for names in (["LlamaForCausalLM"], [], None):
-        (source / "config.json").write_text(json.dumps({**config, "architectures": names}))
-        import_refused(capsys, source, "known are Fast_dLLM_QwenForCausalLM, Qwen2ForCausalLM")
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (
+            ["MixtralForCausalLM"],
+            "unknown architecture MixtralForCausalLM: known are Fast_dLLM_QwenForCausalLM, Qwen2F",
+        ),
+        ([], "unknown architecture (none): known are Fast_dLLM_QwenForCausalLM"),
+        (None, "unknown architecture (none): known are Fast_dLLM_QwenForCausalLM"),
+        (
+            ["LlamaForCausalLM", "Qwen2ForCausalLM"],
+            "architectures has several, LlamaForCausalLM, Qwen2ForCausalLM: leave",
+        ),
+    ],
+)
+def test_unknown_architecture(source, capsys, names, words):
+    (source / "config.json").write_text(json.dumps({**folders.config(), "architectures": names}))
+    import_refused(capsys, source, words)
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,14 @@ def _huggingface(folder: Path) -> dict[str, str]:
         "kind": "Hugging Face safetensors",
         "architecture": architecture(config, folder / CONFIG),
         **_model_lines(model, parameters, dtypes),
-        "mask token": _mask_token(lambda: build_tokenizer("HuggingFaceTokenizer", folder)),
+        "mask token": _mask_token(lambda: build_tokenizer("HuggingFaceTokenizer", folder, needs_mask=False)),
         "iteration": "none",
     }
     family = family_of_config(config, folder / CONFIG)
+    if lines["mask token"] == "none":
+        lines["mask token"] += (
+            " (import it with --add-mask-token" + ", or with --block-size 1" * family.starting_point + ")"
+        )
     if family.block_size_key is not None and family.block_size_key not in config:
         is_told = family.block_size is None and not family.starting_point
         lines["block size"] = (

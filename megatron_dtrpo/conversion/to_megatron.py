@@ -85,9 +85,10 @@ def import_checkpoint(hf_path: str | Path, megatron_path: str | Path, options: I
                     options.add_mask_token,
                     options.eos_token,
                     family_of(settings).mask_token,
-                    needs_mask=not is_autoregressive(settings),
                 )
-                if options.mask_token is None and tokenizer.mask_id != NO_MASK:
+                if tokenizer.mask_id == NO_MASK:
+                    _require_no_mask(settings, hf_path)
+                elif options.mask_token is None:
                     _require_mask_of(config, tokenizer, hf_path / CONFIG)
                 model = dataclasses.replace(settings, vocab_size=max(settings.vocab_size, tokenizer.vocab_size))
                 if model.vocab_size != settings.vocab_size:
@@ -150,6 +151,16 @@ def _require_only_mask_is_new(settings: ModelSettings, tokenizer: Tokenizer, fol
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {settings.vocab_size}: "
             "they do not belong together"
+        )
+
+
+def _require_no_mask(settings: ModelSettings, folder: Path) -> None:
+    """Only an autoregressive model does without a mask token."""
+    family = family_of(settings)
+    if not is_autoregressive(settings):
+        raise UserError(
+            f"{folder}: its tokenizer has no mask token: --add-mask-token adds {family.mask_token}, --mask-token names "
+            "one that it has" + "; --block-size 1 needs none" * family.starting_point
         )
 
 

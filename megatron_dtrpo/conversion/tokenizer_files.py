@@ -37,10 +37,9 @@ def import_tokenizer(
     add_mask_token: bool,
     eos_token: str | None,
     own_mask: str,
-    needs_mask: bool = True,
 ) -> Tokenizer:
     """Saves the tokenizer of a Hugging Face folder to ``target``, as training reads it. ``own_mask`` is the mask token
-    of the model's family, which ``add_mask_token`` adds; without ``needs_mask`` there may be none. Raises UserError."""
+    of the model's family, which ``add_mask_token`` adds; otherwise there may be none. Raises UserError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json is there")
     for name in _FILES:
@@ -48,16 +47,11 @@ def import_tokenizer(
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         # As an export writes it: transformers would read nothing of it.
         model = folder / "tokenizer.model"
-        tokenizer = build_tokenizer("SentencePieceTokenizer", model, mask_token, eos_token, needs_mask)
+        tokenizer = build_tokenizer("SentencePieceTokenizer", model, mask_token, eos_token, needs_mask=False)
         tokenizer.save(target)
         return tokenizer
     if not add_mask_token or own_mask in vocabulary(folder):
-        try:
-            tokenizer = build_tokenizer(_KIND, folder, mask_token, eos_token, needs_mask)
-        except UserError as error:
-            if own_mask in vocabulary(folder):
-                raise
-            raise UserError(f"{error}; --add-mask-token reserves one, --block-size 1 asks for none") from None
+        tokenizer = build_tokenizer(_KIND, folder, mask_token, eos_token, needs_mask=False)
         tokenizer.save(target)
         return tokenizer
     with tempfile.TemporaryDirectory() as scratch:

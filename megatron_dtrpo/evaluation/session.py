@@ -21,10 +21,12 @@ from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.conversion.hf_config import ADAPTER, CONFIG
+from megatron_dtrpo.conversion.hf_config import ADAPTER, CONFIG, read_config
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
+from megatron_dtrpo.conversion.tokenizer_files import vocabulary
 from megatron_dtrpo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of_config, mask_tokens
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.precision import check_machine
 from megatron_dtrpo.training.engine import Engine
@@ -94,7 +96,7 @@ def _converted(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: on several nodes import it first: megatron-dtrpo convert import")
     if initialize.world_size() == 1:
         with tempfile.TemporaryDirectory() as own:
-            import_checkpoint(folder, Path(own) / "checkpoint", ImportOptions(progress=False))
+            import_checkpoint(folder, Path(own) / "checkpoint", _import_options(folder))
             yield Path(own) / "checkpoint"
         return
     # The processes do not know each other yet, but they know who started them.
@@ -102,7 +104,7 @@ def _converted(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.gettempdir()) / f"megatron-dtrpo-{launcher.pid}-{int(launcher.create_time() * 1000)}"
     if initialize.local_rank() == 0:
         with tempfile.TemporaryDirectory() as own:
-            import_checkpoint(folder, Path(own) / "checkpoint", ImportOptions(progress=False))
+            import_checkpoint(folder, Path(own) / "checkpoint", _import_options(folder))
             os.symlink(Path(own) / "checkpoint", scratch)
             try:
                 yield scratch
@@ -112,6 +114,14 @@ def _converted(folder: Path) -> Iterator[Path]:
     while not scratch.exists():  # should the first process fail, the launcher ends this one
         time.sleep(0.1)
     yield scratch
+
+
+def _import_options(folder: Path) -> ImportOptions:
+    """A model that was never trained to predict by blocks, and whose tokenizer has no mask token, is autoregressive."""
+    config = read_config(folder)
+    family = family_of_config(config, folder / CONFIG)
+    by_blocks = family.block_size_key in config or not vocabulary(folder).keys().isdisjoint(mask_tokens())
+    return ImportOptions(progress=False, block_size=1 if family.starting_point and not by_blocks else None)
 
 
 def token_ids(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[int]:

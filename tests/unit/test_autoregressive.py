@@ -1,10 +1,11 @@
 """Block size 1: an autoregressive model is block diffusion with nothing to mask. Import without a mask token, the
-likelihood, and decoding, against transformers' Qwen2 and Qwen3 in float64."""
+likelihood, and decoding, against transformers' Qwen2, Qwen3 and Llama in float64."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -42,16 +43,25 @@ QWEN2 = ModelSettings(
     block_size=1,
 )
 QWEN3 = dataclasses.replace(QWEN2, family="qwen3", add_qkv_bias=False, qk_layernorm=True, kv_channels=12)
+LLAMA = dataclasses.replace(QWEN2, family="llama", add_qkv_bias=False, rotary_base=500000.0, norm_epsilon=1e-5)
 END = 59
 # (prompt length, lengths of both responses).
 SHAPES = [(1, 1, 3), (5, 9, 2), (8, 4, 12)]
 
 
-@pytest.mark.parametrize("architecture", [folders.QWEN2, folders.QWEN3])
+@pytest.mark.parametrize("architecture", [folders.QWEN2, folders.QWEN3, folders.LLAMA])
 def test_an_import_with_block_size_1_asks_for_no_mask_token(tmp_path, architecture):
     source = folders.write_folder(tmp_path / "hf", architecture, mask=False)
-    with pytest.raises(UserError, match="no mask token.*--block-size 1 asks for none"):
+    asks = (
+        "its tokenizer has no mask token: --add-mask-token adds .*, --mask-token names .*; --block-size 1 needs none$"
+    )
+    with pytest.raises(UserError, match=asks):
         import_checkpoint(source, tmp_path / "refused", ImportOptions(block_size=8, **QUIET))
+    assert inspect(source)["mask token"] == "none (import it with --add-mask-token, or with --block-size 1)"
+    with pytest.raises(
+        UserError, match="the end token 'no such' is not in the vocabulary; name one that is with --eos-token$"
+    ):
+        import_checkpoint(source, tmp_path / "refused", ImportOptions(block_size=1, eos_token="no such", **QUIET))
     model = import_checkpoint(source, tmp_path / "megatron", ImportOptions(block_size=1, **QUIET))
     assert (model.block_size, model.vocab_size) == (1, folders.SHAPE["vocabulary"])
     tokenizer = load_tokenizer(tmp_path / "megatron" / checkpoint_folder.TOKENIZER)
@@ -68,6 +78,18 @@ def test_an_import_with_block_size_1_asks_for_no_mask_token(tmp_path, architectu
     with pytest.raises(UserError, match="is 8: it cannot be imported with --block-size 1"):
         export_checkpoint(tmp_path / "blocks", tmp_path / "back8", ExportOptions(**QUIET))
         import_checkpoint(tmp_path / "back8", tmp_path / "refused", ImportOptions(block_size=1, **QUIET))
+
+
+@pytest.mark.parametrize(
+    "mask, key, block_size", [(False, {}, 1), (True, {}, 32), (True, {"block_size": 8}, 8)], ids=["none", "mask", "key"]
+)
+def test_a_folder_that_was_never_trained_by_blocks_decodes_token_by_token(tmp_path, mask, key, block_size):
+    """`generate --checkpoint`, `evaluate` and `pairs` of a Hugging Face folder: nobody was asked for its block size."""
+    from megatron_dtrpo.evaluation.session import locate_checkpoint
+
+    source = folders.write_folder(tmp_path / "hf", folders.LLAMA, mask=mask, **key)
+    with locate_checkpoint(source, Config(), lambda config: setattr(config.objective, "estimator", None)) as found:
+        assert found.config.model.block_size == block_size
 
 
 def test_a_mask_token_that_is_there_is_kept(tmp_path):
@@ -103,13 +125,17 @@ def test_options_of_blocks_are_refused_where_a_block_is_a_token(words):
         decoding_options(parser.parse_args(words), block_size=1)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
 def both(request, alone):
     """transformers' model, ours with its weights, and our settings; float64."""
     from megatron_dtrpo.model.initialization import global_parameter_names
     from megatron_dtrpo.model.provider import build_model
 
-    peer, settings = {"qwen2": (oracles.qwen2, QWEN2), "qwen3": (oracles.qwen3, QWEN3)}[request.param]
+    peer, settings = {
+        "qwen2": (oracles.qwen2, QWEN2),
+        "qwen3": (oracles.qwen3, QWEN3),
+        "llama": (functools.partial(oracles.llama, groups=2), LLAMA),
+    }[request.param]
     peer = peer(seed=3)
     with torch.no_grad():
         peer.lm_head.weight.mul_(2.0)

@@ -46,6 +46,7 @@ function choose(index, at) {
   trace.blocks.forEach((b, i) => opens.set(b, Math.min(trace.steps[i], opens.get(b) ?? Infinity)));
   const parts = document.createDocumentFragment();
   bars = [];
+  const answer = trace.answer_length ?? trace.token_texts.length;
   spans = trace.token_texts.map((text, i) => {
     if (i === 0 || trace.blocks[i] !== trace.blocks[i - 1]) {
       const bar = parts.appendChild(document.createElement("span"));
@@ -53,7 +54,8 @@ function choose(index, at) {
       bar.dataset.block = trace.blocks[i];
       bars.push(bar);
     }
-    const span = parts.appendChild(tokenSpan(text, i === trace.token_texts.length - 1, trace.confidence[i]));
+    const span = parts.appendChild(tokenSpan(text, i === answer - 1, trace.confidence[i]));
+    span.classList.toggle("behind", i >= answer);
     span.dataset.index = i;
     return span;
   });

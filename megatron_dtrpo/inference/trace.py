@@ -47,6 +47,7 @@ class Trace:
     ``confidence``: the probability, 0 to 1, that the model gave each token when it appeared.
     ``blocks``: each token's block on the absolute grid, prompt included; blocks follow each other in the response.
     ``discarded``: what stood behind the end for some steps, by place; it is no part of ``text``.
+    ``answer_length``: tokens up to the first end token. Under full attention others are written and stay behind it.
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class Trace:
     blocks: tuple[int, ...]
     text: str
     discarded: tuple[DiscardedToken, ...] = ()
+    answer_length: int | None = None  # all
 
 
 def trace_of(prompt: str, completion: Completion, tokenizer: Tokenizer, end_ids: Collection[int] = ()) -> Trace:
@@ -75,7 +77,8 @@ def trace_of(prompt: str, completion: Completion, tokenizer: Tokenizer, end_ids:
         steps=tuple(completion.steps),
         confidence=tuple(completion.confidence),
         blocks=tuple(completion.blocks),
-        text=tokenizer.decode(completion.answer),
+        text=tokenizer.decode(completion.tokens),
+        answer_length=completion.answer_length,
         discarded=tuple(sorted(map(thrown_away, completion.discarded), key=lambda token: token.place)),
     )
 

@@ -347,6 +347,11 @@ def test_there_and_back(tmp_path, architecture, name, tied):
         ({"n_kv_heads": 3}, (), "n_heads 28 is not divisible by n_kv_heads 3"),
         ({"embedding_size": 200}, (), "embedding_size 200 is less than vocab_size 272"),
         ({"mask_token_id": 258}, (), "mask_token_id is 258, the tokenizer's mask token <|mdm_mask|> has the id 259"),
+        (
+            {"mask": False},
+            (),
+            "has no mask token: --add-mask-token adds <|mdm_mask|>, --mask-token names one that it has",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, changes, flags, words):

@@ -120,7 +120,7 @@ def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> No
 
     judge = Judge(verifier)
     lines: list[str] = []
-    right_total = wrong_total = both = 0
+    right_total = wrong_total = endless = both = 0
     for prompt, samples in zip(prompts, completions, strict=True):
         right: list[Response] = []
         wrong: list[Response] = []
@@ -131,21 +131,25 @@ def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> No
                 (right if verdict else wrong).append((completion, text))
         right_total, wrong_total = right_total + len(right), wrong_total + len(wrong)
         # An answer that never ends is no example to follow, whatever number it came past.
-        right = [(completion, text) for completion, text in right if completion.ended]
+        ended = [(completion, text) for completion, text in right if completion.ended]
+        endless, right = endless + len(right) - len(ended), ended
         pairs = list(zip(right, wrong, strict=False))[: arguments.pairs_per_prompt]
         both += bool(pairs)
         lines += [json_line(_row(prompt, *pair)) for pair in pairs]
     judge.report()
+    without_end = f", of which {endless} have no end token and make no pair" if endless else ""
+    counts = f"{right_total} right{without_end}, {wrong_total} wrong"
     if not lines:
+        longer = "--max-new-tokens, " if endless else ""
         raise UserError(
-            f"no prompt has both a right and a wrong response ({right_total} right, {wrong_total} wrong in all): raise "
-            "--samples or --temperature, or take other prompts"
+            f"no prompt has both a right and a wrong response ({counts} in all): raise {longer}--samples or "
+            "--temperature, or take other prompts"
         )
     try:
         write_atomically(Path(arguments.output), "".join(lines))
     except OSError as error:
         raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
-    print(f"different responses  {right_total + wrong_total} ({right_total} right, {wrong_total} wrong)")
+    print(f"different responses  {right_total + wrong_total} ({counts})")
     print(f"prompts with both    {both} of {len(prompts)}")
     print(f"pairs                {len(lines)} in {arguments.output}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,23 @@ def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_p
         assert train.main(flags({**model, **training})) == 0
         rows = read_metrics(tmp_path / estimator)
         assert 0.69314 < rows[0]["loss"] < 0.69316 and abs(rows[1]["loss"] - rows[0]["loss"]) > 1e-6
+
+
+def test_right_answers_without_an_end_make_no_pair_and_are_counted(folder, tmp_path, monkeypatch, capfd):
+    (tmp_path / "half_right.py").write_text("def half(row, text):\n    return sum(map(ord, text)) % 2 == 0\n")
+    monkeypatch.chdir(tmp_path)
+    settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "out.jsonl", "samples": 6}
+    assert run(pairs_verb, folder, max_new_tokens=1, verifier="half_right:half", **settings) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    words = re.search(
+        r"\((\d+) right, of which (\d+) have no end token and make no pair, (\d+) wrong in all\): ", error
+    )
+    assert words and words[1] == words[2] and "raise --max-new-tokens, --samples or --temperature" in error
+    assert run(pairs_verb, folder, max_new_tokens=24, verifier="half_right:half", **settings) == 0
+    told = capfd.readouterr().out
+    assert re.search(
+        r"different responses  \d+ \(\d+ right, of which \d+ have no end token and make no pair, \d+ wr", told
+    )
 
 
 def test_the_exact_likelihood_of_a_pair_is_the_decoders_own(folder, tmp_path, monkeypatch, capfd):

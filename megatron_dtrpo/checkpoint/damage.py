@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dtrpo.checkpoint.checksums import DIFFERS, is_as_written
@@ -77,6 +78,8 @@ def explained(folder: Path, read: Callable, file: str = ""):
         cause = next(iter(failures.values()))[0] if failures else error
         if isinstance(cause, (UserError, StopRequest)):
             raise cause from None
+        if _is_of_a_lost_process(cause):  # reading is collective from 0.19 on
+            raise UserError(f"{folder}: another process ended while this one read it, and says why") from error
         reason = "it is missing" if file and not (folder / file).exists() else _in_one_line(cause)
         broken = "" if file else _broken_file(folder)
         if broken:
@@ -84,6 +87,11 @@ def explained(folder: Path, read: Callable, file: str = ""):
         if not file and isinstance(cause, (CheckpointingException, CheckpointException, KeyError, ValueError)):
             raise UserError(f"{folder}: does not load into this model: {reason}") from error
         raise damaged(folder, f"{file}{': ' if file else ''}{reason}") from error
+
+
+def _is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether a collective ended because a process is gone; gloo has no exception of its own."""
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
 
 
 _SMALL = 4096  # bytes; larger parts of an archive are a tensor's values, which torch.load does not compare either

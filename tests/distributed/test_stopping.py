@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dtrpo.checkpoint.folder import hold_folder
+from megatron_dtrpo.runtime import versions
 from tests.support.launch import TINY_MODEL, Job, latest_iteration, read_metrics, uneven_pairs, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -142,6 +143,8 @@ def test_signal_while_importing(settings, tmp_path, number, monkeypatch):
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["save", "async-save"])
 def test_processes_that_a_save_starts_outlive_the_signal(server, settings, tmp_path, asynchronous):
     """Launchers signal whole process groups. A checkpoint's writers are among them: they finish, and are no request."""
+    if not asynchronous and versions.save_options():
+        pytest.skip("from 0.19 on a save that is waited for is written by threads of the run itself")
     write = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data"
     events = [[write, 1, number, [0, 1]] for number in ("SIGTERM", "SIGUSR1")]
     save = tmp_path / "run"

@@ -20,7 +20,7 @@ Once an end token is written, the tokens behind it in the block return to ``[MAS
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,13 @@ class Completion(NamedTuple):
         return sum(math.log(c) if c > 0 else -math.inf for c in confidence)
 
 
+# By `config.decoding.CACHES`: (sub-block, block) -> the positions that a pass inside the sub-block computes.
+COMPUTED: dict[str, Callable[[range, range], range]] = {
+    "prefix": lambda sub_block, block: range(sub_block.start, block.stop),
+    "dual": lambda sub_block, block: sub_block,
+}
+
+
 class Decoding:
     """The state of one response."""
 
@@ -117,7 +124,7 @@ class Decoding:
         # Where the clean tokens begin that the cache does not hold yet; None: it holds all before the block.
         self._clean_start = 0 if self.block > 0 else None
         self._asked: list[int] = []
-        self._sub_block: range | None = None  # which positions a noisy pass was last about
+        self._sub_block = range(0)  # which positions a noisy pass was last about
         self._sub_step = 0  # of the rule's schedule
         self._order: Tensor | None = None  # of its places, where the rule sorts them without the model
         self._is_kept = False  # whether keys and values of all positions are there from a pass over the whole block
@@ -125,33 +132,35 @@ class Decoding:
     def next_pass(self) -> Pass:
         """What is to be computed next; only while not `finished`."""
         if self._clean_start is not None:
-            start, count, visible = self._clean_start, self.block - self._clean_start, self.block
+            extent, visible = range(self._clean_start, self.block), self.block
             # Its last row predicts the block's first token, if any, unless the prompt holds it.
             self._asked = [self.block] if self.shift and self.block >= self.prompt_length else []
         else:
-            start, count = self._noisy_extent()
-            visible = self.block + self.block_size
-        rows = [position - self.shift - start for position in self._asked]
-        return Pass(start, self.tokens[start : start + count], rows, visible)
+            extent, visible = self._noisy_extent(), self.block + self.block_size
+        rows = [position - self.shift - extent.start for position in self._asked]
+        return Pass(extent.start, self.tokens[extent.start : extent.stop], rows, visible)
 
-    def _noisy_extent(self) -> tuple[int, int]:
-        """First position and length of the next noisy pass; what it asks for is the rest of one sub-block."""
-        masked, size = self._masked(), self.options.small_block_size
-        first = self.prompt_length if self.is_full else 0  # where sub-blocks are counted from
-        start = first + (masked[0] - first) // size * size
-        sub_block = range(start, min(start + size, self.block + self.block_size))
+    def _noisy_extent(self) -> range:
+        """Positions of the next noisy pass; what it asks for is the rest of one sub-block."""
+        masked, block = self._masked(), range(self.block, self.block + self.block_size)
+        sub_block = self._sub_block_of(masked[0])
         if sub_block != self._sub_block:
             self._enter(sub_block)
         self._asked = [position for position in masked if position in sub_block]
-        stop = self.block + self.block_size
-        within = self._asked[0] - self.shift >= start  # the rows that are read lie in the sub-block
-        if self.options.sub_block_cache and self._is_kept and within:
-            stop = {"prefix": stop, "dual": sub_block.stop}[self.options.sub_block_cache]
-        else:
-            start, self._is_kept = self.block, True
-            if self.options.sub_block_cache and self.is_full and not within:
-                self._asked = self._asked[:1]  # Fast-dLLM's for Dream: then all other rows lie in the sub-block
-        return start, stop - start
+        if self.options.sub_block_cache is None:
+            return block
+        within = masked[0] - self.shift >= sub_block.start  # the rows that are read lie in the sub-block
+        if self._is_kept and within:
+            return COMPUTED[self.options.sub_block_cache](sub_block, block)
+        if self.is_full and not within:
+            self._asked = self._asked[:1]  # Fast-dLLM's for Dream: then all other rows lie in the sub-block
+        self._is_kept = True
+        return block
+
+    def _sub_block_of(self, position: int) -> range:
+        first, size = self.prompt_length if self.is_full else 0, self.options.small_block_size
+        start = first + (position - first) // size * size
+        return range(start, min(start + size, self.block + self.block_size))
 
     def _enter(self, sub_block: range) -> None:
         self._sub_block, self._sub_step, self._is_kept = sub_block, 0, False

@@ -36,6 +36,9 @@ TIED = {"untie_embeddings_and_output_weights": False}
 # Norms of queries and keys, no biases, wide heads, blocks of 4, tokens read at their own rows.
 QK_NORMS = {"trainable_modules": ["q_layernorm", "k_layernorm"]}
 SDAR = {"family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12, "block_size": 4}
+# The same layers under prediction shift 1; and neither norms nor biases.
+QWEN3 = {**SDAR, "family": "qwen3", "block_size": 8}
+LLAMA = {"family": "llama", "add_qkv_bias": False, "rotary_base": 500000.0, "norm_epsilon": 1e-5}
 
 # One block for prompt and response, each view with the prompt before it; no biases, no groups of heads.
 FULL = {"block_size": 0, "steps_per_block": 4}
@@ -91,6 +94,12 @@ LAYOUTS = {
     "sdar, PP2": Layout(2, {**SDAR, **PP2}, "sdar"),
     "sdar, CP2": Layout(2, {**SDAR, "context_parallel_size": 2}, "sdar"),
     "sdar, DP2": Layout(2, {**SDAR, **SHARDED, "seq_length": 1000}, "sdar"),
+    "qwen3": Layout(1, QWEN3, None),
+    "qwen3, TP2 SP x PP2": Layout(4, {**QWEN3, **TP2, **PP2, "sequence_parallel": True}, "qwen3"),
+    "llama": Layout(1, LLAMA, None),
+    "llama, TP2 SP x CP2": Layout(
+        4, {**LLAMA, **TP2, "sequence_parallel": True, "context_parallel_size": 2, "micro_batch_size": 3}, "llama"
+    ),
     "llada": Layout(1, LLADA, None),
     "llada, TP2 SP": Layout(2, {**LLADA, **TP2, "sequence_parallel": True}, "llada"),
     "llada, PP2 x CP2": Layout(4, {**LLADA, **PP2, "context_parallel_size": 2}, "llada"),
@@ -140,7 +149,19 @@ def test_the_runs_trained(metrics_of):
     assert all(abs(row["rewards/margins"]) > 1e-3 for row in rows[1:])
     assert all(
         disagreements(rows, metrics_of(other))
-        for other in ("MLP only", "tied", "elbo", "vrpo", "simpo", "sdar", "llada", "dream", "autoregressive")
+        for other in (
+            "MLP only",
+            "tied",
+            "elbo",
+            "vrpo",
+            "simpo",
+            "sdar",
+            "qwen3",
+            "llama",
+            "llada",
+            "dream",
+            "autoregressive",
+        )
     )
     assert abs(metrics_of("elbo")[0]["rewards/margins"]) > 1e-3  # its reference has other noise
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from megatron_dtrpo.cli import convert, doctor, evaluate, generate, pairs, plan, score, train
+from megatron_dtrpo.doctor.machine import gather
 from megatron_dtrpo.families.registry import FAMILIES
 from tests.end_to_end.test_evaluate import write_task
 from tests.support import conversion_folders as folders
@@ -61,9 +62,16 @@ def test_every_family_is_here():
     assert CASES.keys() == FAMILIES.keys()
 
 
+@pytest.fixture(scope="module")
+def machine():
+    """Found out once: it takes seconds and is the same for every family."""
+    return gather()
+
+
 @pytest.mark.parametrize("family", CASES)
-def test_all_commands(tmp_path, capfd, monkeypatch, family):
+def test_all_commands(tmp_path, capfd, monkeypatch, machine, family):
     case = CASES[family]
+    monkeypatch.setattr(doctor, "gather", lambda: machine)
     mask = not {"qwen2", "qwen3", "llama"} & {family}
     shape = {**SHAPE, "groups": 4 if family == "llada" else 2}
     source = folders.write_folder(tmp_path / "hf", case.architecture, shape=shape, mask=mask)

@@ -23,6 +23,7 @@ from megatron_dtrpo.cli.decoding_flags import (
 )
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
+from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
@@ -71,6 +72,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--split is a part of --prompts FILE: leave it out")
     if arguments.prompts is not None and arguments.output is None:
         raise UserError("--output is missing: give the JSONL file to write")
+    if arguments.record_trajectory and arguments.output is None:
+        raise UserError("--record-trajectory writes columns of --output FILE: give that too")
+    if arguments.temperature == 0 and arguments.top_p != DecodingOptions.top_p:
+        raise UserError(
+            f"--top-p {arguments.top_p}: at temperature 0 nothing is drawn: give --temperature, or leave it out"
+        )
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: it must be at least 1")
     for flag in ("output", "trace"):

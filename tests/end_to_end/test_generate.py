@@ -242,6 +242,8 @@ ERRORS = {
         "--denoising-steps 4: --rule threshold does not read it; static",
     ),
     "new tokens": ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 0"),
+    "top-p of no draw": ({"prompt": "a", "top_p": 0.5}, "--top-p 0.5: at temperature 0 nothing is drawn: give --temp"),
+    "nowhere to record": ({"prompt": "a", "record_trajectory": True}, "--record-trajectory writes columns of --output"),
     "unknown flag": ({"prompt": "a", "treshold": 0.5}, "nearest known one is --threshold"),
     "trace folder": ({"prompt": "a", "trace": "no/folder/x.html"}, "its folder does not exist"),
 }

@@ -58,9 +58,8 @@ def family_of_config(config: dict, where: str | Path) -> Family:
         return known[names[0]]
     if len(names) > 1:
         raise UserError(f"{where}: architectures has several, {', '.join(map(str, names))}: leave the one it is")
-    raise UserError(
-        f"{where}: unknown architecture {', '.join(map(str, names)) or '(none)'}: known are {', '.join(known)}"
-    )
+    name = names[0] if names else "(none)"
+    raise UserError(f"{where}: architectures: unknown architecture {name}: known are {', '.join(known)}")
 
 
 def same_predictions(one: Family, other: Family) -> bool:

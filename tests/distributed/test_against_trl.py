@@ -17,7 +17,7 @@ from tests.support.launch import uneven_pairs, write_lines
 pytest.importorskip("trl", minversion="1.16")
 pytestmark = pytest.mark.distributed
 
-# As Qwen2.5's, the vocabulary is a multiple of 128: rows that pad it would count in the softmax.
+# As Qwen2.5's, the vocabulary is a multiple of 128.
 SHAPE = dict(layers=2, hidden=32, ffn=48, heads=4, groups=2, width=8, vocabulary=384)
 LOSSES = ["sigmoid", "ipo"]
 STEPS, PAIRS, LR, BETA, EPSILON = 5, 4, 1e-3, 0.1, 1e-5

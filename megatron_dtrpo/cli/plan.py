@@ -16,6 +16,7 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.planning.layouts import layouts
 from megatron_dtrpo.planning.memory import GIB
 from megatron_dtrpo.planning.report import layout_table
+from megatron_dtrpo.planning.step_time import batch_of_step
 
 EXAMPLES = """
   megatron-dtrpo plan --config examples/dtrpo_7b.yaml --gpus 64 --gpu-memory 80
@@ -44,7 +45,7 @@ def _plan(argv: list[str]) -> None:
     found = layouts(config, own.gpus, int(own.gpu_memory * GIB))
     print(
         f"{own.gpus} GPUs of {own.gpu_memory:g} GiB, seq_length {config.data.seq_length}, "
-        f"global_batch_size {config.data.global_batch_size}: {sum(each.fits for each in found)} of "
+        f"{batch_of_step(config)} examples a step: {sum(each.fits for each in found)} of "
         f"{len(found)} layouts fit"
     )
     print("\n".join(layout_table(found[: own.top])))

@@ -1,4 +1,4 @@
-"""Trains: preference pairs (dTRPO and its relatives), or supervised fine-tuning.
+"""Trains: preference pairs (dTRPO and its relatives), supervised fine-tuning, or policy gradient on its own answers.
 
 Settings stand in a YAML file, in flags, or in both: flags win. Runs alone or under torchrun. SIGTERM and SIGUSR1 save a
 checkpoint and end the run with status 0; the same command goes on from there.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import Parser
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.parser import settings_parser
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import environment, stop
@@ -65,14 +66,15 @@ def _train(argv: list[str]) -> None:
         return
     if own.world_size is not None or own.gpu_memory is not None:
         raise UserError("--world-size and --gpu-memory go with --dry-run: the launcher starts the processes of a run")
-    from megatron_dtrpo.training.setup import prepare, run_folder
+    from megatron_dtrpo.training.run_folder import run_folder
+    from megatron_dtrpo.training.setup import prepare
 
     tokenizer, data_parallel_size = prepare(config, given)
     with initialize.process_groups(config.parallel, config.optimizer.seed), run_folder(config.run.save):
         from megatron_dtrpo.evaluation.periodic import periodic_evaluation
         from megatron_dtrpo.runtime import objects
-        from megatron_dtrpo.training.trainer import Trainer
 
         objects.stop_together()
         evaluation = periodic_evaluation(config, tokenizer, data_parallel_size)
-        Trainer(config, tokenizer, data_parallel_size, evaluation).run()
+        trainer = OBJECTIVES[config.objective.objective].trainer
+        trainer(config, tokenizer, data_parallel_size, evaluation).run()

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_dtrpo.config.estimators import ESTIMATORS
+from megatron_dtrpo.config.online_rules import unread_online
 from megatron_dtrpo.config.rules import default_estimator, no_reference, unread_options
 from megatron_dtrpo.config.settings import FIELDS, Config
 
@@ -55,6 +56,7 @@ def _of_other_choices(config: Config) -> dict[str, str]:
         found["block_start"] = f"estimator {name} would be biased"
     if objective.loss_weights and len(objective.loss_weights) != len(losses):
         found.setdefault("loss_weights", f"loss_type is {_text(losses)}")
+    found |= unread_online(config)
     if objective.objective != "sft":
         found["assistant_turns"] = "belongs to objective sft"
     if not objective.has_reference:

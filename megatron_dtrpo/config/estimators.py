@@ -74,14 +74,24 @@ ESTIMATORS: dict[str, Estimator] = {
     "dtrpo": Estimator(
         "megatron_dtrpo.diffusion.estimators:dtrpo", options=("steps_per_block",), block_starts=("clean",)
     ),
-    "elbo": Estimator("megatron_dtrpo.diffusion.estimators:elbo", independent_reference=True),
-    "vrpo": Estimator("megatron_dtrpo.diffusion.estimators:vrpo", default_views=8),
+    "elbo": Estimator(
+        "megatron_dtrpo.diffusion.estimators:elbo",
+        objectives=("preference", "policy_gradient"),
+        independent_reference=True,
+    ),
+    "vrpo": Estimator(
+        "megatron_dtrpo.diffusion.estimators:vrpo", objectives=("preference", "policy_gradient"), default_views=8
+    ),
     "mean_field": Estimator("megatron_dtrpo.diffusion.estimators:mean_field", is_random=False),
     "trajectory": Estimator(
-        "megatron_dtrpo.diffusion.estimators:trajectory", needs_steps=True, block_starts=("clean",)
+        "megatron_dtrpo.diffusion.estimators:trajectory",
+        objectives=("preference", "policy_gradient"),
+        needs_steps=True,
+        block_starts=("clean",),
     ),
     "exact_trajectory": Estimator(
         "megatron_dtrpo.diffusion.estimators:exact_trajectory",
+        objectives=("preference", "policy_gradient"),
         is_random=False,
         needs_steps=True,
         every_step=True,
@@ -95,7 +105,7 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
     "exact": Estimator(
         "megatron_dtrpo.diffusion.estimators:exact",
-        objectives=("preference", "sft"),
+        objectives=("preference", "sft", "policy_gradient"),
         is_random=False,
         autoregressive=True,
         block_starts=("clean",),

@@ -12,6 +12,7 @@ from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
+from megatron_dtrpo.config.online_rules import check_online
 from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ModelSettings, ObjectiveSettings, ParallelSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of, is_autoregressive
@@ -80,7 +81,7 @@ def validate(config: Config, world_size: int) -> int:
     model, parallel, data, objective = config.model, config.parallel, config.data, config.objective
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
         _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
-    for group in (model, parallel, data, objective, config.optimizer, config.evaluation, config.run):
+    for group in (model, parallel, data, objective, config.online, config.optimizer, config.evaluation, config.run):
         _check_ranges(group)
     _demand(objective.beta > 0, "beta is 0: without it the loss does not prefer anything")
     _fill_defaults(config)
@@ -142,6 +143,7 @@ def validate(config: Config, world_size: int) -> int:
     )
     _check_losses(objective)
     _refuse_unread(objective)
+    check_online(config)
     _demand(
         objective.sft_weighting == "uniform" or not objective.complementary,
         "sft_weighting elbo weighs what one view masks by its timestep: give --no-complementary with it",
@@ -172,9 +174,10 @@ def unread_options(objective: ObjectiveSettings, estimator: str) -> dict[str, st
     """The options that the chosen objective, ``estimator`` and losses do not read, and who would read each."""
     chosen, losses = objective.objective, objective.loss_type or ["sigmoid"]
     unread = _of_others("estimator", ESTIMATORS, [estimator])
-    if OBJECTIVES[chosen].may_read_reference:
+    if OBJECTIVES[chosen].compares_pairs:
         return unread | _of_others("loss_type", LOSSES, losses, ALWAYS_READ)
-    names = ("loss_type", "loss_weights", "length_normalization", *(f.name for f in dataclasses.fields(LossOptions)))
+    names = ["loss_type", "loss_weights", *(f.name for f in dataclasses.fields(LossOptions))]
+    names += [] if OBJECTIVES[chosen].may_read_reference else ["length_normalization"]
     return unread | dict.fromkeys(names, "objective preference")
 
 
@@ -284,15 +287,21 @@ def validate_decoding(config: Config) -> None:
 
 def no_reference(objective: ObjectiveSettings) -> str:
     """Why nothing is compared with a reference."""
-    if not OBJECTIVES[objective.objective].may_read_reference:
+    kind = OBJECTIVES[objective.objective]
+    if not kind.may_read_reference:
         return f"objective {objective.objective} has no reference"
+    if not kind.compares_pairs:
+        return f"objective {objective.objective} with kl_coefficient 0 has no reference"
     return f"loss_type {', '.join(objective.loss_type or ['sigmoid'])} has no reference"
 
 
 def validate_precomputing(config: Config, data_parallel: int) -> None:
     """Checks what only the reference's scores of a coming run need; after `validate`. Raises UserError."""
     objective = config.objective
-    _demand(objective.has_reference, f"{no_reference(objective)}: there is nothing to precompute")
+    _demand(
+        objective.has_reference and OBJECTIVES[objective.objective].compares_pairs,
+        f"{no_reference(objective)}: there is nothing to precompute",
+    )
     check_cached_reference(config.parallel)
     _check_length(config, data_parallel)
 
@@ -300,7 +309,8 @@ def validate_precomputing(config: Config, data_parallel: int) -> None:
 def _check_length(config: Config, data_parallel: int) -> None:
     """How many steps there are and how they divide."""
     optimizer = config.optimizer
-    _multiple("global_batch_size", config.data.global_batch_size, "the data-parallel size", data_parallel)
+    if not OBJECTIVES[config.objective.objective].is_online:
+        _multiple("global_batch_size", config.data.global_batch_size, "the data-parallel size", data_parallel)
     _demand(
         (optimizer.train_iters is None) != (optimizer.num_epochs is None),
         "give exactly one of train_iters and num_epochs",

@@ -11,10 +11,12 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_dtrpo.config.backends import AUTO, BACKENDS
+from megatron_dtrpo.config.decoding import RULES
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.fp8 import RECIPES
 from megatron_dtrpo.config.losses import LOSSES, LossOptions, reads_reference
 from megatron_dtrpo.config.objectives import OBJECTIVES
+from megatron_dtrpo.config.policy_gradient import PolicyGradientOptions
 from megatron_dtrpo.config.rows import setting
 from megatron_dtrpo.families.registry import DEFAULT_FAMILY, FAMILIES
 from megatron_dtrpo.rounding import round_up
@@ -213,7 +215,9 @@ class DataSettings:
 class ObjectiveChoices:
     """The objective, without the options of its estimator and losses."""
 
-    objective: str = setting("preference", "preference (dTRPO) or sft.", tuple(OBJECTIVES))
+    objective: str = setting(
+        "preference", "preference (dTRPO), sft, or policy_gradient on the policy's own answers.", tuple(OBJECTIVES)
+    )
     estimator: str | None = setting(
         None,
         "How log-likelihoods are estimated. dtrpo: one random decoding step per block; trajectory: the same of the "
@@ -248,7 +252,7 @@ class ObjectiveChoices:
 
 
 @dataclass
-class ObjectiveSettings(LossOptions, EstimatorOptions, ObjectiveChoices):
+class ObjectiveSettings(PolicyGradientOptions, LossOptions, EstimatorOptions, ObjectiveChoices):
     """The objective: estimator, losses, trained parameters."""
 
     trainable_modules: list[str] | None = setting(
@@ -265,7 +269,61 @@ class ObjectiveSettings(LossOptions, EstimatorOptions, ObjectiveChoices):
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares the policy with a reference."""
-        return OBJECTIVES[self.objective].may_read_reference and reads_reference(self.loss_type or ["sigmoid"])
+        kind = OBJECTIVES[self.objective]
+        compares = reads_reference(self.loss_type or ["sigmoid"]) if kind.compares_pairs else self.kl_coefficient > 0
+        return kind.may_read_reference and compares
+
+
+@dataclass
+class OnlineSettings:
+    """Rollouts of ``objective policy_gradient``: the answers that the policy writes, and their rewards."""
+
+    rollout_prompts: int = setting(16, "Prompts of an iteration.", at_least=1)
+    group_size: int = setting(8, "Answers to each.", at_least=1)
+    rewards: list[str] | None = setting(
+        None,
+        "Who rewards an answer: numeric, format, length, speed, or module:function of (row, text) that returns a "
+        "number or truth.",
+    )
+    reward_weights: list[float] | None = setting(None, "A weight for each of rewards. Default: 1 each.")
+    reward_aggregation: str = setting(
+        "sum_then_normalize",
+        "Several rewards: their weighted sum is compared within the group, or each by itself, in units of its own "
+        "spread, and then summed.",
+        ("sum_then_normalize", "normalize_then_sum"),
+    )
+    advantage_std: bool = setting(
+        True, "Advantages are divided by the standard deviation of the group's rewards (GRPO; off: Dr. GRPO)."
+    )
+    drop_equal_groups: bool = setting(
+        True, "Groups whose answers all have one reward are left out, and other prompts decoded for them (DAPO)."
+    )
+    resamplings: int = setting(2, "At most so often in an iteration; then it takes fewer groups.", at_least=0)
+    equal_iterations: int = setting(
+        10, "Iterations in a row in which every group has one reward, after which the run ends.", at_least=1
+    )
+    reward_timeout: float = setting(
+        30.0, "Seconds after which a reward is given up, and its answer left out.", at_least=0
+    )
+    reward_workers: int = setting(4, "Processes that compute rewards.", at_least=1)
+    updates_per_rollout: int = setting(
+        1, "Optimizer steps of an iteration, each on its share of the groups.", at_least=1
+    )
+    rollout_max_new_tokens: int = setting(512, "Longest answer.", at_least=1)
+    rollout_temperature: float = setting(
+        1.0, "1: the decoder's probabilities are the policy's, which training replays.", at_least=0
+    )
+    rollout_rule: str | None = setting(
+        None, "What a decoding step writes, see docs/decoding.md. Default: the family's own.", tuple(RULES)
+    )
+    rollout_threshold: float | None = setting(
+        None,
+        "Decoding writes tokens whose confidence is above this, and always the most confident one. Default: the rule's "
+        "own.",
+        at_least=0,
+        at_most=1,
+    )
+    rollout_batch_size: int = setting(64, "Answers decoded at once on each data-parallel process.", at_least=1)
 
 
 @dataclass
@@ -354,6 +412,7 @@ GROUPS = {
     "parallel": ParallelSettings,
     "data": DataSettings,
     "objective": ObjectiveSettings,
+    "online": OnlineSettings,
     "optimizer": OptimizerSettings,
     "evaluation": EvaluationSettings,
     "run": RunSettings,
@@ -370,6 +429,7 @@ class Config:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    online: OnlineSettings = field(default_factory=OnlineSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     run: RunSettings = field(default_factory=RunSettings)

@@ -22,7 +22,16 @@ from megatron_dtrpo.data.packing import balance, pack
 from megatron_dtrpo.data.recordings import noisy_copies
 from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.stored_examples import TokenStore, turn_block_counts
-from megatron_dtrpo.diffusion.estimators import KEPT, POLICY, REFERENCE, Noise, NoiseRequest, Recording, noise_generator
+from megatron_dtrpo.diffusion.estimators import (
+    KEPT,
+    POLICY,
+    REFERENCE,
+    Noise,
+    NoiseRequest,
+    Recording,
+    distinct_steps,
+    noise_generator,
+)
 from megatron_dtrpo.diffusion.layout import (
     Blocks,
     PackedSequence,
@@ -57,7 +66,8 @@ class Noising:
     """How examples become packed documents; the same for training, reference scores and evaluation.
 
     ``stream`` is the sign of the views' numbers: another stream is other noise of the same kind. ``shift`` and
-    ``block_start``: where a prediction is read, see `lay_out`.
+    ``block_start``: where a prediction is read, see `lay_out`. ``keep_steps``: targets know their recorded steps where
+    the estimator could do without.
     """
 
     estimator: str
@@ -69,6 +79,7 @@ class Noising:
     seed: int
     stream: int = POLICY
     shift: int = 1
+    keep_steps: bool = False
 
     @classmethod
     def from_config(cls, config: Config, mask_id: int) -> Noising:
@@ -92,11 +103,25 @@ class Noising:
     def kind(self) -> Estimator:
         return ESTIMATORS[self.estimator]
 
+    @property
+    def reads_steps(self) -> bool:
+        """Whether documents are made of recorded decodings. Estimators of random levels have no decoding steps."""
+        return self.kind.needs_steps or (self.keep_steps and self.kind.autoregressive)
+
     def packed_length(self, prompt_length, response_lengths):
         """Packed tokens: int (or int array ``[n]``) and one int (or array ``[n]``) per response. Not of an estimator
         with ``every_step``, where they depend on the recording."""
         views = total_views(self.estimator, self.num_views, self.options)
         return packed_length(prompt_length, response_lengths, self.block_size, views)
+
+    def copies(self, blocks: Blocks, decoded: Decoded) -> int:
+        """How many noisy blocks (under full attention tokens) one recorded response has."""
+        if not self.kind.every_step:
+            width = 1 if self.block_size else blocks.prompt_length + blocks.response_length
+            return total_views(self.estimator, self.num_views, self.options) * blocks.count * width
+        recording = decoded.on(blocks)
+        _, count = distinct_steps(recording.writable(blocks.maskable(self.block_start)), recording.written)
+        return int(count.sum()) * (1 if self.block_size else blocks.prompt_length + blocks.response_length)
 
     def packed_lengths(self, store: TokenStore) -> np.ndarray:
         """Packed tokens of every example, int64 ``[n]``."""
@@ -109,7 +134,7 @@ class Noising:
         return packed_length(prompt, list(responses.T), self.block_size, 0, list(copies.T))
 
     def noise(self, sample: Sample, branch: int, blocks: Sequence[Blocks], recording: Recording | None = None) -> Noise:
-        """The noise of one response, ``branch`` 1 or 2 of its example, over the blocks of all its turns. What is
+        """The noise of one response, ``branch`` 1, 2, ... of its example, over the blocks of all its turns. What is
         recorded is one turn."""
         generators = [
             noise_generator(self.seed, sample.epoch, sample.index, branch, self.stream * view)
@@ -125,15 +150,18 @@ class Noising:
         responses: Sequence[Tensor],
         decoded: Sequence[Decoded] | None = None,
         turns: Sequence[Turns] | None = None,
+        branches: Sequence[int] | None = None,
     ) -> PackedSequence:
         """Noises and lays out one example: int64 ``[P]``, ``[R]`` each and, where the estimator reads them, their
-        recorded decodings. ``turns``: of each response, the parts that the assistant writes; default: all of it."""
-        recorded = decoded if self.kind.needs_steps else None
+        recorded decodings. ``turns``: of each response, the parts that the assistant writes; default: all of it.
+        ``branches``: the number that decides each response's noise; default: 1, 2, ..."""
+        recorded = decoded if self.reads_steps else None
+        numbers = range(1, len(responses) + 1) if branches is None else branches
         turns = [[(0, response.numel())] for response in responses] if turns is None else turns
         blocks = [turn_blocks(prompt.numel(), each, self.block_size) for each in turns]
         recordings = None if recorded is None else [d.on(b[0]) for d, b in zip(recorded, blocks, strict=True)]
         noise = [
-            self.noise(sample, r + 1, blocks[r], None if recordings is None else recordings[r])
+            self.noise(sample, numbers[r], blocks[r], None if recordings is None else recordings[r])
             for r in range(len(responses))
         ]
         return lay_out(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dtrpo.config.decoding import DecodingOptions
-from megatron_dtrpo.data.prompts import Prompt
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import StopRequest
 from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.training.engine import Engine
+
+if TYPE_CHECKING:
+    from megatron_dtrpo.data.prompts import Prompt
 
 BLOCKS_BETWEEN_CHECKS = 8  # of all sequences that are decoded at once: well under a second
 

@@ -17,7 +17,7 @@ from megatron_dtrpo.config.backends import BACKENDS, choose_backend
 from megatron_dtrpo.config.blocks import FULL, grain
 from megatron_dtrpo.config.decoding import RULES, DecodingOptions
 from megatron_dtrpo.config.settings import ModelSettings
-from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.data.tokenizer import NO_MASK, Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.families.registry import family_of
@@ -100,7 +100,7 @@ class BlockDecoder:
         predict = Predictor(
             self.model,
             vocab_size=self.vocabulary.size,
-            mask_id=self.vocabulary.mask_id,
+            mask_id=None if self.vocabulary.mask_id == NO_MASK else self.vocabulary.mask_id,
             temperature=options.temperature,
             top_p=options.top_p,
             order=RULES[options.rule].order,

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dtrpo.data.tokenizer import NO_MASK
 from megatron_dtrpo.diffusion.sampling import MEASURES, most_probable, propose
 from megatron_dtrpo.model.attention import PackedAttention
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
@@ -27,7 +26,7 @@ class Predictor:
         model: BlockDiffusionModel,
         *,
         vocab_size: int,
-        mask_id: int,
+        mask_id: int | None,
         temperature: float,
         top_p: float,
         order: str = "confidence",
@@ -39,7 +38,7 @@ class Predictor:
         self.device = next(model.parameters()).device
         self.group = parallel_state.get_tensor_model_parallel_group()
         allowed = torch.arange(model.vocab_size) < vocab_size
-        if mask_id != NO_MASK:
+        if mask_id is not None:
             allowed[mask_id] = False
         shard = model.vocab_size // self.group.size()
         self.first = self.group.rank() * shard

@@ -7,7 +7,7 @@ depends on how examples were assigned to processes and packed into sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +22,24 @@ from megatron_dtrpo.objectives.targets import Targets
 class Outcome(NamedTuple):
     """``loss``: sum, a scalar with gradient; ``count``: what the loss is to be divided by, a scalar; ``metrics``: sums
     over the micro-batch, fp64 ``[len(metric names)]``; ``per_example``: losses ``[examples]`` without gradient;
-    ``slope``: in a training pass, of `training.passes.slope`."""
+    ``slope``: in a training pass, of `training.passes.slope`. ``largest``: a measure whose largest value over the
+    global batch is wanted, a scalar."""
 
     loss: Tensor
     count: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     metrics: Tensor
     per_example: Tensor
     slope: Tensor | None = None
+    largest: Tensor | None = None
 
 
 class Objective(NamedTuple):
     """``metric_names`` are in the order of ``Outcome.metrics``; the first is ``loss``. ``evaluate`` is given the
-    policy's targets and, if ``reads_reference``, ``L`` per response under the reference, fp64 ``[responses]``."""
+    policy's targets and what is known of the responses beforehand: ``L`` under the reference, fp64 ``[responses]``, if
+    ``reads_reference``; for ``policy_gradient`` a `policy_gradient.Rollout`."""
 
     metric_names: tuple[str, ...]
-    evaluate: Callable[[Targets, Tensor | None], Outcome]
+    evaluate: Callable[[Targets, Any], Outcome]
     reads_reference: bool = False
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.estimators import total_views
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
 from megatron_dtrpo.planning import parameters
 from megatron_dtrpo.rounding import ceil_divide
@@ -48,9 +49,16 @@ def bubble_share(pp: int, virtual: int, micro_batches: int) -> float:
     return (pp - 1 + (virtual - 1) * missing) / (virtual * micro_batches)
 
 
+def batch_of_step(config: Config) -> int:
+    """Examples of an optimizer step over all processes; online groups of answers, an update's share of the prompts."""
+    if OBJECTIVES[config.objective.objective].is_online:
+        return ceil_divide(config.online.rollout_prompts, config.online.updates_per_rollout)
+    return config.data.global_batch_size
+
+
 def examples_of_step(config: Config, data_parallel: int) -> int:
     """Of the data-parallel process that has most."""
-    return ceil_divide(config.data.global_batch_size, data_parallel)
+    return ceil_divide(batch_of_step(config), data_parallel)
 
 
 def micro_batches_of_step(config: Config, data_parallel: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -25,7 +26,8 @@ class HostBatch:
 
     ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism; then ``keys``
     are the coordinates ``[S]`` of all ranks' rows in the order in which their keys are gathered. ``response_length``:
-    of all responses, int64 ``[R]``. ``tokens``: of the whole packed sequence, without padding.
+    of all responses, int64 ``[R]``. ``tokens``: of the whole packed sequence, without padding. ``steps``, ``views``:
+    one more than the largest number of a target's decoding step and of a view.
     """
 
     samples: list[Sample]
@@ -33,6 +35,8 @@ class HostBatch:
     part: PackedSequence
     keys: Coordinates | None
     tokens: int
+    steps: int
+    views: int
 
 
 def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int = 1) -> HostBatch:
@@ -44,14 +48,21 @@ def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int
     if group.size() > 1:
         part, keys = _share(part, group.rank(), group.size(), multiple)
         keys = Coordinates(*map(pin, keys))
-    return HostBatch(batch.samples, pin(batch.response_length), part.map_tensors(pin), keys, len(batch.sequence))
+    steps, views = (int(numbers.max()) + 1 if numbers.numel() else 0 for numbers in _numbers(batch.sequence))
+    lengths = pin(batch.response_length)
+    return HostBatch(batch.samples, lengths, part.map_tensors(pin), keys, len(batch.sequence), steps, views)
+
+
+def _numbers(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
+    """Of every target the decoding step and the view."""
+    return sequence.target_step, sequence.view[sequence.target_row]
 
 
 class DeviceBatch:
     """A micro-batch on the device, with its attention plan, shared by the reference's and the policy's pass.
 
-    ``part`` is what this process runs (see `HostBatch`). On the last stage ``reference`` holds the reference's ``L``
-    per response, ``[responses]``.
+    ``part`` is what this process runs (see `HostBatch`). On the last stage ``given`` holds what the objective is to
+    know of the responses (see `objectives.objective.Objective`): a tensor or a tuple of them, response by response.
     """
 
     def __init__(
@@ -62,7 +73,8 @@ class DeviceBatch:
         move = partial(to_device, device=device)
         self.samples, self.response_length = host.samples, move(host.response_length)
         self.part = host.part.map_tensors(move)
-        self.reference: Tensor | None = None
+        self.steps, self.views = host.steps, host.views
+        self.given: Any = None
         self._made_for = (device, backend, width, multiple)
         keys, group = (None, None) if host.keys is None else (Coordinates(*map(move, host.keys)), context_group())
         block_size = host.part.block_size
@@ -75,8 +87,16 @@ class DeviceBatch:
         block_size = self.part.block_size
         sequence = pad_to(empty_sequence(block_size), block_size, pad_id=0)
         padding = DeviceBatch(MicroBatch(sequence, [], torch.zeros(0, dtype=torch.long)), *self._made_for)
-        padding.reference = torch.zeros(0, dtype=torch.float64, device=self._made_for[0])
+        padding.given = _of_nobody(self.given)
+        padding.steps, padding.views = self.steps, self.views
         return padding
+
+
+def _of_nobody(given):
+    """``given``, of no response."""
+    if isinstance(given, Tensor):
+        return given[:0]
+    return None if given is None else type(given)(*map(_of_nobody, given))
 
 
 def context_group():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
 from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import validate, validate_training
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
@@ -93,11 +94,17 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     most = max(plan.total for plan in plans)
     verdict = "fits" if fits_in(plans, int(gpu_memory * GIB)) else "does not fit"
     examples, together = examples_of_step(config, data_parallel), config.data.micro_batch_size
-    lines.append(
-        f"a step: {config.data.global_batch_size} examples, {examples} on each of {data_parallel} data-parallel "
-        f"processes, in {micro_batches_of_step(config, data_parallel)} packed sequences of at most {together}"
-        + (": not full, a larger global_batch_size would cost little more" if examples < together else "")
-    )
+    if OBJECTIVES[config.objective.objective].is_online:
+        lines.append(
+            f"an iteration: {config.online.group_size} answers to each of {config.online.rollout_prompts} prompts, "
+            f"learned in {config.online.updates_per_rollout} steps; how many tokens they pack into, decoding says"
+        )
+    else:
+        lines.append(
+            f"a step: {config.data.global_batch_size} examples, {examples} on each of {data_parallel} data-parallel "
+            f"processes, in {micro_batches_of_step(config, data_parallel)} packed sequences of at most {together}"
+            + (": not full, a larger global_batch_size would cost little more" if examples < together else "")
+        )
     return [
         *lines,
         "memory plan (docs/memory.md):",

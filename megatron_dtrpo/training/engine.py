@@ -38,7 +38,7 @@ from megatron_dtrpo.model.provider import build_chunks
 from megatron_dtrpo.objectives.objective import Objective, Outcome
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
-from megatron_dtrpo.training import passes
+from megatron_dtrpo.training import passes, resume
 from megatron_dtrpo.training.device_batch import DeviceBatch, HostBatch, prepare
 from megatron_dtrpo.training.optimizer import (
     build_optimizer,
@@ -88,6 +88,22 @@ class Engine:
         return engine
 
     @classmethod
+    def starting(cls, config: Config, tokenizer: Tokenizer) -> Engine:
+        """With the weights that a run starts from, ``load``'s or the seed's; collective."""
+        return cls.new(config, tokenizer) if config.run.load is None else cls._of(config, tokenizer, "load")
+
+    @classmethod
+    def of_reference(cls, config: Config, tokenizer: Tokenizer) -> Engine:
+        """With those of a run's reference, ``reference`` or else what the run starts from; collective."""
+        if config.run.reference is None:
+            return cls.starting(config, tokenizer)
+        return cls._of(config, tokenizer, "reference")
+
+    @classmethod
+    def _of(cls, config: Config, tokenizer: Tokenizer, key: str) -> Engine:
+        return cls.load(getattr(config.run, key), resume.source_iteration(config.run, key), config, tokenizer)
+
+    @classmethod
     def _empty(cls, config: Config, tokenizer: Tokenizer) -> Engine:
         device = initialize.device()
         chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
@@ -117,6 +133,11 @@ class Engine:
         """``L`` per response, fp64 ``[responses]`` for each batch, on the last stage; an empty list on the others."""
         on_device = self.to_device(batches)
         return passes.score(self._wrapped, on_device) if on_device else []
+
+    def log_probs(self, batches: Iterable[Batch]) -> list[Tensor]:
+        """The log-probabilities ``[N]`` of the targets that this process predicts for each batch, as `score`."""
+        on_device = self.to_device(batches)
+        return passes.log_probs(self._wrapped, on_device) if on_device else []
 
     def train_pass(self, batches: Iterable[Batch], objective: Objective) -> list[Outcome]:
         """Gradients of the objective over ``batches``; their outcomes on the last stage, ``[]`` on the others."""

@@ -104,6 +104,8 @@ class MetricLog:
         if "rewards/accuracies" in metrics:
             shown.append(f"accuracy {metrics['rewards/accuracies']:.3f}")
             shown.append(f"margin {metrics['rewards/margins']:.4f}")
+        if "reward/mean" in metrics:
+            shown.append(f"reward {metrics['reward/mean']:.3f}")
         shown.append(f"grad norm {metrics['grad_norm']:.4f}")
         shown.append(f"lr {metrics['lr']:.3e}")
         shown.append(f"{metrics['tokens_per_second']:.0f} tokens/s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +35,9 @@ def _targets(item: DeviceBatch, log_probs: Tensor) -> Targets:
         block=part.target_block,
         step=part.target_step,
         length=item.response_length,
+        view=part.view[part.target_row],
+        steps=item.steps,
+        views=item.views,
         add_up=partial(add_up, group=context_group()),
     )
 
@@ -57,12 +60,23 @@ def _run(forward_step, model, batches: Sequence[DeviceBatch], **kwargs) -> list:
     return results[:count]
 
 
+def log_probs(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
+    """The log-probabilities ``[N]`` of the targets that this process predicts, of every micro-batch; as `score`."""
+    return _collected(model, batches, lambda item, found: found.detach())
+
+
 def score(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
     """``L`` per response of every micro-batch under ``model``: ``[responses]`` each on the last stage, an empty list on
     the others. No gradient."""
 
-    def collect(item: DeviceBatch, log_probs: Tensor, non_loss_data: bool = True) -> Tensor:
-        return _targets(item, log_probs).likelihoods()
+    return _collected(model, batches, lambda item, found: _targets(item, found).likelihoods())
+
+
+def _collected(model, batches: Sequence[DeviceBatch], of: Callable[[DeviceBatch, Tensor], Tensor]) -> list[Tensor]:
+    """``of`` every micro-batch and its targets' log-probabilities on the last stage, without gradient."""
+
+    def collect(item: DeviceBatch, found: Tensor, non_loss_data: bool = True) -> Tensor:
+        return of(item, found)
 
     def forward_step(iterator, model):
         item, output = _forward(iterator, model)
@@ -78,7 +92,7 @@ def train_pass(
     """Accumulates gradients over the micro-batches; returns their outcomes on the last stage, ``[]`` on the others."""
 
     def loss_func(item: DeviceBatch, log_probs: Tensor):
-        outcome = objective.evaluate(_targets(item, log_probs), item.reference)
+        outcome = objective.evaluate(_targets(item, log_probs), item.given)
         # Every context-parallel rank has the whole loss, and the gradients of its own tokens. Gradients are summed over
         # data- and context-parallel processes, and so is the divisor, which therefore one rank alone counts.
         count = outcome.count if _speaks_for_context() else torch.zeros_like(outcome.count)

@@ -12,7 +12,7 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
-from megatron_dtrpo.training.reference import reference_engine
+from megatron_dtrpo.training.engine import Engine
 from megatron_dtrpo.training.reference_cache import CacheWriter, score_inputs
 from megatron_dtrpo.training.scoring import gathered_scores
 from megatron_dtrpo.training.setup import open_data
@@ -31,7 +31,7 @@ def precompute(config: Config, tokenizer: Tokenizer, data_parallel_size: int, ou
     if steps == 0:
         raise UserError("num_epochs is 0: there is no step to precompute")
     epochs = -(-steps * batch // len(data.order))
-    engine = reference_engine(config, tokenizer)
+    engine = Engine.of_reference(config, tokenizer)
     builder = data.reference_batches(config, engine.replica, data_parallel_size)
     inputs = score_inputs(config, tokenizer) | {
         "data": data.store.content,

@@ -12,30 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.initialization import global_parameter_names, shared_name
-from megatron_dtrpo.training import resume
-from megatron_dtrpo.training.engine import Engine
-
-
-def starting_engine(config: Config, tokenizer: Tokenizer) -> Engine:
-    """An engine with the weights that a run starts from, ``load``'s or the seed's; collective."""
-    if config.run.load is None:
-        return Engine.new(config, tokenizer)
-    return _loaded(config, tokenizer, "load")
-
-
-def reference_engine(config: Config, tokenizer: Tokenizer) -> Engine:
-    """A run's reference, ``reference`` or else what the run starts from; collective."""
-    if config.run.reference is None:
-        return starting_engine(config, tokenizer)
-    return _loaded(config, tokenizer, "reference")
-
-
-def _loaded(config: Config, tokenizer: Tokenizer, key: str) -> Engine:
-    return Engine.load(getattr(config.run, key), resume.source_iteration(config.run, key), config, tokenizer)
 
 
 def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] | None) -> set[str]:

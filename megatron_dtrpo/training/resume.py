@@ -23,6 +23,7 @@ from megatron_dtrpo.errors import UserError
 _PINNED = (
     *("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16"),
     *("length_normalization", "fp8_format", "fp8_recipe", "fp8_reference"),
+    *("ratio", "rollout_prompts", "group_size", "rewards", "updates_per_rollout"),
 )
 _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
@@ -171,7 +172,7 @@ def check_data(directory: str | Path, progress: dict, now: dict) -> None:
 
 def changes_since(config: Config, first: dict) -> list[str]:
     """``key old -> new`` for every setting of the data, objective and optimizer that differs from a run's record."""
-    groups = (config.data, config.objective, config.optimizer)
+    groups = (config.data, config.objective, config.online, config.optimizer)
     keys = [f.name for group in groups for f in dataclasses.fields(group) if f.name not in _FREE]
     now = config.to_flat()
     before = {key: first.get(key, FIELDS[key].default) for key in keys}  # a run may be older than the setting

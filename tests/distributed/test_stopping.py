@@ -61,7 +61,7 @@ def undisturbed(server, folder, settings):
 
 JOIN = "megatron_dtrpo.runtime.objects:open_channel"
 TOKENIZE = "megatron_dtrpo.data.token_store:_record_batches"
-BUILD = "megatron_dtrpo.training.trainer:starting_engine"
+BUILD = "megatron_dtrpo.training.engine:Engine.starting"
 STEP = "megatron_dtrpo.training.trainer:Trainer._step"
 OBJECTIVE = "megatron_dtrpo.evaluation.periodic:PeriodicEvaluation._objective"
 ROUND = "megatron_dtrpo.inference.decoder:BlockDecoder._round"

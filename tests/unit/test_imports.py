@@ -29,7 +29,7 @@ FLOORS = (
     ("__main__",),
 )
 # Rooms of one floor that know each other, in this direction only.
-BESIDE = {("data", "model"), ("planning", "model"), ("checkpoint", "conversion")}
+BESIDE = {("data", "model"), ("planning", "model"), ("checkpoint", "conversion"), ("online", "evaluation")}
 PURE = ("config", "families", "diffusion", "objectives")
 LIGHT = {*sys.stdlib_module_names, "yaml", PACKAGE}  # what config and families import
 

@@ -80,7 +80,7 @@ def test_no_micro_batch_waits_for_the_device(objective, estimator, responses):
         model.config.finalize_model_grads_func = None
         batch = DeviceBatch(micro_batch(estimator, responses), CPU, "sdpa", attention_width(model.config))
         with Waits() as waits:
-            batch.reference = score(model, [batch])[0]
+            batch.given = score(model, [batch])[0]
             (outcome,) = train_pass(model, [batch], OBJECTIVES[objective](ObjectiveSettings(objective=objective)))
         assert waits.found == []
         assert int(outcome.count) == (3 if objective == "preference" else batch.part.target_row.numel())

@@ -36,7 +36,7 @@ class Steps:
         with self.reference.in_place_of_policy(), self.engine.as_reference():
             scores = self.engine.score(batches)
         for batch, reference in zip(batches, scores, strict=True):
-            batch.reference = reference
+            batch.given = reference
         self.engine.train_pass(batches, self.objective)
         self.engine.update()
 

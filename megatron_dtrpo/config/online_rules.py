@@ -1,0 +1,113 @@
+"""Rules of the settings of ``objective policy_gradient``, and who else must leave them out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_dtrpo.config.decoding import RULES
+from megatron_dtrpo.config.objectives import OBJECTIVES
+from megatron_dtrpo.config.policy_gradient import RATIOS, PolicyGradientOptions
+from megatron_dtrpo.config.settings import FIELDS, Config, OnlineSettings
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.families.registry import family_of
+
+# Of the data's settings those that belong to pairs and examples.
+_OF_EXAMPLES = {
+    "global_batch_size": "an iteration takes rollout_prompts x group_size answers",
+    "make_response_length_divisible_by": "answers stay as they were decoded",
+    "overlong": "answers are as long as they were decoded",
+}
+
+
+def _demand(condition, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def unread_online(config: Config) -> dict[str, str]:
+    """The settings that the objective does not read because it is, or is not, online; and why."""
+    if OBJECTIVES[config.objective.objective].is_online:
+        return dict(_OF_EXAMPLES)
+    names = [f.name for kind in (PolicyGradientOptions, OnlineSettings) for f in dataclasses.fields(kind)]
+    return dict.fromkeys(names, "belongs to objective policy_gradient")
+
+
+def rollout_rule(config: Config) -> str:
+    """The rule that answers are decoded by; with block size 1 there is one."""
+    if config.model.block_size == 1:
+        return "leftmost"
+    return config.online.rollout_rule or family_of(config.model).rule
+
+
+def check_online(config: Config) -> None:
+    """Raises UserError naming the key."""
+    for key, reason in unread_online(config).items():
+        value = getattr(config.group_of(key), key)
+        _demand(
+            value == FIELDS[key].default,
+            f"{key} with objective {config.objective.objective}: {reason}: leave it out",
+        )
+    if OBJECTIVES[config.objective.objective].is_online:
+        _check_policy_gradient(config)
+
+
+def _check_policy_gradient(config: Config) -> None:
+    online, objective = config.online, config.objective
+    estimator, ratio = objective.estimator, objective.ratio
+    _demand(online.rewards, "rewards is missing: give --rewards numeric, or module:function of your own")
+    for name in online.rewards:
+        _demand(online.rewards.count(name) == 1, f"rewards has {name} twice: give it once, with reward_weights")
+    if online.reward_weights is not None:
+        given, wanted = len(online.reward_weights), len(online.rewards)
+        _demand(given == wanted, f"reward_weights has {given} weights, rewards {wanted}: give as many of both")
+        _demand(any(online.reward_weights), "reward_weights are all 0: there is nothing to learn")
+    _demand(online.group_size > 1, "group_size 1: an answer is compared with the others of its group: give 2 or more")
+    _demand(
+        online.reward_aggregation == "sum_then_normalize" or online.advantage_std,
+        "reward_aggregation normalize_then_sum divides by each reward's spread: leave advantage_std on",
+    )
+    _demand(
+        online.rollout_temperature > 0,
+        "rollout_temperature 0: all answers of a group would be the same one: leave it at 1",
+    )
+    _demand(
+        online.rollout_temperature == 1,
+        f"rollout_temperature {online.rollout_temperature}: training replays the probabilities of temperature 1: "
+        "leave it out",
+    )
+    rule = rollout_rule(config)
+    _demand(
+        online.rollout_threshold is None or "threshold" in RULES[rule].reads,
+        f"rollout_threshold: decoding by the rule {rule} has no threshold: leave it out",
+    )
+    _demand(
+        online.rollout_rule in (None, rule),
+        f"rollout_rule {online.rollout_rule} has no effect with block size 1, one token a pass: leave it out",
+    )
+    _demand(
+        online.updates_per_rollout <= online.rollout_prompts,
+        f"updates_per_rollout {online.updates_per_rollout} is more than the {online.rollout_prompts} rollout_prompts: "
+        "every update takes whole groups",
+    )
+    _demand(
+        estimator in RATIOS[ratio].estimators,
+        f"ratio {ratio} goes with estimator {', '.join(RATIOS[ratio].estimators)}, not {estimator}: change one of the "
+        "two",
+    )
+    _demand(
+        not objective.length_normalization or ratio == "sequence",
+        f"length_normalization with ratio {ratio}: it is for ratio sequence: leave it out",
+    )
+    _demand(
+        config.run.reference_cache is None,
+        "reference_cache holds scores of pairs, and policy_gradient writes its own answers: leave it out",
+    )
+    _demand(
+        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
+        "num_virtual_stages_per_pipeline_rank with objective policy_gradient, which decodes with the model that "
+        "trains: leave it out",
+    )
+    _demand(
+        config.parallel.fp8_format is None,
+        "fp8_format with objective policy_gradient was never tried: leave it out",
+    )

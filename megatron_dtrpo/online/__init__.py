@@ -1,0 +1,1 @@
+"""Training on what the policy itself writes: rollouts, rewards, advantages, and the loop."""

@@ -1,0 +1,99 @@
+"""Rewards, their processes, and advantages."""
+
+from __future__ import annotations
+
+import os
+import statistics
+
+import numpy as np
+import pytest
+
+from megatron_dtrpo.errors import StopRequest, UserError
+from megatron_dtrpo.online.advantages import group_advantages, has_spread
+from megatron_dtrpo.online.reward_workers import RewardWorkers
+from megatron_dtrpo.online.rewards import Answer, load_reward, reward_of
+from megatron_dtrpo.runtime import stop
+
+USERS = """
+import os, time
+def sized(row, text):
+    return len(text) * row["scale"]
+def odd(row, text):
+    return {"raise": lambda: 1 / 0, "nan": lambda: float("nan"), "words": lambda: "much", "true": lambda: True,
+            "die": lambda: os._exit(3), "hang": lambda: time.sleep(60), "none": lambda: None}[text]()
+"""
+
+
+def answer(text="", tokens=4, passes=2, ended=True, longest=8, **row) -> Answer:
+    return Answer(row, text, tokens, passes, ended, longest)
+
+
+def test_built_in_rewards():
+    names = ["numeric", "format", "length", "speed"]
+    rewards = [load_reward(name) for name in names]
+    assert reward_of(rewards, answer("so #### 42", answer="42")) == [1, 1, -0.5, 2]
+    assert reward_of(rewards, answer("\\boxed{7}", answer="8", passes=4, ended=False)) == [0, 0, -0.5, 1]
+    assert reward_of(rewards[1:2], answer("no result")) == [0]
+
+
+@pytest.mark.parametrize("name", ["exact", "nowhere:function", "os:nothing"])
+def test_a_reward_that_is_not_there(name):
+    with pytest.raises(UserError, match="give numeric, format, length, speed" if name == "exact" else "verifier"):
+        load_reward(name)
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    (tmp_path / "users.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_an_answer_whose_reward_fails_is_the_only_one_that_is_lost(users):
+    workers = RewardWorkers(["users:odd", "users:sized"], 2, 1.0)
+    texts = ["true", "raise", "die", "nan", "hang", "words", "true", "none", "hang", "true"]
+    try:
+        found = workers.score([answer(text, scale=n) for n, text in enumerate(texts)])
+        processes = [worker.process for worker in workers.workers]
+        assert workers.score([answer("true", scale=1)]) == [[1.0, 4.0]]
+    finally:
+        workers.close()
+    assert [found[n] for n in (0, 6, 9)] == [[1.0, 0.0], [1.0, 24.0], [1.0, 36.0]]
+    failures = {1: "raised ZeroDivisionError", 2: "its process ended", 3: "the reward is nan", 4: "longer than 1 s"}
+    failures |= {5: "a str, not a number", 7: "a NoneType, not a number", 8: "longer than 1 s"}
+    for number, words in failures.items():
+        assert words in found[number], number
+    assert len(processes) == 2 and not any(process.is_alive() for process in processes)
+
+
+def test_a_request_to_stop_ends_the_wait(users, monkeypatch):
+    workers = RewardWorkers(["users:odd"], 1, 60.0)
+    monkeypatch.setattr(stop, "requested", lambda: "SIGTERM" if workers.workers[0].answer is not None else None)
+    try:
+        with pytest.raises(StopRequest, match="SIGTERM"):
+            workers.score([answer("hang")])
+    finally:
+        workers.close()
+    assert os.getcwd()
+
+
+def test_advantages_by_hand():
+    right = [1.0, 0.0, 0.0, 1.0]
+    speed = [3.0, 1.0, 2.0, 2.0]
+    rewards = np.array([right, speed]).T
+    summed = [a + 0.5 * b for a, b in zip(right, speed, strict=True)]
+    mean, spread = statistics.mean(summed), statistics.stdev(summed) + 1e-4
+    plain = group_advantages(rewards, [1, 0.5], False, False)
+    assert plain == pytest.approx([value - mean for value in summed])
+    assert group_advantages(rewards, [1, 0.5], True, False) == pytest.approx(plain / spread)
+    apart = [
+        (a - 0.5) / (statistics.stdev(right) + 1e-4) + 0.5 * (b - 2) / (statistics.stdev(speed) + 1e-4)
+        for a, b in zip(right, speed, strict=True)
+    ]
+    assert group_advantages(rewards, [1, 0.5], True, True) == pytest.approx(apart)
+
+
+def test_spread():
+    equal, other = np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert not has_spread(equal, [1, 1], True) and not has_spread(equal, [1, 1], False)
+    assert has_spread(other, [1, 1], True) and not has_spread(other, [1, 1], False)
+    assert not has_spread(np.array([[1.0, 0.0], [1.0, 1.0]]), [1, 0], True)

@@ -1,7 +1,8 @@
 """Draws what one or more training runs wrote to `metrics.jsonl`: loss, rewards and log-probabilities by iteration.
 
-A run with `rewards/...` keys is a preference run, any other an SFT run; each kind gets its own panels. Several runs of
-a kind share a panel, one colour each. Behind every line stands the unsmoothed one, faintly.
+A run with `rewards/...` keys is a preference run, one with `reward/mean` an online one, any other an SFT run; each kind
+gets its own panels. Several runs of a kind share a panel, one colour each. Behind every line stands the unsmoothed one,
+faintly.
 """
 
 import argparse
@@ -33,6 +34,10 @@ class Run:
     @property
     def is_preference(self) -> bool:
         return any(key.startswith("rewards/") for row in self.rows for key in row)
+
+    @property
+    def is_online(self) -> bool:
+        return any("reward/mean" in row for row in self.rows)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Iterations and values; rows without the key, or with a value that is no number, are left out."""
@@ -104,7 +109,8 @@ def _without_anchor(runs: list[Run]) -> list[Run]:
 
 
 def panels(runs: list[Run]) -> list[Panel]:
-    sft = [run for run in runs if not run.is_preference]
+    online = [run for run in runs if run.is_online]
+    sft = [run for run in runs if not run.is_preference and not run.is_online]
     preference = [run for run in runs if run.is_preference]
     result = []
     if sft:
@@ -119,6 +125,13 @@ def panels(runs: list[Run]) -> list[Panel]:
                 preference,
                 (Curve("logps/chosen", "-", "chosen"), Curve("logps/rejected", "--", "rejected")),
             ),
+        ]
+    if online:
+        result += [
+            Panel("Reward", online, (Curve("reward/mean"),)),
+            Panel("Entropy, nats a token", online, (Curve("entropy"),)),
+            Panel("Share of clipped ratios", online, (Curve("clip/fraction"),), 0.0),
+            Panel("Tokens of an answer", online, (Curve("response/length"),)),
         ]
     if len(result) % 2:  # fills the grid
         result.append(Panel("Gradient norm", runs, (Curve("grad_norm"),)))

@@ -186,8 +186,8 @@ def chunks_in_flight(pp: int, virtual: int, stage: int, micro_batches: int) -> i
 def head_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> int:
     """Peak of the head: the gathered hidden states and the rows read from them, and the larger of two moments on R =
     min(t, LOGIT_ROWS) target rows (more are cut into chunks and recomputed). Going forward there are logits, their fp32
-    copy, fp32 probabilities and their copy that is kept; going backward that copy, its gradient and the gradient of
-    the output matrix. With several chunks the gradient of the chunks before is there as well: autograd adds them up
+    copy, fp32 probabilities and their copy that is kept; going backward the gradient of the logits and that of the
+    output matrix. With several chunks the gradient of the chunks before is there as well: autograd adds them up
     before the fp32 gradient gets any."""
     width = 2 if parallel.bf16 else 4
     rows = min(tokens, LOGIT_ROWS)
@@ -195,4 +195,4 @@ def head_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) ->
     gradient = width * parameters.vocabulary_parameters(model, parallel.tensor_model_parallel_size)
     earlier = gradient if tokens > LOGIT_ROWS else 0
     forward = logits * (2 + 4 + 4 + 2 if parallel.bf16 else 4 + 4)
-    return 2 * width * tokens * model.hidden_size + earlier + max(forward, 2 * width * logits + gradient)
+    return 2 * width * tokens * model.hidden_size + earlier + max(forward, width * logits + gradient)

@@ -143,3 +143,17 @@ def test_a_run_that_learns_nothing_says_so_and_ends(server, folder):
     assert status == 2 and output.count("warning: iteration") == 2
     assert "for 2 iterations in a row: take easier or harder prompts, more answers (group_size)" in output
     assert [row["groups/trained"] for row in read_metrics(save)] == [0, 0]
+
+
+DECODING = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
+REWARDS = "megatron_dtrpo.online.reward_workers:RewardWorkers._with_news"
+
+
+@pytest.mark.parametrize(("moment", "call"), [(DECODING, 30), (REWARDS, 3)], ids=["rollout", "rewards"])
+def test_a_run_that_is_asked_to_stop_goes_on_later(metrics_of, server, folder, moment, call):
+    save = folder / f"stopped in {moment.rpartition('.')[2]}"
+    settings = {**ONLINE, **BLOCKS, **TP2, "data_path": folder / "pairs.jsonl", "save": save}
+    events = [[moment, call, "SIGTERM", [0]]]
+    statuses, output = server.run(settings, save.with_suffix(".log"), 2, timeout=120, events=events)
+    assert statuses == [0, 0] and output.count("stopped by SIGTERM") == 1, output
+    assert disagreements(compared(server.train(settings, 2)), compared(metrics_of("one process"))) == []

@@ -52,6 +52,8 @@ def preference_objective(settings: ObjectiveSettings) -> Objective:
     options = options_of(LossOptions, settings)
 
     def evaluate(targets: Targets, reference: Tensor | None) -> Outcome:
+        if settings.has_reference and reference is None:
+            raise ValueError("the losses compare with a reference, and this batch has no scores of one")
         loss, metrics = preference_loss(
             targets.likelihoods(),
             reference,

@@ -65,6 +65,9 @@ class DeviceBatch:
     know of the responses (see `objectives.objective.Objective`): a tensor or a tuple of them, response by response.
     """
 
+    # What an objective is to know under another name would be missing without a word.
+    __slots__ = ("_made_for", "attention", "given", "part", "response_length", "samples", "steps", "views")
+
     def __init__(
         self, batch: MicroBatch | HostBatch, device: torch.device, backend: str, width: int, multiple: int = 1
     ):

@@ -15,11 +15,11 @@ import torch
 from megatron_dtrpo.config.losses import LOSSES
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import fill_objective_defaults
-from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.config.settings import Config, ObjectiveSettings
 from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.diffusion.layout import concatenate
-from megatron_dtrpo.objectives.objective import Outcome
+from megatron_dtrpo.objectives.objective import Outcome, preference_objective
 from megatron_dtrpo.objectives.targets import Targets
 from tests.conftest import REPOSITORY
 
@@ -254,3 +254,13 @@ def test_seed_and_mask_token_reach_the_noise():
     assert torch.equal(first, again) and (first == MASK).any()
     config.optimizer.seed = 4
     assert not torch.equal(micro_batch(config).sequence.tokens, first)
+
+
+def test_a_batch_without_the_reference_that_its_losses_read_is_an_error():
+    """And not the loss of another kind, as it is where nothing reads a reference."""
+    targets = Targets(*[torch.zeros(0, dtype=torch.long)] * 5, torch.ones(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="this batch has no scores of one"):
+        preference_objective(ObjectiveSettings()).evaluate(targets, None)
+    preference_objective(ObjectiveSettings(loss_type=["simpo"])).evaluate(
+        replace(targets, log_prob=torch.zeros(0), weight=torch.zeros(0)), None
+    )

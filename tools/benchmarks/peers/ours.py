@@ -97,10 +97,10 @@ class Ours:
         batches = self._batches(pairs, document or self.document)
         if self.cached:
             for batch in batches:
-                batch.reference = torch.cat([self.cached[s.index] for s in batch.samples])
+                batch.given = torch.cat([self.cached[s.index] for s in batch.samples])
         else:
             for batch, reference in zip(batches, self._reference_scores(batches), strict=True):
-                batch.reference = reference
+                batch.given = reference
         self.wrapped[0].zero_grad_buffer()
         self.optimizer.zero_grad()
         outcomes = train_pass(self.wrapped, batches, self.objective)
@@ -111,7 +111,7 @@ class Ours:
         """The mean loss of pairs that are laid out already, whatever their noise; nothing is updated."""
         batches = [self._on_device(MicroBatch(d, [], torch.ones(d.responses, dtype=torch.long))) for d in documents]
         for batch, reference in zip(batches, self._reference_scores(batches), strict=True):
-            batch.reference = reference
+            batch.given = reference
         with torch.no_grad():
             outcomes = train_pass(self.wrapped, batches, self.objective, forward_only=True)
         return float(sum(o.loss for o in outcomes)) / len(documents)

@@ -174,7 +174,7 @@ def test_no_copy_of_the_reference_is_kept(folder, cache, alone, monkeypatch):
     from megatron_dtrpo.runtime import initialize
 
     initialize.enable_device()
-    from megatron_dtrpo.training import trainer as training_loop
+    from megatron_dtrpo.training import run as training_loop
 
     kept = []
 

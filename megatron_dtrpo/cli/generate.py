@@ -97,7 +97,7 @@ def _generate(argv: list[str]) -> None:
     from megatron_dtrpo.data.tally import Tally
     from megatron_dtrpo.evaluation.generation import decode_prompts, speed
     from megatron_dtrpo.evaluation.session import locate_checkpoint, token_ids
-    from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier
+    from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier, require_some_answer
 
     judge = Judge(load_verifier(arguments.verifier)) if arguments.verifier else None
     with locate_checkpoint(arguments.checkpoint, config) as source:
@@ -109,6 +109,8 @@ def _generate(argv: list[str]) -> None:
             prompts = read_prompts(arguments.prompts, *known, arguments.split, skipped)
         else:
             prompts = [make_prompt({"prompt": arguments.prompt}, "--prompt", *known)]
+        if arguments.verifier:
+            require_some_answer(arguments.verifier, prompts)
         with source.open() as engine:
             for note in prompt_notes(prompts, skipped) if engine.is_main else ():
                 print(note, file=sys.stderr)

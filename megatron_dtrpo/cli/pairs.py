@@ -82,7 +82,7 @@ def _build(argv: list[str]) -> None:
     from megatron_dtrpo.data.tally import Tally
     from megatron_dtrpo.evaluation.generation import decode_prompts, speed
     from megatron_dtrpo.evaluation.session import locate_checkpoint
-    from megatron_dtrpo.evaluation.verifiers import load_verifier
+    from megatron_dtrpo.evaluation.verifiers import load_verifier, require_some_answer
 
     verifier = load_verifier(arguments.verifier)
     with locate_checkpoint(arguments.checkpoint, config) as source:
@@ -92,6 +92,7 @@ def _build(argv: list[str]) -> None:
         prompts = read_prompts(
             arguments.prompts, source.tokenizer, limit, arguments.apply_chat_template, arguments.split, skipped
         )
+        require_some_answer(arguments.verifier, prompts)
         with source.open() as engine:
             for note in prompt_notes(prompts, skipped) if engine.is_main else ():
                 print(note, file=sys.stderr)

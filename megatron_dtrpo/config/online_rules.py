@@ -76,10 +76,11 @@ def _check_policy_gradient(config: Config) -> None:
         "leave it out",
     )
     rule = rollout_rule(config)
-    _demand(
-        online.rollout_threshold is None or "threshold" in RULES[rule].reads,
-        f"rollout_threshold: decoding by the rule {rule} has no threshold: leave it out",
-    )
+    for option in ("threshold", "denoising_steps"):
+        _demand(
+            getattr(online, f"rollout_{option}") is None or option in RULES[rule].reads,
+            f"rollout_{option}: decoding by the rule {rule} does not read it: leave it out",
+        )
     _demand(
         online.rollout_rule in (None, rule),
         f"rollout_rule {online.rollout_rule} has no effect with block size 1, one token a pass: leave it out",

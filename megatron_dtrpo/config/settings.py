@@ -318,10 +318,14 @@ class OnlineSettings:
     )
     rollout_threshold: float | None = setting(
         None,
-        "Decoding writes tokens whose confidence is above this, and always the most confident one. Default: the rule's "
-        "own.",
+        "The threshold of the rule, see docs/decoding.md. Default: the rule's own.",
         at_least=0,
         at_most=1,
+    )
+    rollout_denoising_steps: int | None = setting(
+        None,
+        "Steps that a sub-block is written in, where the rule has a schedule. Default: as many as it has tokens.",
+        at_least=1,
     )
     rollout_batch_size: int = setting(64, "Answers decoded at once on each data-parallel process.", at_least=1)
 

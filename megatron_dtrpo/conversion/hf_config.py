@@ -93,7 +93,7 @@ def _block_size(family: Family, config: dict, where: str | Path, given: int | No
     own = positive(config, key, where) if key in config else family.block_size
     may_change = family.starting_point and own == 1  # an autoregressive one, that is to predict by blocks from here on
     if own is not None and given is not None and own != given and not may_change:
-        raise UserError(f"{where}: {key} is {own}: it cannot be imported with --block-size {given}")
+        raise UserError(f"{where}: {key} is {own}: it cannot be imported with --block-size {given}: leave that out")
     if own is None and given is None and is_read and not family.starting_point:
         raise UserError(
             f"{where}: no {key}, and a model of family {family.name} has one: import it with --block-size N"

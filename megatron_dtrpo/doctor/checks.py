@@ -21,6 +21,7 @@ INSTALL = "bash requirements/setup_cpu.sh, or pip install -e . beside your own t
 CONTAINER = "docker build --target gpu (docs/container.md)"
 CORE = ((0, 16), (0, 20))  # from the first, before the second: each release so far changed what we build on
 CORE_NEEDS_TRITON = (0, 18)
+CORE_HAS_HYBRID = (0, 18)
 # The Transformer Engine that a megatron-core takes: from the first, before the second. 0.16 declares its range; later
 # ones declare none.
 TRANSFORMER_ENGINE = {(0, 16): ((2, 9), (2, 12)), (0, 17): ((2, 9), None)}
@@ -162,6 +163,13 @@ def triton(machine: Machine, requirements: Requirements) -> Iterator[Line]:
     else:
         detail = f"not installed: megatron-core {core} imports it, and a CPU build of torch does not bring it"
         yield Line(MISSING, "triton", detail, "pip install --no-deps triton")
+
+
+def model_class(machine: Machine, requirements: Requirements) -> Iterator[Line]:
+    core = machine.versions.get("megatron-core")
+    if core and requirements.model_class == "hybrid" and version_of(core) < CORE_HAS_HYBRID:
+        detail = f"megatron-core {core} has no HybridModel, which {dotted(CORE_HAS_HYBRID)} and newer have"
+        yield Line(WRONG, "model_class", detail, "leave model_class out, or take a newer megatron-core")
 
 
 def gpus(machine: Machine, requirements: Requirements) -> Iterator[Line]:
@@ -351,6 +359,7 @@ CHECKS: tuple[Check, ...] = (
     python,
     packages,
     triton,
+    model_class,
     gpus,
     layout,
     transformer_engine,

@@ -34,6 +34,7 @@ class Requirements:
     bf16: bool = False
     fp8_recipe: str | None = None  # None: no FP8
     transformer_impl: str | None = None
+    model_class: str = "gpt"
     offloads: bool = False  # optimizer state, to the host
     attention_backend: str = "auto"
     fuses_gradients: bool = False  # asked for, not merely where it can be had
@@ -76,6 +77,7 @@ def _of(config: Config, configured: bool) -> Requirements:
         bf16=parallel.bf16,
         fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
         transformer_impl=parallel.transformer_impl,
+        model_class=parallel.model_class,
         offloads=parallel.optimizer_cpu_offload,
         attention_backend=parallel.attention_backend,
         fuses_gradients=bool(parallel.gradient_accumulation_fusion),

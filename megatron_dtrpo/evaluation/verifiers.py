@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_dtrpo.errors import UserError, one_line
@@ -72,6 +72,29 @@ def load_verifier(name: str) -> Verifier:
     if not callable(found):
         raise UserError(f"verifier {name!r}: {function} is not a function")
     return found
+
+
+def missing_answer(name: str, row: dict[str, Any]) -> str | None:
+    """Why the built-in verifier ``name`` has nothing to compare with in a ``row``; None where it has, and of the user's
+    own verifiers, which nobody else knows."""
+    try:
+        VERIFIERS[name](row, "")
+    except KeyError:
+        return None
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def require_some_answer(name: str, prompts: Sequence[Any]) -> None:
+    """Raises UserError, before anything is decoded, where no row of the ``prompts`` has what verifier ``name`` compares
+    with."""
+    problems = [missing_answer(name, prompt.row) for prompt in prompts]
+    if problems and None not in problems:
+        count = (
+            f"none of the {len(prompts)} prompts can be judged" if len(prompts) > 1 else "the prompt cannot be judged"
+        )
+        raise UserError(f"--verifier {name}: {count}: {prompts[0].location}: {problems[0]}")
 
 
 class Judge:

@@ -20,12 +20,12 @@ from megatron_dtrpo.data.prompts import Prompt, prompt_notes, read_prompts
 from megatron_dtrpo.data.sampler import SampleOrder
 from megatron_dtrpo.data.tally import Tally
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.errors import SharedError
+from megatron_dtrpo.errors import SharedError, UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts
 from megatron_dtrpo.objectives.policy_gradient import Rollout
 from megatron_dtrpo.online.documents import Documents, Packed
 from megatron_dtrpo.online.reward_workers import RewardWorkers
-from megatron_dtrpo.online.rewards import load_reward, require_answers
+from megatron_dtrpo.online.rewards import load_reward, without_answer
 from megatron_dtrpo.online.rollouts import RolloutMaker, Rollouts, report_failures
 from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.runtime.transfer import to_device
@@ -45,8 +45,20 @@ def open_prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], li
     prompts = read_prompts(data.data_path, tokenizer, longest, data.apply_chat_template, data.split, skipped)
     for name in config.online.rewards:
         load_reward(name)
-    require_answers(config.online.rewards, prompts)
-    return prompts, prompt_notes(prompts, skipped)
+    return _with_answers(config, prompts, prompt_notes(prompts, skipped))
+
+
+def _with_answers(config: Config, prompts: list[Prompt], notes: list[str]) -> tuple[list[Prompt], list[str]]:
+    """Without the rows in which a built-in verifier finds nothing to compare with, where ``bad_rows`` says skip."""
+    problems = [without_answer(config.online.rewards, prompt.row) for prompt in prompts]
+    bad = [number for number, problem in enumerate(problems) if problem is not None]
+    if not bad:
+        return prompts, notes
+    line = f"{len(bad)} of {len(prompts)} rows cannot be rewarded: {prompts[bad[0]].location}: {problems[bad[0]]}"
+    if config.data.bad_rows == "error" or len(bad) == len(prompts):
+        raise UserError(line)
+    kept = [prompt for prompt, problem in zip(prompts, problems, strict=True) if problem is None]
+    return kept, [*notes, f"warning: skipped {line}"]
 
 
 class OnlineTrainer(Run):
@@ -105,14 +117,19 @@ class OnlineTrainer(Run):
         with self.engine.for_evaluation():
             rollouts = self.maker.make(self.engine, self.iteration, self.consumed)
         objects.stop_together()
-        started = time.perf_counter()
+        if not rollouts.decoded:
+            raise SharedError(
+                f"iteration {self.iteration + 1}: no group has two answers with a reward: {rollouts.failures[0]}; "
+                f"{self._last_checkpoint()}"
+            )
+        started, lr = time.perf_counter(), self.engine.learning_rate()
         learned = self._learn(rollouts)
         self.iteration += 1
         self.consumed += rollouts.prompts
         if self.log is not None:
             report_failures(rollouts.failures)
             self._record(rollouts)
-            self.log.step(self._metrics(rollouts, learned, time.perf_counter() - started))
+            self.log.step(self._metrics(rollouts, learned, lr, time.perf_counter() - started))
         self._check_spread(rollouts)
         return any(update.stopping for update in learned[0])
 
@@ -173,17 +190,18 @@ class OnlineTrainer(Run):
                 f"(group_size) or another reward; {self._last_checkpoint()}"
             )
 
-    def _metrics(self, rollouts: Rollouts, learned: tuple[list[Update], float], seconds: float) -> dict:
+    def _metrics(self, rollouts: Rollouts, learned: tuple[list[Update], float], lr: float, seconds: float) -> dict:
+        """``lr``: of the iteration's first update."""
         updates, largest = learned
         online, groups = self.config.online, rollouts.decoded
         names = self.objective.metric_names
         counts = sum(update.count for update in updates)
         means = {name: sum(u.sums[name] for u in updates) / max(counts, 1) for name in names}
-        total = np.concatenate([group.total for group in groups]) if groups else np.zeros(1)
+        total = np.concatenate([group.total for group in groups])
         completions = [one for group in groups for one in group.completions]
         tokens, passes = sum(len(one.tokens) for one in completions), sum(one.passes for one in completions)
         each = {}
-        if len(online.rewards) > 1 and groups:
+        if len(online.rewards) > 1:
             table = np.concatenate([group.rewards for group in groups])
             each = {f"reward/{name}": float(table[:, k].mean()) for k, name in enumerate(online.rewards)}
         packed = sum(update.tokens for update in updates)
@@ -199,10 +217,10 @@ class OnlineTrainer(Run):
             "reward/failed": len(rollouts.failures),
             "groups/dropped": len(groups) - len(rollouts.groups),
             "groups/trained": len(rollouts.groups),
-            "response/length": tokens / max(len(completions), 1),
-            "tokens_per_pass": tokens / max(passes, 1),
+            "response/length": tokens / len(completions),
+            "tokens_per_pass": tokens / passes,
             "grad_norm": updates[-1].grad_norm if updates else 0.0,
-            "lr": updates[-1].lr if updates else self.engine.learning_rate(),
+            "lr": lr,
             "seconds/rollout": rollouts.seconds["rollout"],
             "seconds/rewards": rollouts.seconds["rewards"],
             "seconds/training": seconds,
@@ -211,8 +229,6 @@ class OnlineTrainer(Run):
 
     def _record(self, rollouts: Rollouts) -> None:
         """Appends the answers of the iteration's first group to the run's sample of rollouts."""
-        if not rollouts.decoded:
-            return
         group = rollouts.decoded[0]
         line = {
             "iteration": self.iteration,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from megatron_dtrpo.errors import StopRequest, UserError, one_line
+from megatron_dtrpo.errors import StopRequest, UserError
 from megatron_dtrpo.online.rewards import Answer, load_reward, reward_of
 from megatron_dtrpo.runtime import stop
 
@@ -21,7 +21,7 @@ _TICK = 0.5  # seconds between looks at the clock and at requests to stop
 def _work(connection: Connection, names: Sequence[str], folder: str) -> None:
     """A worker: answers in, values out, or the words of what went wrong."""
     sys.path.insert(0, folder)
-    rewards = [load_reward(name) for name in names]
+    rewards = {name: load_reward(name) for name in names}
     connection.send(None)
     while True:
         try:
@@ -30,9 +30,8 @@ def _work(connection: Connection, names: Sequence[str], folder: str) -> None:
             return
         try:
             connection.send(reward_of(rewards, answer))
-        except Exception as error:  # the user's code
-            text = one_line(error)
-            connection.send(text if isinstance(error, UserError) else f"it raised {type(error).__name__}: {text}")
+        except UserError as error:
+            connection.send(str(error))
 
 
 @dataclass
@@ -69,22 +68,26 @@ class RewardWorkers:
                 try:
                     result = worker.connection.recv()
                 except (EOFError, OSError):
-                    result = "its process ended"
+                    result = f"the process of {self._named} ended"
                     self._replace(worker)
                 if place is not None:
                     found[place], worker.answer = result, None
                 elif result is None:
                     worker.ready = True
                 else:
-                    raise UserError(f"rewards {', '.join(self.names)}: their process ended before it was ready")
+                    raise UserError(f"{self._named}: the process ended before it was ready")
             for worker in [one for one in self.workers if time.monotonic() > one.deadline and self._is_due(one)]:
                 if worker.answer is None:
-                    raise UserError(f"rewards {', '.join(self.names)}: importing took longer than {_START:.0f} s")
-                found[worker.answer] = f"it took longer than {self.timeout:g} s"
+                    raise UserError(f"{self._named}: importing took longer than {_START:.0f} s")
+                found[worker.answer] = f"{self._named} took longer than {self.timeout:g} s"
                 self._replace(worker)
             if (name := stop.requested()) is not None:
                 raise StopRequest(name)
         return [one for one in found if one is not None]
+
+    @property
+    def _named(self) -> str:
+        return f"reward{'s' * (len(self.names) > 1)} {', '.join(self.names)}"
 
     def close(self) -> None:
         for worker in self.workers:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 from megatron_dtrpo.evaluation.final_answer import final_number, last_boxed
-from megatron_dtrpo.evaluation.verifiers import VERIFIERS, load_verifier
+from megatron_dtrpo.evaluation.verifiers import VERIFIERS, load_verifier, missing_answer
 
 
 class Answer(NamedTuple):
@@ -52,33 +54,40 @@ def load_reward(name: str) -> Reward:
         return REWARDS[name]
     if name not in VERIFIERS and ":" not in name:
         raise UserError(f"rewards: {name!r}: give {', '.join([*VERIFIERS, *REWARDS])}, or module:function")
-    return partial(_by_text, load_verifier(name))
+    try:
+        return partial(_by_text, load_verifier(name))
+    except UserError as error:
+        raise UserError(f"rewards: {str(error).removeprefix('verifier ')}") from None
 
 
 def _by_text(function: Callable, answer: Answer) -> float:
     return function(answer.row, answer.text)
 
 
-def reward_of(rewards: Sequence[Reward], answer: Answer) -> list[float]:
-    """The values of all ``rewards``. Raises whatever one of them raises, and UserError for one that is no number."""
-    values = []
-    for reward in rewards:
+def reward_of(rewards: Mapping[str, Reward], answer: Answer) -> list[float]:
+    """The values of all ``rewards``. Raises UserError naming the first that has none, and why."""
+    return [_value(name, reward, answer) for name, reward in rewards.items()]
+
+
+def _value(name: str, reward: Reward, answer: Answer) -> float:
+    try:
         value = reward(answer)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"the reward is a {type(value).__name__}, not a number") from None
-        if not math.isfinite(number):
-            raise UserError(f"the reward is {number}")
-        values.append(number)
-    return values
+    except UserError as error:
+        raise UserError(f"reward {name}: {error}") from None
+    except Exception as error:  # the user's code
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        raise UserError(f"reward {name} raised {type(error).__name__} in {where}: {one_line(error)}") from None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"reward {name} is a {type(value).__name__}, not a number") from None
+    if not math.isfinite(number):
+        raise UserError(f"reward {name} is {number}")
+    return number
 
 
-def require_answers(names: Sequence[str], prompts: Sequence) -> None:
-    """Raises UserError naming the first of ``prompts`` that lacks what a built-in verifier compares with."""
-    for name in set(names) & set(VERIFIERS):
-        for prompt in prompts:
-            try:
-                VERIFIERS[name](prompt.row, "")
-            except UserError as error:
-                raise UserError(f"{prompt.location}: reward {name}: {error}") from None
+def without_answer(names: Sequence[str], row: dict[str, Any]) -> str | None:
+    """Why a built-in verifier among ``names`` has nothing to compare with in a prompt's ``row``; None where it has."""
+    problems = {name: missing_answer(name, row) for name in names}
+    return next((f"reward {name}: {problem}" for name, problem in problems.items() if problem), None)

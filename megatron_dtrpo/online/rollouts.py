@@ -66,6 +66,7 @@ def rollout_options(config: Config) -> DecodingOptions:
         max_new_tokens=online.rollout_max_new_tokens,
         rule=rule,
         threshold=online.rollout_threshold,
+        denoising_steps=online.rollout_denoising_steps,
         small_block_size=default_small_block(block_size, rule, online.rollout_max_new_tokens),
         temperature=online.rollout_temperature,
         top_p=1.0,

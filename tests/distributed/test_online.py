@@ -130,9 +130,21 @@ def test_mistakes_in_the_data_are_one_line_before_weights_load(server, folder):
     (status,), output = server.run({**settings, "reward_aggregation": "sum_then_normalize"}, folder / "refused.log")
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert status == 2 and line == (
-        f"error: {folder / 'pairs.jsonl'}:1: reward numeric: the row has no 'answer' to compare with"
+        f"error: 9 of 9 rows cannot be rewarded: {folder / 'pairs.jsonl'}:1: reward numeric: the row has no 'answer' "
+        "to compare with"
     )
     assert not (folder / "refused" / "metrics.jsonl").exists()
+
+
+def test_rows_without_an_answer_are_skipped_and_a_reward_that_always_fails_ends_the_run(server, folder):
+    rows = [{"prompt": "question", "answer": 3}, {"prompt": "no answer"}, {"prompt": "other", "answer": "4"}]
+    settings = {**ONLINE, "data_path": write_lines(folder / "rows.jsonl", rows), "save": folder / "failing"}
+    settings |= {"rewards": ["numeric", "tests.support.rewards:broken"], "bad_rows": "skip"}
+    (status,), output = server.run(settings, folder / "failing.log")
+    place = f"{folder / 'rows.jsonl'}"
+    assert f"warning: skipped 1 of 3 rows cannot be rewarded: {place}:2: reward numeric: the row has no" in output
+    assert status == 2 and "error: iteration 1: no group has two answers with a reward: " in output
+    assert "reward tests.support.rewards:broken raised KeyError in rewards.py:" in output
 
 
 def test_a_run_that_learns_nothing_says_so_and_ends(server, folder):

@@ -271,6 +271,20 @@ def test_an_adapter_is_named(tmp_path, capfd):
     assert "an adapter (LoRA), not a model: merge it into its base first" in capfd.readouterr().err
 
 
+def test_prompts_that_nothing_can_judge_are_an_error_before_they_are_decoded(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(
+        "megatron_dtrpo.evaluation.session.Source.open", lambda self: pytest.fail("the model was built")
+    )
+    file = write_lines(tmp_path / "bare.jsonl", [{"prompt": "1+1="}, {"prompt": "2+2="}])
+    words = (
+        f"--verifier numeric: none of the 2 prompts can be judged: {file}:1: the row has no 'answer' to compare with"
+    )
+    assert run(pairs_verb, folder, prompts=file, output=tmp_path / "pairs.jsonl") == 2
+    assert words in capfd.readouterr().err
+    assert run(generate, folder, prompts=file, output=tmp_path / "answers.jsonl", verifier="numeric") == 2
+    assert words in capfd.readouterr().err
+
+
 def test_pairs_without_a_right_answer_are_an_error(folder, tmp_path, capfd):
     settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "pairs.jsonl", "samples": 2}
     assert run(pairs_verb, folder, max_new_tokens=4, **settings) == 2

@@ -154,6 +154,13 @@ def test_the_ranges_are_those_of_the_package():
     assert f"megatron-core>={dotted(CORE[0])},<{dotted(CORE[1])}" in about["dependencies"]
 
 
+def test_a_hybrid_model_wants_a_newer_megatron_core():
+    hybrid = {"model_class": "hybrid"}
+    assert judged(laptop(), **hybrid)["model_class"] == "wrong"
+    newer = laptop(versions={**VERSIONS, "megatron-core": "0.19.2", "triton": "3.7.1"})
+    assert "model_class" not in judged(newer, **hybrid) and "model_class" not in judged(laptop())
+
+
 def test_megatron_core_of_today_wants_triton():
     versions = {**VERSIONS, "megatron-core": "0.19.2"}
     assert judged(laptop(versions=versions))["triton"] == "missing"

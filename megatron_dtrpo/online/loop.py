@@ -58,7 +58,7 @@ def _with_answers(config: Config, prompts: list[Prompt], notes: list[str]) -> tu
     if config.data.bad_rows == "error" or len(bad) == len(prompts):
         raise UserError(line)
     kept = [prompt for prompt, problem in zip(prompts, problems, strict=True) if problem is None]
-    return kept, [*notes, f"warning: skipped {line}"]
+    return kept, [*notes, f"warning: left out: {line}"]
 
 
 class OnlineTrainer(Run):

@@ -142,7 +142,7 @@ def test_rows_without_an_answer_are_skipped_and_a_reward_that_always_fails_ends_
     settings |= {"rewards": ["numeric", "tests.support.rewards:broken"], "bad_rows": "skip"}
     (status,), output = server.run(settings, folder / "failing.log")
     place = f"{folder / 'rows.jsonl'}"
-    assert f"warning: skipped 1 of 3 rows cannot be rewarded: {place}:2: reward numeric: the row has no" in output
+    assert f"warning: left out: 1 of 3 rows cannot be rewarded: {place}:2: reward numeric: the row has no" in output
     assert status == 2 and "error: iteration 1: no group has two answers with a reward: " in output
     assert "reward tests.support.rewards:broken raised KeyError in rewards.py:" in output
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY_MODEL, disagreements, layout_metrics, uneven_pairs
+from tests.support.launch import TINY_MODEL, Layout, disagreements, layout_metrics, uneven_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -45,15 +44,6 @@ FULL = {"block_size": 0, "steps_per_block": 4}
 LLADA = {**FULL, "family": "llada", "add_qkv_bias": False, "num_query_groups": 4, "rotary_base": 500000.0}
 DREAM = {**FULL, "family": "dream"}  # tokens are read at the rows before them
 AUTOREGRESSIVE = {"block_size": 1, "num_views": 1, "steps_per_block": 8}  # of the estimator exact, which reads none
-
-
-@dataclass(frozen=True)
-class Layout:
-    """``settings`` beside PREFERENCE, on so many ``processes``; its numbers are those of the layout ``same_as``."""
-
-    processes: int
-    settings: dict = field(default_factory=dict)
-    same_as: str | None = "one process"
 
 
 LAYOUTS = {

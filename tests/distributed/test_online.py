@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY_MODEL, disagreements, layout_metrics, read_metrics, write_lines
+from tests.support.launch import TINY_MODEL, Layout, disagreements, layout_metrics, read_metrics, write_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -39,13 +38,6 @@ SDAR = {**BLOCKS, "family": "sdar", "add_qkv_bias": False, "qk_layernorm": True,
 LLADA = {"family": "llada", "block_size": 0, "add_qkv_bias": False, "num_query_groups": 4, "rollout_max_new_tokens": 9}
 LLADA |= {"ratio": "sequence", "estimator": "vrpo", "num_views": 2}
 CAUSAL = {"block_size": 1}
-
-
-@dataclass(frozen=True)
-class Layout:
-    processes: int
-    settings: dict = field(default_factory=dict)
-    same_as: str | None = "one process"
 
 
 LAYOUTS = {

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -251,13 +251,23 @@ class ForkServer:
         _kill_tree(self.process)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """``settings`` beside those that all runs share, on so many ``processes``; its numbers are those of the layout
+    ``same_as``."""
+
+    processes: int
+    settings: dict = field(default_factory=dict)
+    same_as: str | None = "one process"
+
+
 def layout_metrics(train: Callable, folder: Path, layouts: dict, **shared) -> Callable[[str], list[dict]]:
     """Name of a layout -> the metrics of its steps; every layout runs once.
 
     Args:
         train: (settings, processes) -> metrics, as `ForkServer.train`.
         folder: where ``pairs.jsonl`` is and the runs go.
-        layouts: name -> something with ``processes`` and ``settings``; ``shared`` settings hold for all.
+        layouts: name -> `Layout`; ``shared`` settings hold for all.
     """
     done: dict[str, list[dict]] = {}
 

@@ -96,6 +96,14 @@ def _check_policy_gradient(config: Config) -> None:
         "two",
     )
     _demand(
+        not objective.self_normalize or objective.clip == "always",
+        f"self_normalize with clip {objective.clip}: it divides the weights of clip always: give that, or leave it out",
+    )
+    _demand(
+        not objective.self_normalize or online.updates_per_rollout > 1,
+        "self_normalize with updates_per_rollout 1: every ratio is 1, and so is their mean: leave it out",
+    )
+    _demand(
         not objective.length_normalization or ratio == "sequence",
         f"length_normalization with ratio {ratio}: it is for ratio sequence: leave it out",
     )

@@ -58,10 +58,18 @@ class PolicyGradientOptions:
         "the whole sequence (EBPO; with length_normalization per token, as GSPO).",
         tuple(RATIOS),
     )
-    clip_low: float = setting(0.2, "Ratios below 1 - clip_low gain nothing more.", at_least=0, at_most=1)
-    clip_high: float = setting(0.2, "Ratios above 1 + clip_high gain nothing more.", at_least=0)
+    clip_low: float = setting(0.2, "Ratios are clipped below 1 - clip_low.", at_least=0, at_most=1)
+    clip_high: float = setting(0.2, "Ratios are clipped above 1 + clip_high.", at_least=0)
     clip: str = setting(
-        "ppo", "ppo: the smaller of the plain and the clipped gain; always: the clipped one (StableDRL).", tuple(CLIPS)
+        "ppo",
+        "ppo: the smaller of the plain and the clipped gain; always: the clipped ratio weighs grad log p, whatever the "
+        "advantage's sign (StableDRL; with ratio token CISPO).",
+        tuple(CLIPS),
+    )
+    self_normalize: bool = setting(
+        False,
+        "With clip always: a group's weights are divided by their mean (StableDRL). Costs a forward pass of every "
+        "update but a rollout's first.",
     )
     mean: str = setting(
         "token",
@@ -69,7 +77,11 @@ class PolicyGradientOptions:
         MEANS,
     )
     kl_coefficient: float = setting(0.0, "Weight of the KL divergence from the reference; 0: none is read.", at_least=0)
-    kl_estimator: str = setting("k3", "Its estimate of a token.", tuple(KL_ESTIMATORS))
+    kl_estimator: str = setting(
+        "k3",
+        "Its estimate of a token: k3 as GRPO's; k1, log p - log p_reference, as a penalty in the reward.",
+        tuple(KL_ESTIMATORS),
+    )
     likelihood_coefficient: float = setting(
         0.0, "Weight of mean -log p of the responses of positive reward (LightningRL: 0.1).", at_least=0
     )

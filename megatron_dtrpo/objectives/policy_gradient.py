@@ -27,18 +27,22 @@ class Rollout(NamedTuple):
     """What is known of a micro-batch's responses before the policy is run on them.
 
     ``advantage``, ``share`` (their weight in the mean), ``count`` (their part of its divisor) and ``correct`` (1 where
-    the reward is positive, else 0): fp64 ``[R]``. ``recorded``: log-probability with which the decoder wrote the tokens
-    of each step, fp64 ``[R, T]``, or None. ``old``, ``reference``: log-probabilities of the targets under rollout
-    policy and reference, fp32 ``[N]``; None: the present policy's, and no reference.
+    the reward is positive, else 0): fp64 ``[R]``. ``group``: the number of each one's group in the update, int64
+    ``[R]``. ``recorded``: log-probability with which the decoder wrote the tokens of each step, fp64 ``[R, T]``, or
+    None. ``old``, ``reference``: log-probabilities of the targets under rollout policy and reference, fp32 ``[N]``;
+    None: the present policy's, and no reference. ``mean_ratio``: of each one's group, the mean of its clipped ratios,
+    which divides its gain, fp64 ``[R]``; None: 1.
     """
 
     advantage: Tensor
     share: Tensor
     count: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     correct: Tensor
+    group: Tensor
     recorded: Tensor | None = None
     old: Tensor | None = None
     reference: Tensor | None = None
+    mean_ratio: Tensor | None = None
 
 
 class Units(NamedTuple):
@@ -79,23 +83,35 @@ def sequence_ratio(targets: Targets, gain: Tensor, per_token: bool) -> Units:
     return Units(log_ratio, torch.ones_like(length), response, lambda values: values)
 
 
-def pessimistic(ratio: Tensor, clipped: Tensor, advantage: Tensor) -> Tensor:
-    """PPO's gain (arXiv 1707.06347): a ratio that went too far in the right direction gains nothing more."""
-    return torch.minimum(ratio * advantage, clipped * advantage)
+def pessimistic(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """PPO's gain ``[U]`` (arXiv 1707.06347): a ratio that went too far in the right direction gains nothing more.
+    Ratios are clipped to ``low .. high``."""
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
-def always_clipped(ratio: Tensor, clipped: Tensor, advantage: Tensor) -> Tensor:
-    """Clipped whatever the sign of the advantage: a ratio that went too far either way has no gradient (StableDRL)."""
-    return clipped * advantage
+def always_clipped(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """Clipped whatever the sign of the advantage, and then a weight of ``grad log p`` (StableDRL, arXiv 2603.06743; of
+    tokens CISPO, arXiv 2506.13585): a ratio that went too far counts for ``low`` or ``high``, and still counts."""
+    weight = log_ratio.detach().exp().clamp(low, high)
+    return weight * _with_gradient(log_ratio) * advantage
+
+
+def _with_gradient(log_prob: Tensor) -> Tensor:
+    """1, with the gradient of ``log_prob``."""
+    return 1 + log_prob - log_prob.detach()
 
 
 def k1(policy: Tensor, reference: Tensor) -> Tensor:
-    """``log p - log p_reference`` of sampled tokens, ``[N]`` each: without bias, and of either sign."""
-    return policy - reference
+    """``log p - log p_reference`` of sampled tokens, ``[N]`` each: without bias, and of either sign. Its gradient is
+    ``k1 grad log p``, that of a reward of so much less: on average KL(policy | reference)'s. The plain derivative,
+    ``grad log p``, is zero on average."""
+    return (policy - reference).detach() * _with_gradient(policy)
 
 
 def k3(policy: Tensor, reference: Tensor) -> Tensor:
-    """``r - 1 - log r`` with ``r = p_reference / p``, ``[N]``: without bias, and never negative (Schulman)."""
+    """``r - 1 - log r`` with ``r = p_reference / p``, ``[N]``: without bias, and never negative (Schulman). On average
+    its gradient is KL(reference | policy)'s."""
     difference = reference - policy
     return torch.expm1(difference) - difference
 
@@ -103,9 +119,8 @@ def k3(policy: Tensor, reference: Tensor) -> Tensor:
 def policy_gradient_objective(settings) -> Objective:
     """``settings``: an ``ObjectiveSettings``. Evaluates targets beside a `Rollout`."""
     options = options_of(PolicyGradientOptions, settings)
-    units_of, gain_of = RATIOS[options.ratio].of, function_named(CLIPS[options.clip])
+    gain_of, (low, high) = function_named(CLIPS[options.clip]), _limits(options)
     divergence = function_named(KL_ESTIMATORS[options.kl_estimator])
-    low, high = 1 - options.clip_low, 1 + options.clip_high
     names = ["loss", "ratio", "clip/fraction", "entropy", "rollout/logp_gap"]
     names += ["kl"] if options.kl_coefficient else []
     names += ["loss/likelihood"] if options.likelihood_coefficient else []
@@ -113,14 +128,15 @@ def policy_gradient_objective(settings) -> Objective:
     def evaluate(targets: Targets, rollout: Rollout) -> Outcome:
         policy = targets.log_prob.double()
         old = policy.detach() if rollout.old is None else rollout.old.double()
-        units = units_of(targets, policy - old, settings.length_normalization)
+        units, advantage = _units(targets, policy - old, settings), rollout.advantage
         ratio = units.log_ratio.exp()
-        clipped = ratio.clamp(low, high)
-        gain = gain_of(ratio, clipped, rollout.advantage[units.response])
+        gain = gain_of(units.log_ratio, advantage[units.response], low, high)
         loss = -units.by_response(units.weight * gain)
+        if rollout.mean_ratio is not None:
+            loss = loss / rollout.mean_ratio
 
         weight = units.by_response(units.weight).clamp(min=1e-9)
-        is_clipped = (gain != ratio * rollout.advantage[units.response]).double()
+        is_clipped = (gain != ratio * advantage[units.response]).double()
         gap, largest = _gap(targets, old, rollout.recorded)
         length = targets.length.double()
         metrics = {
@@ -148,6 +164,23 @@ def policy_gradient_objective(settings) -> Objective:
         )
 
     return Objective(tuple(names), evaluate, reads_reference=options.kl_coefficient > 0)
+
+
+def _limits(options: PolicyGradientOptions) -> tuple[float, float]:
+    return 1 - options.clip_low, 1 + options.clip_high
+
+
+def _units(targets: Targets, gain: Tensor, settings) -> Units:
+    return RATIOS[settings.ratio].of(targets, gain, settings.length_normalization)
+
+
+def clipped_ratios(settings, targets: Targets, rollout: Rollout) -> Tensor:
+    """Of each response the sum over its units of weight x clipped ratio, and of weight: fp64 ``[R, 2]``. The quotient
+    of their sums over a group is `Rollout.mean_ratio`: with it a group's gradient is a weighted mean of its units'
+    ``A grad log p``, whatever their ratios are (StableDRL)."""
+    units = _units(targets, targets.log_prob.double() - rollout.old.double(), settings)
+    clipped = units.log_ratio.exp().clamp(*_limits(settings))
+    return torch.stack([units.by_response(each) for each in (units.weight * clipped, units.weight)], 1)
 
 
 def _gap(targets: Targets, old: Tensor, recorded: Tensor | None) -> tuple[Tensor, Tensor]:

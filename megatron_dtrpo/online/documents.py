@@ -86,8 +86,8 @@ class Documents:
         share, count = shares(lengths, torch.tensor([number for number, _ in keys]), self.config.objective.mean)
         return dict(zip(keys, zip(share.tolist(), count.tolist(), strict=True), strict=True))
 
-    def _packed(self, groups: Sequence[Group], documents: Sequence[Document], known) -> Packed:
-        sequences, samples, lengths, rows, recordings = [], [], [], [], []
+    def _packed(self, groups: Sequence[Group], documents: Sequence[Document], shares_of) -> Packed:
+        sequences, samples, lengths, rows, numbers, recordings = [], [], [], [], [], []
         for document in documents:
             group = groups[document.number]
             answers = [group.completions[place] for place in document.places]
@@ -102,21 +102,24 @@ class Documents:
             )
             samples += [group.sample] * len(answers)
             lengths += [len(one.tokens) for one in answers]
+            numbers += [document.number] * len(answers)
             for place, one in zip(document.places, answers, strict=True):
-                share, count = known[document.number, place]
+                share, count = shares_of[document.number, place]
                 rows.append([group.advantages[place], share, count, float(group.total[place] > 0)])
                 recordings.append(recorded(one))
         table = torch.tensor(rows, dtype=torch.float64)
         batch = MicroBatch(concatenate(sequences), samples, torch.tensor(lengths))
         advantage, share, count, correct = table.unbind(1)
-        return Packed(batch, Rollout(advantage, share, count, correct, _stacked(recordings) if self.records else None))
+        steps = _stacked(recordings) if self.records else None
+        return Packed(batch, Rollout(advantage, share, count, correct, torch.tensor(numbers), steps))
 
     def _nothing(self) -> Packed:
         grain = self.config.model.block_size or 1
         none = torch.zeros(0, dtype=torch.float64)
         sequence = pad_to(empty_sequence(grain), grain, pad_id=0)
         batch = MicroBatch(sequence, [], torch.zeros(0, dtype=torch.long))
-        return Packed(batch, Rollout(none, none, none, none, none.view(0, 0) if self.records else None))
+        nobody = Rollout(none, none, none, none, none.long(), none.view(0, 0) if self.records else None)
+        return Packed(batch, nobody)
 
 
 def decoded(completion: Completion) -> Decoded:

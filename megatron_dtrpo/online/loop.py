@@ -7,6 +7,7 @@ import json
 import struct
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_dtrpo.data.tally import Tally
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import SharedError, UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts
-from megatron_dtrpo.objectives.policy_gradient import Rollout
+from megatron_dtrpo.objectives.policy_gradient import Rollout, clipped_ratios
 from megatron_dtrpo.online.documents import Documents, Packed
 from megatron_dtrpo.online.reward_workers import RewardWorkers
 from megatron_dtrpo.online.rewards import load_reward, without_answer
@@ -146,7 +147,11 @@ class OnlineTrainer(Run):
             for batches, _ in prepared:
                 with self.reference.in_place_of_policy(), self.engine.as_reference():
                     self._give(batches, "reference", self.engine.log_probs(batches))
-        updates = [self._update(batches, packed) for batches, packed in prepared]
+        updates = []
+        for number, (batches, packed) in enumerate(prepared):
+            if number and self.config.objective.self_normalize:  # before, all ratios are 1
+                self._self_normalize(batches, len(parts[number]))
+            updates.append(self._update(batches, packed))
         if missing := wanted - len(updates):
             self.engine.scheduler.step(increment=missing)  # a rate belongs to its iteration
         return updates, self._largest(updates)
@@ -162,6 +167,18 @@ class OnlineTrainer(Run):
                 known = known._replace(recorded=torch.nn.functional.pad(known.recorded, (0, extra)))
             batch.given = Rollout(*(each if each is None else to_device(each, self.engine.device) for each in known))
         return batches, sum(host.tokens for host in hosts)
+
+    def _self_normalize(self, batches: list[DeviceBatch], groups: int) -> None:
+        """Gives the answers of an update the mean clipped ratio of their group, parts of which may be elsewhere."""
+        found = self.engine.measure(batches, partial(clipped_ratios, self.config.objective))
+        if not parallel_state.is_pipeline_last_stage():
+            return
+        sums = torch.zeros(groups, 2, dtype=torch.float64, device=self.engine.device)
+        for batch, part in zip(batches, found, strict=True):
+            sums.index_add_(0, batch.given.group, part)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        mean = sums[:, 0] / sums[:, 1]
+        self._give(batches, "mean_ratio", [mean[batch.given.group] for batch in batches])
 
     @staticmethod
     def _give(batches: list[DeviceBatch], name: str, values: list[torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ the device, the attention backend, or how a packed sequence is padded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from megatron_dtrpo.model.gpt import BlockDiffusionModel
 from megatron_dtrpo.model.initialization import initialize_weights
 from megatron_dtrpo.model.provider import build_chunks
 from megatron_dtrpo.objectives.objective import Objective, Outcome
+from megatron_dtrpo.objectives.targets import Targets
 from megatron_dtrpo.runtime import initialize, objects
 from megatron_dtrpo.runtime.fp8 import reference_pass, without_fp8
 from megatron_dtrpo.training import passes, resume
@@ -138,6 +139,11 @@ class Engine:
         """The log-probabilities ``[N]`` of the targets that this process predicts for each batch, as `score`."""
         on_device = self.to_device(batches)
         return passes.log_probs(self._wrapped, on_device) if on_device else []
+
+    def measure(self, batches: Iterable[Batch], of: Callable[[Targets, Any], Tensor]) -> list[Tensor]:
+        """``of`` the targets and what is given of every batch, as `score`."""
+        on_device = self.to_device(batches)
+        return passes.measure(self._wrapped, on_device, of) if on_device else []
 
     def train_pass(self, batches: Iterable[Batch], objective: Objective) -> list[Outcome]:
         """Gradients of the objective over ``batches``; their outcomes on the last stage, ``[]`` on the others."""

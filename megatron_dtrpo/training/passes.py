@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,8 +68,12 @@ def log_probs(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
 def score(model, batches: Sequence[DeviceBatch]) -> list[Tensor]:
     """``L`` per response of every micro-batch under ``model``: ``[responses]`` each on the last stage, an empty list on
     the others. No gradient."""
+    return measure(model, batches, lambda targets, given: targets.likelihoods())
 
-    return _collected(model, batches, lambda item, found: _targets(item, found).likelihoods())
+
+def measure(model, batches: Sequence[DeviceBatch], of: Callable[[Targets, Any], Tensor]) -> list[Tensor]:
+    """``of`` the targets and what is ``given`` of every micro-batch; where and how as `score`."""
+    return _collected(model, batches, lambda item, found: of(_targets(item, found), item.given))
 
 
 def _collected(model, batches: Sequence[DeviceBatch], of: Callable[[DeviceBatch, Tensor], Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ killed."""
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "o
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 SAMPLED = {**BLOCKS, "estimator": "trajectory", "num_views": 2, "ratio": "step", "updates_per_rollout": 2}
+SAMPLED |= {"clip": "always", "self_normalize": True, "clip_low": 1e-3, "clip_high": 2e-3}
 SDAR = {**BLOCKS, "family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12, "block_size": 4}
 LLADA = {"family": "llada", "block_size": 0, "add_qkv_bias": False, "num_query_groups": 4, "rollout_max_new_tokens": 9}
 LLADA |= {"ratio": "sequence", "estimator": "vrpo", "num_views": 2}
@@ -46,7 +48,9 @@ LAYOUTS = {
     "TP2 SP": Layout(2, {**BLOCKS, **TP2, "sequence_parallel": True}),
     "CP2": Layout(2, {**BLOCKS, "context_parallel_size": 2}),
     "DP2": Layout(2, {**BLOCKS, **OVERLAPPED}),
+    "PP2": Layout(2, {**BLOCKS, **PP2}),
     "sampled": Layout(1, SAMPLED, None),
+    "sampled, DP2": Layout(2, {**SAMPLED, **OVERLAPPED}, "sampled"),
     "sampled, TP2 x CP2": Layout(4, {**SAMPLED, **TP2, "context_parallel_size": 2}, "sampled"),
     "sdar": Layout(1, SDAR, None),
     "sdar, TP2 x PP2": Layout(4, {**SDAR, **TP2, **PP2}, "sdar"),
@@ -94,17 +98,40 @@ def test_training_computes_what_the_decoder_recorded(metrics_of, name):
         assert all(row["ratio"] == pytest.approx(1, abs=1e-12) and row["clip/fraction"] == 0 for row in rows)
 
 
-@pytest.mark.parametrize("moment", ["rollout", "training"])
-def test_a_killed_run_goes_on_under_another_layout(metrics_of, server, folder, moment):
-    save = folder / f"killed in {moment}"
+def rollouts_of(save: Path) -> list[dict]:
+    return [json.loads(line) for line in (save / "rollouts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.same_as])
+def test_rollouts_do_not_depend_on_the_layout(metrics_of, folder, name):
+    found, expected = [], []
+    for rollouts, one in ((found, name), (expected, LAYOUTS[name].same_as)):
+        metrics_of(one)
+        for line in rollouts_of(folder / one.replace(" ", "_").replace(",", "")):
+            advantages = pytest.approx(line.pop("advantages"), abs=1e-9)
+            rollouts.append((line, advantages if rollouts is expected else advantages.expected))
+    assert found == expected and len(found) == 3
+
+
+DECODING = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
+REWARDS = "megatron_dtrpo.online.reward_workers:RewardWorkers._with_news"
+TRAINING = "megatron_dtrpo.training.engine:Engine.update"
+
+
+def test_a_run_goes_on_under_another_layout_wherever_it_is_killed(metrics_of, server, folder):
+    """In training, in scoring and in the rollout of the second iteration, one after the other."""
+    save = folder / "killed"
     settings = {**ONLINE, **BLOCKS, "data_path": folder / "pairs.jsonl", "save": save, "save_interval": 1}
-    first = save / "iter_0000001"
-    # A checkpoint is complete before the next rollout begins.
-    server.kill(settings, 1, lambda: first.exists(), 0.0 if moment == "rollout" else 0.4)
-    rows = server.train({**settings, **TP2}, 2)
+    # Before which call of a process, on which ranks, and under which layout.
+    for moment, call, ranks, layout in ((TRAINING, 2, [0], {}), (REWARDS, 10, [0], TP2), (DECODING, 20, [0, 1], PP2)):
+        events = [[moment, call, "SIGKILL", ranks]]
+        processes = 2 if layout else 1
+        statuses, output = server.run({**settings, **layout}, save.with_suffix(".log"), processes, events=events)
+        assert statuses[0] == -signal.SIGKILL and all(statuses), output
+        assert [row["iteration"] for row in read_metrics(save)] == [1]
+    rows = server.train({**settings, "context_parallel_size": 2}, 2)
     assert disagreements(compared(rows), compared(metrics_of("one process"))) == []
-    lines = [json.loads(line) for line in (save / "rollouts.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    assert [line["iteration"] for line in rollouts_of(save)] == [1, 2, 3]
     assert read_metrics(save) == rows
 
 
@@ -147,10 +174,6 @@ def test_a_run_that_learns_nothing_says_so_and_ends(server, folder):
     assert status == 2 and output.count("warning: iteration") == 2
     assert "for 2 iterations in a row: take easier or harder prompts, more answers (group_size)" in output
     assert [row["groups/trained"] for row in read_metrics(save)] == [0, 0]
-
-
-DECODING = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
-REWARDS = "megatron_dtrpo.online.reward_workers:RewardWorkers._with_news"
 
 
 @pytest.mark.parametrize(("moment", "call"), [(DECODING, 30), (REWARDS, 3)], ids=["rollout", "rewards"])

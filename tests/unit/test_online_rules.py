@@ -37,6 +37,8 @@ def test_defaults():
         ({"reward_weights": [1.0, 2.0]}, "^reward_weights has 2 weights, rewards 1: give as many of both$"),
         ({"reward_weights": [0.0]}, "^reward_weights are all 0: there is nothing to learn$"),
         ({"updates_per_rollout": 20}, "^updates_per_rollout 20 is more than the 16 rollout_prompts"),
+        ({"self_normalize": True}, "^self_normalize with clip ppo: it divides the weights of clip always: give that"),
+        ({"self_normalize": True, "clip": "always"}, "^self_normalize with updates_per_rollout 1: every ratio is 1"),
         ({"estimator": "vrpo"}, "^ratio token goes with estimator exact_trajectory, trajectory, exact, not vrpo"),
         ({"estimator": "dtrpo"}, "^estimator dtrpo does not fit objective policy_gradient"),
         ({"length_normalization": True}, "^length_normalization with ratio token: it is for ratio sequence"),

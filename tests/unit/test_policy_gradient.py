@@ -16,8 +16,9 @@ from megatron_dtrpo.config.settings import ModelSettings, ObjectiveSettings, Par
 from megatron_dtrpo.data.batches import Decoded, Noising
 from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.diffusion import estimators
+from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.diffusion.layout import concatenate
-from megatron_dtrpo.objectives.policy_gradient import Rollout, policy_gradient_objective, shares
+from megatron_dtrpo.objectives.policy_gradient import Rollout, clipped_ratios, policy_gradient_objective, shares
 from megatron_dtrpo.objectives.targets import Targets
 from tests.support import oracles
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
@@ -143,7 +144,7 @@ def by_forwards(peer, response: Response, rolled: Rolled) -> list[torch.Tensor]:
 
 def tracerl_loss(rolled: Rolled, settings: ObjectiveSettings) -> torch.Tensor:
     """The definition: a sum over responses and decoding steps, each by a forward of its own."""
-    low, high, total, lengths = 1 - settings.clip_low, 1 + settings.clip_high, [], []
+    low, high, total, lengths, ratios = 1 - settings.clip_low, 1 + settings.clip_high, [], [], {}
     for response in rolled.responses:
         policy = by_forwards(rolled.peers[0], response, rolled)
         with torch.no_grad():
@@ -156,17 +157,31 @@ def tracerl_loss(rolled: Rolled, settings: ObjectiveSettings) -> torch.Tensor:
             "sequence": torch.cat(gains).sum()[None] / (length if settings.length_normalization else 1),
         }[settings.ratio]
         ratio, advantage = units.exp(), response.advantage
-        clipped = ratio.clamp(low, high) * advantage
-        gain = clipped if settings.clip == "always" else torch.minimum(ratio * advantage, clipped)
-        loss = -gain.sum() * (length if settings.length_normalization else 1)
+        clipped = ratio.clamp(low, high)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        if settings.clip == "always":  # StableDRL: a weight of the gradient of log p
+            gain = clipped.detach() * advantage * (units - units.detach()).exp()
+        counted = length if settings.length_normalization else 1
+        ratios.setdefault(response.group, []).append((clipped.detach(), counted))
+        loss, others = -gain.sum() * counted, 0.0
         if settings.kl_coefficient:
-            difference = torch.cat(reference) - torch.cat(policy)
-            kl = -difference if settings.kl_estimator == "k1" else difference.exp() - difference - 1
-            loss = loss + settings.kl_coefficient * kl.sum()
+            log_p, log_q = torch.cat(policy), torch.cat(reference)
+            if settings.kl_estimator == "k1":  # the penalty (log p - log q) of a reward: times the gradient of log p
+                kl = (log_p - log_q).detach() * (log_p - log_p.detach()).exp()
+            else:
+                kl = (log_q - log_p).exp() - (log_q - log_p) - 1
+            others = settings.kl_coefficient * kl.sum()
         if settings.likelihood_coefficient and advantage > 0:
-            loss = loss - settings.likelihood_coefficient * torch.cat(policy).sum()
-        total.append(loss)
+            others = others - settings.likelihood_coefficient * torch.cat(policy).sum()
+        total.append((loss, others))
         lengths.append(length)
+    means = {
+        group: sum(c.sum() * n for c, n in found) / sum(len(c) * n for c, n in found) for group, found in ratios.items()
+    }
+    total = [
+        loss / (means[response.group] if settings.self_normalize else 1) + others
+        for (loss, others), response in zip(total, rolled.responses, strict=True)
+    ]
     if settings.mean == "token":
         return sum(total) / sum(lengths)
     if settings.mean == "response":
@@ -233,9 +248,14 @@ def evaluate(rolled: Rolled, settings: ObjectiveSettings, sequence, record: bool
     with torch.no_grad():
         others = [targets_of(rolled, model, sequence).log_prob for model in rolled.ours[1:]]
     advantage = torch.tensor([r.advantage for r in rolled.responses], dtype=torch.float64)
-    share, count = shares(targets.length, torch.tensor([r.group for r in rolled.responses]), settings.mean)
+    group = torch.tensor([r.group for r in rolled.responses])
+    share, count = shares(targets.length, group, settings.mean)
     known = (recorded(rolled, targets.steps), None, None) if record else (None, *others)
-    rollout = Rollout(advantage, share, count, (advantage > 0).double(), *known)
+    rollout = Rollout(advantage, share, count, (advantage > 0).double(), group, *known)
+    if settings.self_normalize:
+        sums = torch.zeros(int(group.max()) + 1, 2, dtype=torch.float64)
+        sums.index_add_(0, group, clipped_ratios(settings, targets, rollout).detach())
+        rollout = rollout._replace(mean_ratio=(sums[:, 0] / sums[:, 1])[group])
     return policy_gradient_objective(settings).evaluate(targets, rollout)
 
 
@@ -245,9 +265,12 @@ CHOICES = {
     "token, k1": {"kl_coefficient": 0.3, "kl_estimator": "k1", "clip": "always", "clip_low": 0.02, "clip_high": 0.05},
     "step": {"ratio": "step", "mean": "group", "clip_low": 0.01, "clip_high": 0.03},
     "step, always": {"ratio": "step", "clip": "always", "clip_low": 0.01, "likelihood_coefficient": 0.2},
+    "token, weights": {"clip": "always", "clip_low": 0.02, "clip_high": 0.05, "self_normalize": True},
+    "sequence, weights": {"ratio": "sequence", "clip": "always", "clip_low": 0.01, "clip_high": 0.1, "mean": "group"},
     "sequence": {"ratio": "sequence", "mean": "response", "clip_high": 0.4},
     "sequence, per token": {"ratio": "sequence", "length_normalization": True, "clip_low": 0.001},
 }
+CHOICES["sequence, weights"] |= {"self_normalize": True, "kl_coefficient": 0.3}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -324,3 +347,81 @@ def steps_of_blocks(rolled: Rolled) -> list[int]:
         first = rolled.shift and min(new) % rolled.block == 0 and min(new) >= len(response.prompt)
         blocks.setdefault(min(new) // rolled.block, []).append(not first)
     return [sum(blocks[number]) for number in range(start, max(blocks) + 1)]
+
+
+def written_in_pairs(end: int = END) -> list[Completion]:
+    """Every answer of at most four of a few tokens to a prompt of five, written from left to right, two tokens a step
+    until a block is full."""
+    found = []
+    for length in range(1, 5):
+        for head in itertools.product((1, 2, 3), repeat=length - 1):
+            for last in (end,) if length < 4 else (1, 2, 3, end):
+                tokens, steps = [*head, last], [0, 0, 1, 2][:length]
+                found.append(Completion(tokens, steps, [1.0] * length, [0] * length, 0, last == end, []))
+    return found
+
+
+@pytest.mark.parametrize("rolled", [("qwen2", 4), ("sdar", 8)], indirect=True, ids=["qwen2-B4", "sdar-B8"])
+def test_the_expected_gradient_is_that_of_the_expected_reward(rolled, monkeypatch):
+    """Enumerated, over all answers that are rewarded and all steps that may be sampled."""
+    from megatron_dtrpo.inference.decoder import make_decoder
+    from megatron_dtrpo.model.initialization import global_parameter_names
+
+    prompt, settings = PROMPTS[0], ObjectiveSettings(objective="policy_gradient", mean="group")
+    answers = [Response(prompt, one, 0.0, 0) for one in written_in_pairs()]
+    log_p = [torch.cat(by_forwards(rolled.peers[0], one, rolled)).sum() for one in answers]
+    rewards = torch.randn(len(answers), generator=torch.Generator().manual_seed(5)).tolist()
+    expected = sum(p.exp() * reward for p, reward in zip(log_p, rewards, strict=True))
+    gradients = torch.autograd.grad(-expected, list(rolled.peers[0].parameters()), allow_unused=True)
+    named = zip(dict(rolled.peers[0].named_parameters()), gradients, strict=True)
+    theirs = megatron_from_qwen2(dict(named), 4, 2, tied=False)
+    # An answer counts as often as it is drawn.
+    drawn = [one._replace(advantage=p.exp().item() * r) for one, p, r in zip(answers, log_p, rewards, strict=True)]
+    alone = rolled._replace(responses=drawn)
+    ours = global_parameter_names(rolled.ours[0])
+
+    def gradients_of(estimator: str):
+        targets = targets_of(alone, rolled.ours[0], packed(alone, estimator))
+        advantage = torch.tensor([one.advantage for one in drawn], dtype=torch.float64)
+        one, group = torch.ones_like(advantage), torch.zeros(len(drawn), dtype=torch.long)
+        loss = policy_gradient_objective(settings).evaluate(targets, Rollout(advantage, one, one, one, group)).loss
+        return torch.autograd.grad(loss, list(ours.values()))
+
+    exact, sampled = gradients_of("exact_trajectory"), []
+    for choice in (0, 1):  # no block of theirs has more steps
+        monkeypatch.setattr(estimators, "_random_timestep", lambda steps, _: (steps - 1).clamp(0, choice))  # noqa: B023
+        sampled.append(gradients_of("trajectory"))
+    for name, one, first, second in zip(ours, exact, *sampled, strict=True):
+        torch.testing.assert_close(one, theirs[name], rtol=0, atol=1e-9, msg=name)
+        torch.testing.assert_close((first + second) / 2, theirs[name], rtol=0, atol=1e-9, msg=name)
+    assert max(gradient.abs().max() for gradient in theirs.values()) > 1e-3
+
+    options = DecodingOptions(4, "leftmost", rolled.block // 2, small_block_size=rolled.block, temperature=1, top_p=1.0)
+    decoder = make_decoder(rolled.ours[0], ModelSettings(**SIZES, block_size=rolled.block), Words, end_ids=range(4, 59))
+    decoder.shift = rolled.shift
+    for found in decoder.decode([prompt] * 8, options, batch_size=8, keys=[(0, n) for n in range(8)]):
+        log_likelihood = torch.cat(by_forwards(rolled.peers[0], Response(prompt, found, 0.0, 0), rolled)).sum().item()
+        assert found.steps == [0, 0, 1, 2][: len(found.steps)]
+        assert found.log_likelihood() == pytest.approx(log_likelihood, abs=1e-9)
+
+
+@pytest.mark.parametrize("rolled", [("qwen2", 4)], indirect=True, ids=["qwen2-B4"])
+@pytest.mark.parametrize("estimate", ["k1", "k3"])
+def test_the_expected_gradient_of_the_reference_term(rolled, estimate):
+    """Over all tokens that an answer of one token may be: k1's is that of KL(policy | reference), k3's that of
+    KL(reference | policy)."""
+    settings = ObjectiveSettings(objective="policy_gradient", kl_coefficient=1.0, kl_estimator=estimate)
+    answers = [Response(PROMPTS[0], Completion([t], [0], [1.0], [0], 1, False, []), 0.0, 0) for t in range(VOCAB)]
+    alone = rolled._replace(responses=answers)
+    own, _, reference = (targets_of(alone, model, packed(alone)) for model in rolled.ours)
+    policy, log_q = own.log_prob, reference.log_prob.detach()
+    assert policy.exp().sum().item() == pytest.approx(1)
+    from_, to = (policy, log_q) if estimate == "k1" else (log_q, policy)
+    parameters = list(rolled.ours[0].parameters())
+    expected = torch.autograd.grad((from_.exp() * (from_ - to)).sum(), parameters, retain_graph=True)
+    nothing, drawn = torch.zeros(VOCAB, dtype=torch.float64), policy.detach().exp()
+    rollout = Rollout(nothing, drawn, drawn, nothing, torch.zeros(VOCAB, dtype=torch.long), reference=log_q)
+    found = torch.autograd.grad(policy_gradient_objective(settings).evaluate(own, rollout).loss, parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert max(one.abs().max() for one in expected) > 1e-4

@@ -112,11 +112,6 @@ def _check_policy_gradient(config: Config) -> None:
         "reference_cache holds scores of pairs, and policy_gradient writes its own answers: leave it out",
     )
     _demand(
-        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
-        "num_virtual_stages_per_pipeline_rank with objective policy_gradient, which decodes with the model that "
-        "trains: leave it out",
-    )
-    _demand(
         config.parallel.fp8_format is None,
         "fp8_format with objective policy_gradient was never tried: leave it out",
     )

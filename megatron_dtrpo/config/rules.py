@@ -276,15 +276,6 @@ def validate_training(config: Config, data_parallel: int) -> None:
     )
 
 
-def validate_decoding(config: Config) -> None:
-    """Checks that held-out rows with an answer can be decoded by the model that trains. Raises UserError."""
-    _demand(
-        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
-        "eval_data_path has rows with an answer, which cannot be decoded with num_virtual_stages_per_pipeline_rank: "
-        "leave that out",
-    )
-
-
 def no_reference(objective: ObjectiveSettings) -> str:
     """Why nothing is compared with a reference."""
     kind = OBJECTIVES[objective.objective]

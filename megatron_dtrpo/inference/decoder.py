@@ -24,6 +24,7 @@ from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention, whole_attention
 from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width
+from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
 from megatron_dtrpo.rounding import round_up
 from megatron_dtrpo.runtime.transfer import send_together
@@ -54,18 +55,19 @@ class BlockDecoder:
 
     def __init__(
         self,
-        model: BlockDiffusionModel,
+        model: BlockDiffusionModel | list[BlockDiffusionModel],
         vocabulary: Vocabulary,
         block_size: int,
         max_positions: int,
         attention_backend: str = "auto",
         shift: int = 1,
     ):
-        """``attention_backend``: of the settings; for prompts, blocks are always attended by SDPA. ``shift``: of
-        `Family.prediction_shift`."""
-        self.model, self.vocabulary = model, vocabulary
+        """``model``: this process's stage, or its virtual ones. ``attention_backend``: of the settings; for prompts,
+        blocks are always attended by SDPA. ``shift``: of `Family.prediction_shift`."""
+        self.chunks, self.vocabulary = chunks_of(model), vocabulary
         self.block_size, self.max_positions, self.shift = block_size, max_positions, shift
-        self.device = next(model.parameters()).device
+        self.config = self.chunks[0].config
+        self.device = next(self.chunks[0].parameters()).device
         self.backend = choose_backend(attention_backend, self.device.type)
 
     def decode(
@@ -98,7 +100,7 @@ class BlockDecoder:
         waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
         cache = KeyValueCache(min(batch_size, len(prompts)), self._capacity(prompts, options))
         predict = Predictor(
-            self.model,
+            self.chunks,
             vocab_size=self.vocabulary.size,
             mask_id=None if self.vocabulary.mask_id == NO_MASK else self.vocabulary.mask_id,
             temperature=options.temperature,
@@ -106,8 +108,8 @@ class BlockDecoder:
             order=RULES[options.rule].order,
         )
         active: list[_Slot] = []
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.chunks[0].training
+        self._train(False)
         try:
             while waiting or active:
                 while waiting and len(active) < cache.slots:
@@ -128,8 +130,12 @@ class BlockDecoder:
                             active[number] = last
                             cache.move(len(active), number)
         finally:
-            self.model.train(was_training)
+            self._train(was_training)
         return completions
+
+    def _train(self, mode: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
 
     def _start(self, prompt: Sequence[int], options: DecodingOptions, order: torch.Generator) -> Decoding:
         return Decoding(
@@ -190,13 +196,13 @@ class BlockDecoder:
             ],
             self.device,
         )
-        width = attention_width(self.model.config)
+        width = attention_width(self.config)
         if not self._is_long(group[0]):
             attention = block_attention(cache, slots, visible, each, slot, position)
         elif self.block_size != FULL:
             attention = prefill_attention(cache, slot, position, self.block_size, width, self.backend)
         else:
-            ranks = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
+            ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
             padding = BACKENDS[self.backend].padded(round_up(len(tokens), ranks)) - len(tokens)
             attention = whole_attention(cache if keeps else None, slot, position, padding, width, self.backend)
             tokens, position = (F.pad(each, (0, padding)) for each in (tokens, position))
@@ -227,13 +233,13 @@ class BlockDecoder:
 
 
 def make_decoder(
-    model: BlockDiffusionModel,
+    model: BlockDiffusionModel | list[BlockDiffusionModel],
     settings: ModelSettings,
     tokenizer: Tokenizer,
     end_ids: Iterable[int] = (),
     attention_backend: str = "auto",
 ) -> BlockDecoder:
-    """A decoder that stops at the tokenizer's end token and at ``end_ids``."""
+    """A decoder that stops at the tokenizer's end token and at ``end_ids``. ``model``: of `BlockDecoder`."""
     size = min(tokenizer.vocab_size, settings.vocab_size)
     vocabulary = Vocabulary(size, tokenizer.mask_id, frozenset([tokenizer.eos_id, *end_ids]))
     return BlockDecoder(

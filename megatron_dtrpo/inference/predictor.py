@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dtrpo.diffusion.sampling import MEASURES, most_probable, propose
 from megatron_dtrpo.model.attention import PackedAttention
+from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
 
 ROWS = 1024  # predictions whose logits are there at once: under full attention a batch asks for many thousands
@@ -23,7 +24,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: BlockDiffusionModel,
+        model: BlockDiffusionModel | list[BlockDiffusionModel],
         *,
         vocab_size: int,
         mask_id: int | None,
@@ -31,16 +32,18 @@ class Predictor:
         top_p: float,
         order: str = "confidence",
     ):
-        """``vocab_size``: without padding; padding and the mask token are never proposed. ``order``: of
-        `config.decoding.Rule`."""
-        self.model, self.temperature, self.top_p = model, temperature, top_p
+        """``model``: this process's stage, or its virtual ones. ``vocab_size``: without padding; padding and the mask
+        token are never proposed. ``order``: of `config.decoding.Rule`."""
+        self.chunks = chunks_of(model)
+        self.model = self.chunks[-1]  # on the last stage it has the head
+        self.temperature, self.top_p = temperature, top_p
         self.measure = MEASURES.get(order)
-        self.device = next(model.parameters()).device
+        self.device = next(self.model.parameters()).device
         self.group = parallel_state.get_tensor_model_parallel_group()
-        allowed = torch.arange(model.vocab_size) < vocab_size
+        allowed = torch.arange(self.model.vocab_size) < vocab_size
         if mask_id is not None:
             allowed[mask_id] = False
-        shard = model.vocab_size // self.group.size()
+        shard = self.model.vocab_size // self.group.size()
         self.first = self.group.rank() * shard
         self.forbidden = ~allowed.to(self.device)
         self.forbidden_here = self.forbidden[self.first : self.first + shard]
@@ -73,16 +76,18 @@ class Predictor:
         return token.long(), confidence, rank
 
     def _through_stages(self, tokens: Tensor, position: Tensor, attention: PackedAttention) -> Tensor:
-        """Hidden states ``[s, 1, h]`` of the last stage; on the others what they sent on."""
+        """Hidden states ``[s, 1, h]`` of the last stage; on the others what they sent on. A virtual stage sends what it
+        has to the next process, the last process's to the first."""
         config = self.model.config
-        if not parallel_state.is_pipeline_first_stage():
-            rows = len(tokens) // (self.group.size() if config.sequence_parallel else 1)
-            received = torch.empty(rows, 1, config.hidden_size, dtype=config.params_dtype, device=self.device)
-            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
-            self.model.set_input_tensor(received)
-        hidden = self.model(tokens, position, attention)
-        if not parallel_state.is_pipeline_last_stage():
-            dist.send(hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+        rows = len(tokens) // (self.group.size() if config.sequence_parallel else 1)
+        for number, chunk in enumerate(self.chunks):
+            if number > 0 or not parallel_state.is_pipeline_first_stage():
+                received = torch.empty(rows, 1, config.hidden_size, dtype=config.params_dtype, device=self.device)
+                dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+                chunk.set_input_tensor(received)
+            hidden = chunk(tokens, position, attention)
+            if number + 1 < len(self.chunks) or not parallel_state.is_pipeline_last_stage():
+                dist.send(hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
     def _propose(self, hidden: Tensor, uniform: Tensor) -> Tensor:

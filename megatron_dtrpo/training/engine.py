@@ -163,7 +163,7 @@ class Engine:
     def decoder(self, end_ids: Iterable[int] = ()) -> BlockDecoder:
         """Stops at the tokenizer's end token and at ``end_ids``."""
         backend = self.config.parallel.attention_backend
-        return make_decoder(self.chunks[0], self.config.model, self.tokenizer, end_ids, backend)
+        return make_decoder(self.chunks, self.config.model, self.tokenizer, end_ids, backend)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -12,7 +12,6 @@ from megatron_dtrpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.objectives import OBJECTIVES
-from megatron_dtrpo.config.rules import validate_decoding
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.micro_batch import MicroBatch
 from megatron_dtrpo.data.tokenizer import Tokenizer
@@ -32,8 +31,6 @@ class Trainer(Run):
     def __init__(self, config: Config, tokenizer: Tokenizer, data_parallel_size: int, evaluation=None):
         """``evaluation``: an `evaluation.periodic.PeriodicEvaluation`, or None."""
         self.config = config
-        if evaluation is not None and evaluation.problems:
-            validate_decoding(config)
         self.data: Data = open_data(config, tokenizer)
         rank = parallel_state.get_data_parallel_rank()
         self.batches = self.data.batches(config, rank, data_parallel_size)

@@ -49,6 +49,7 @@ LAYOUTS = {
     "CP2": Layout(2, {**BLOCKS, "context_parallel_size": 2}),
     "DP2": Layout(2, {**BLOCKS, **OVERLAPPED}),
     "PP2": Layout(2, {**BLOCKS, **PP2}),
+    "virtual stages": Layout(2, {**BLOCKS, **PP2, "num_virtual_stages_per_pipeline_rank": 2}),
     "sampled": Layout(1, SAMPLED, None),
     "sampled, DP2": Layout(2, {**SAMPLED, **OVERLAPPED}, "sampled"),
     "sampled, TP2 x CP2": Layout(4, {**SAMPLED, **TP2, "context_parallel_size": 2}, "sampled"),

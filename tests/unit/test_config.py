@@ -12,7 +12,6 @@ from megatron_dtrpo.config.parser import add_settings, parse, parse_command, set
 from megatron_dtrpo.config.rules import (
     validate,
     validate_data,
-    validate_decoding,
     validate_precomputing,
     validate_training,
 )
@@ -536,12 +535,6 @@ def test_vrpo_has_eight_views_unless_told_otherwise(changes, views):
 
 def test_context_parallel_processes_share_their_examples():
     assert validate(config_of(context_parallel_size=2, tensor_model_parallel_size=2), 12) == 3
-
-
-def test_virtual_stages_do_not_decode():
-    validate_decoding(config_of(pipeline_model_parallel_size=2))
-    with pytest.raises(UserError, match="rows with an answer.*num_virtual_stages_per_pipeline_rank"):
-        validate_decoding(config_of(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2))
 
 
 def test_the_vocabulary_is_padded_whatever_the_layout():

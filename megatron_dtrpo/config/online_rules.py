@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.decoding import RULES
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.policy_gradient import RATIOS, PolicyGradientOptions
@@ -84,6 +85,11 @@ def _check_policy_gradient(config: Config) -> None:
     _demand(
         online.rollout_rule in (None, rule),
         f"rollout_rule {online.rollout_rule} has no effect with block size 1, one token a pass: leave it out",
+    )
+    small, block_size = online.rollout_small_block_size, config.model.block_size
+    _demand(
+        small is None or block_size == FULL or block_size % small == 0,
+        f"rollout_small_block_size {small} does not divide block_size {block_size}: change it or leave it out",
     )
     _demand(
         online.updates_per_rollout <= online.rollout_prompts,

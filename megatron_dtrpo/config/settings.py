@@ -327,6 +327,12 @@ class OnlineSettings:
         "Steps that a sub-block is written in, where the rule has a schedule. Default: as many as it has tokens.",
         at_least=1,
     )
+    rollout_small_block_size: int | None = setting(
+        None,
+        "Tokens of a sub-block; sub-blocks are written from left to right. It divides block_size; with block_size 0 it "
+        "is any length. Default: that of generate.",
+        at_least=1,
+    )
     rollout_batch_size: int = setting(64, "Answers decoded at once on each data-parallel process.", at_least=1)
 
 

@@ -61,13 +61,14 @@ class Rollouts:
 
 def rollout_options(config: Config) -> DecodingOptions:
     """How answers are decoded, so that training can replay it."""
-    online, block_size, rule = config.online, config.model.block_size, rollout_rule(config)
+    online, rule = config.online, rollout_rule(config)
+    default = default_small_block(config.model.block_size, rule, online.rollout_max_new_tokens)
     return DecodingOptions(
         max_new_tokens=online.rollout_max_new_tokens,
         rule=rule,
         threshold=online.rollout_threshold,
         denoising_steps=online.rollout_denoising_steps,
-        small_block_size=default_small_block(block_size, rule, online.rollout_max_new_tokens),
+        small_block_size=online.rollout_small_block_size or default,
         temperature=online.rollout_temperature,
         top_p=1.0,
     )

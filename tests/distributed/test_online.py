@@ -37,8 +37,10 @@ PP2 = {"pipeline_model_parallel_size": 2}
 SAMPLED = {**BLOCKS, "estimator": "trajectory", "num_views": 2, "ratio": "step", "updates_per_rollout": 2}
 SAMPLED |= {"clip": "always", "self_normalize": True, "clip_low": 1e-3, "clip_high": 2e-3}
 SDAR = {**BLOCKS, "family": "sdar", "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 12, "block_size": 4}
+SDAR |= {"rollout_small_block_size": 2}
 LLADA = {"family": "llada", "block_size": 0, "add_qkv_bias": False, "num_query_groups": 4, "rollout_max_new_tokens": 9}
 LLADA |= {"ratio": "sequence", "estimator": "vrpo", "num_views": 2}
+REPLAYED = {**LLADA, "ratio": "token", "estimator": "exact_trajectory", "num_views": 1, "rollout_small_block_size": 3}
 CAUSAL = {"block_size": 1}
 
 
@@ -57,6 +59,7 @@ LAYOUTS = {
     "sdar, TP2 x PP2": Layout(4, {**SDAR, **TP2, **PP2}, "sdar"),
     "llada": Layout(1, LLADA, None),
     "llada, CP2": Layout(2, {**LLADA, "context_parallel_size": 2}, "llada"),
+    "llada, exact": Layout(1, REPLAYED, None),
     "autoregressive": Layout(1, CAUSAL, None),
     "autoregressive, PP2": Layout(2, {**CAUSAL, **PP2}, "autoregressive"),
 }

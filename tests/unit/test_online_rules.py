@@ -8,6 +8,7 @@ from megatron_dtrpo.config.choices import leave_out_misfits
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.online.rollouts import rollout_options
 from tests.support.launch import TINY_MODEL
 
 ONLINE = {**TINY_MODEL, "vocab_size": 259, "objective": "policy_gradient", "rewards": ["numeric"], "save": "run"}
@@ -33,6 +34,10 @@ def test_defaults():
         ({"group_size": 1}, "^group_size 1: an answer is compared with the others of its group: give 2 or more$"),
         ({"rollout_temperature": 0.0}, "^rollout_temperature 0: all answers of a group would be the same one"),
         ({"rollout_temperature": 0.7}, "^rollout_temperature 0.7: training replays the probabilities of temperature 1"),
+        (
+            {"rollout_small_block_size": 3},
+            "^rollout_small_block_size 3 does not divide block_size 8: change it or leave",
+        ),
         ({"rewards": ["numeric", "numeric"]}, "^rewards has numeric twice"),
         ({"reward_weights": [1.0, 2.0]}, "^reward_weights has 2 weights, rewards 1: give as many of both$"),
         ({"reward_weights": [0.0]}, "^reward_weights are all 0: there is nothing to learn$"),
@@ -60,6 +65,16 @@ def test_defaults():
 def test_a_mistake_is_one_line(settings, words):
     with pytest.raises(UserError, match=words):
         validated(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, 8), ({"rollout_small_block_size": 2}, 2), ({"family": "sdar", "add_qkv_bias": False, "block_size": 4}, 4)],
+)
+def test_sub_blocks_of_rollouts(settings, expected):
+    options = rollout_options(validated(**settings, qk_layernorm="family" in settings))
+    assert options.small_block_size == expected
+    assert (options.sub_block_cache, options.temperature, options.top_p) == (None, 1.0, 1.0)
 
 
 def test_a_file_for_another_objective_beside_the_flag():

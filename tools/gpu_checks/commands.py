@@ -76,6 +76,29 @@ def fp8(size: Size, folder: Path) -> Result:
     )
 
 
+def online(size: Size, folder: Path) -> Result:
+    """Policy gradient in bf16: the trainer's log-probabilities beside the decoder's, and finite steps."""
+    left_out = ("global_batch_size", "num_views", "steps_per_block")
+    settings = {key: value for key, value in _settings(size, folder).items() if key not in left_out}
+    settings |= OVERLAPPED | {
+        "objective": "policy_gradient",
+        "rewards": "tools.gpu_checks.rewards:share_of_letters",
+        "rollout_prompts": 4,
+        "group_size": 4,
+        "rollout_max_new_tokens": size.new_tokens,
+        "train_iters": 3,
+    }
+    rows = _train(settings, folder)
+    gaps, norms = ([row[name] for row in rows] for name in ("rollout/logp_gap", "grad_norm"))
+    seconds = ", ".join(f"{row['seconds/rollout']:.1f} + {row['seconds/training']:.1f}" for row in rows)
+    return verdict(
+        len(rows) == 3 and max(gaps) < 0.05 and all(map(math.isfinite, norms)),
+        f"decoder and trainer differ by at most {max(gaps):.1e} nats a token (allowed 0.05); gradient norms "
+        f"{', '.join(f'{norm:.3f}' for norm in norms)}; seconds of rollout and training {seconds}",
+        rows=rows,
+    )
+
+
 def layers(size: Size, folder: Path) -> Result:
     """tools/benchmarks/layers.py: speed, error and memory in bf16 and FP8."""
     reason = why_no_fp8()

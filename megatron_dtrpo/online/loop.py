@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -17,16 +15,14 @@ from megatron.core import parallel_state
 
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.settings import Config
-from megatron_dtrpo.data.prompts import Prompt, prompt_notes, read_prompts
 from megatron_dtrpo.data.sampler import SampleOrder
-from megatron_dtrpo.data.tally import Tally
 from megatron_dtrpo.data.tokenizer import Tokenizer
-from megatron_dtrpo.errors import SharedError, UserError
+from megatron_dtrpo.errors import SharedError
 from megatron_dtrpo.evaluation.generation import decode_prompts
 from megatron_dtrpo.objectives.policy_gradient import Rollout, clipped_ratios
 from megatron_dtrpo.online.documents import Documents, Packed
+from megatron_dtrpo.online.prompts import fingerprint, open_prompts
 from megatron_dtrpo.online.reward_workers import RewardWorkers
-from megatron_dtrpo.online.rewards import load_reward, without_answer
 from megatron_dtrpo.online.rollouts import RolloutMaker, Rollouts, report_failures
 from megatron_dtrpo.runtime import objects
 from megatron_dtrpo.runtime.transfer import to_device
@@ -36,30 +32,6 @@ from megatron_dtrpo.training.metric_log import drop_later_lines
 from megatron_dtrpo.training.run import Run, Update
 
 ROLLOUTS_FILE = "rollouts.jsonl"
-
-
-def open_prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[str]]:
-    """The prompts of a run, with what its rewards compare with, and lines about them. Raises UserError."""
-    data = config.data
-    skipped = Tally() if data.bad_rows == "skip" else None
-    longest = config.model.max_position_embeddings
-    prompts = read_prompts(data.data_path, tokenizer, longest, data.apply_chat_template, data.split, skipped)
-    for name in config.online.rewards:
-        load_reward(name)
-    return _with_answers(config, prompts, prompt_notes(prompts, skipped))
-
-
-def _with_answers(config: Config, prompts: list[Prompt], notes: list[str]) -> tuple[list[Prompt], list[str]]:
-    """Without the rows in which a built-in verifier finds nothing to compare with, where ``bad_rows`` says skip."""
-    problems = [without_answer(config.online.rewards, prompt.row) for prompt in prompts]
-    bad = [number for number, problem in enumerate(problems) if problem is not None]
-    if not bad:
-        return prompts, notes
-    line = f"{len(bad)} of {len(prompts)} rows cannot be rewarded: {prompts[bad[0]].location}: {problems[bad[0]]}"
-    if config.data.bad_rows == "error" or len(bad) == len(prompts):
-        raise UserError(line)
-    kept = [prompt for prompt, problem in zip(prompts, problems, strict=True) if problem is None]
-    return kept, [*notes, f"warning: left out: {line}"]
 
 
 class OnlineTrainer(Run):
@@ -81,7 +53,7 @@ class OnlineTrainer(Run):
             OBJECTIVES[config.objective.objective](config.objective),
             train_iters=config.optimizer.steps(count, online.rollout_prompts),
             updates=online.updates_per_rollout,
-            data_record=resume.data_record(_content(self.prompts), tokenizer.fingerprint(), count),
+            data_record=resume.data_record(fingerprint(self.prompts), tokenizer.fingerprint(), count),
             evaluation=evaluation,
         )
         self.workers = RewardWorkers(online.rewards, online.reward_workers, online.reward_timeout)
@@ -258,11 +230,3 @@ class OnlineTrainer(Run):
         }
         with (Path(self.config.run.save) / ROLLOUTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _content(prompts: Sequence[Prompt]) -> str:
-    """A fingerprint of the prompts' tokens, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        digest.update(struct.pack(f"<q{len(prompt.ids)}q", len(prompt.ids), *prompt.ids))
-    return digest.hexdigest()

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_dtrpo.cli.decoding_flags import (
     add_decoding_flags,
@@ -25,11 +24,6 @@ from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
-
-if TYPE_CHECKING:
-    from megatron_dtrpo.diffusion.decoding import Completion
-
-    Response = tuple[Completion, str]  # with its text
 
 EXAMPLES = """
   megatron-dtrpo pairs --checkpoint RUN --prompts problems.jsonl --output pairs.jsonl --samples 8
@@ -115,61 +109,25 @@ def _build(argv: list[str]) -> None:
 
 
 def _judge_and_write(tokenizer, prompts, completions, verifier, arguments) -> None:
-    from megatron_dtrpo.data.json_line import json_line
     from megatron_dtrpo.evaluation.verifiers import Judge
-    from megatron_dtrpo.files import write_atomically
+    from megatron_dtrpo.online.pairs import Pairs, Rewarded, different
 
-    judge = Judge(verifier)
-    lines: list[str] = []
-    right_total = wrong_total = endless = both = 0
+    judge, pairs = Judge(verifier), Pairs(arguments.pairs_per_prompt)
     for prompt, samples in zip(prompts, completions, strict=True):
-        right: list[Response] = []
-        wrong: list[Response] = []
-        for completion in _different(samples):
-            text = tokenizer.decode(completion.answer)
-            verdict = judge(prompt.row, prompt.location, text)
-            if verdict is not None:
-                (right if verdict else wrong).append((completion, text))
-        right_total, wrong_total = right_total + len(right), wrong_total + len(wrong)
-        # An answer that never ends is no example to follow, whatever number it came past.
-        ended = [(completion, text) for completion, text in right if completion.ended]
-        endless, right = endless + len(right) - len(ended), ended
-        pairs = list(zip(right, wrong, strict=False))[: arguments.pairs_per_prompt]
-        both += bool(pairs)
-        lines += [json_line(_row(prompt, *pair)) for pair in pairs]
+        answers = [(samples[place], tokenizer.decode(samples[place].answer)) for place in different(samples)]
+        judged = [(each, text, judge(prompt.row, prompt.location, text)) for each, text in answers]
+        pairs.add(prompt, [Rewarded(each, text, verdict) for each, text, verdict in judged if verdict is not None])
     judge.report()
-    without_end = f", of which {endless} have no end token and make no pair" if endless else ""
-    counts = f"{right_total} right{without_end}, {wrong_total} wrong"
-    if not lines:
-        longer = "--max-new-tokens, " if endless else ""
+    if not pairs.lines:
+        longer = "--max-new-tokens, " if pairs.endless else ""
         raise UserError(
-            f"no prompt has both a right and a wrong response ({counts} in all): raise {longer}--samples or "
+            f"no prompt has both a right and a wrong response ({pairs.counts} in all): raise {longer}--samples or "
             "--temperature, or take other prompts"
         )
     try:
-        write_atomically(Path(arguments.output), "".join(lines))
-    except OSError as error:
-        raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
-    print(f"different responses  {right_total + wrong_total} ({counts})")
-    print(f"prompts with both    {both} of {len(prompts)}")
-    print(f"pairs                {len(lines)} in {arguments.output}")
-
-
-def _different(samples: list[Completion]) -> list[Completion]:
-    """The first of each group of equal responses."""
-    return list({tuple(sample.tokens): sample for sample in reversed(samples)}.values())[::-1]
-
-
-def _row(prompt, chosen: Response, rejected: Response) -> dict:
-    """A preference row: the prompt's own row, both responses as text, and exactly as they were decoded, with the
-    log-likelihood of everything that was written."""
-    from megatron_dtrpo.inference.recording import discarded_rows
-
-    row = {key: value for key, value in prompt.row.items() if key not in ("messages", "completion")}
-    row |= {"prompt": prompt.asked, "prompt_ids": prompt.ids}
-    for name, (completion, text) in (("chosen", chosen), ("rejected", rejected)):
-        row[name] = [{"role": "assistant", "content": text}] if isinstance(prompt.asked, list) else text
-        row |= {f"{name}_ids": completion.tokens, f"{name}_steps": completion.steps}
-        row[f"{name}_discarded"] = discarded_rows(completion)
-        row[f"{name}_log_likelihood"] = completion.log_likelihood()
-    return row
+        pairs.write(Path(arguments.output))
+    except UserError as error:
+        raise UserError(f"--output {error}") from None
+    print(f"different responses  {pairs.answers} ({pairs.counts})")
+    print(f"prompts with both    {pairs.paired} of {pairs.prompts}")
+    print(f"pairs                {len(pairs.lines)} in {arguments.output}")

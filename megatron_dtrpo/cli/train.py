@@ -1,4 +1,5 @@
 """Trains: preference pairs (dTRPO and its relatives), supervised fine-tuning, or policy gradient on its own answers.
+With --rounds the pairs are the policy's own right and wrong answers to prompts, made anew in every round.
 
 Settings stand in a YAML file, in flags, or in both: flags win. Runs alone or under torchrun. SIGTERM and SIGUSR1 save a
 checkpoint and end the run with status 0; the same command goes on from there.
@@ -17,6 +18,7 @@ from megatron_dtrpo.runtime import environment, stop
 EXAMPLES = """
   megatron-dtrpo train --config run.yaml --data-path pairs.jsonl --save runs/one --lr 5e-7
   torchrun --nproc-per-node 8 -m megatron_dtrpo train --config run.yaml --estimator vrpo --num-views 4
+  megatron-dtrpo train --config run.yaml --load SFT --data-path problems.jsonl --rewards numeric --rounds 3 --save DIR
   megatron-dtrpo train --config run.yaml --dry-run --world-size 64
 """
 
@@ -66,6 +68,12 @@ def _train(argv: list[str]) -> None:
         return
     if own.world_size is not None or own.gpu_memory is not None:
         raise UserError("--world-size and --gpu-memory go with --dry-run: the launcher starts the processes of a run")
+    if config.rounds.rounds is not None:
+        from megatron_dtrpo.evaluation.periodic import answer_evaluation
+        from megatron_dtrpo.online.rounds import run_rounds
+
+        run_rounds(config, given, answer_evaluation)
+        return
     from megatron_dtrpo.training.run_folder import run_folder
     from megatron_dtrpo.training.setup import prepare
 

@@ -1,4 +1,4 @@
-"""Rules of the settings of ``objective policy_gradient``, and who else must leave them out."""
+"""Rules of the settings of ``objective policy_gradient`` and of rounds, and who else must leave them out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.decoding import RULES
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.policy_gradient import RATIOS, PolicyGradientOptions
-from megatron_dtrpo.config.settings import FIELDS, Config, OnlineSettings
+from megatron_dtrpo.config.settings import FIELDS, Config, OnlineSettings, RoundSettings
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
 
@@ -18,6 +18,14 @@ _OF_EXAMPLES = {
     "make_response_length_divisible_by": "answers stay as they were decoded",
     "overlong": "answers are as long as they were decoded",
 }
+_POLICY_GRADIENT, _ONLINE, _ROUNDS = (
+    [f.name for f in dataclasses.fields(kind)] for kind in (PolicyGradientOptions, OnlineSettings, RoundSettings)
+)
+# Of the settings of rollouts those that rounds read.
+_READ_BY_ROUNDS = (
+    *("group_size", "rewards", "reward_weights", "reward_timeout", "reward_workers"),
+    *(name for name in _ONLINE if name.startswith("rollout_") and name != "rollout_prompts"),
+)
 
 
 def _demand(condition, message: str) -> None:
@@ -26,11 +34,18 @@ def _demand(condition, message: str) -> None:
 
 
 def unread_online(config: Config) -> dict[str, str]:
-    """The settings that the objective does not read because it is, or is not, online; and why."""
-    if OBJECTIVES[config.objective.objective].is_online:
-        return dict(_OF_EXAMPLES)
-    names = [f.name for kind in (PolicyGradientOptions, OnlineSettings) for f in dataclasses.fields(kind)]
-    return dict.fromkeys(names, "belongs to objective policy_gradient")
+    """The settings that the objective does not read because it is, or is not, online or in rounds; and why."""
+    kind = OBJECTIVES[config.objective.objective]
+    rounds = dict.fromkeys(_ROUNDS, "belongs to objective preference")
+    if kind.is_online:
+        return _OF_EXAMPLES | rounds
+    online = dict.fromkeys([*_POLICY_GRADIENT, *_ONLINE], "belongs to objective policy_gradient")
+    if not kind.compares_pairs:
+        return online | rounds
+    if config.rounds.rounds:
+        return {key: reason for key, reason in online.items() if key not in _READ_BY_ROUNDS}
+    either = dict.fromkeys(_READ_BY_ROUNDS, "belongs to objective policy_gradient, or to rounds")
+    return online | either | {key: "goes with rounds" for key in _ROUNDS if key != "rounds"}
 
 
 def rollout_rule(config: Config) -> str:
@@ -49,12 +64,16 @@ def check_online(config: Config) -> None:
             f"{key} with objective {config.objective.objective}: {reason}: leave it out",
         )
     if OBJECTIVES[config.objective.objective].is_online:
+        _check_rollouts(config)
         _check_policy_gradient(config)
+    elif config.rounds.rounds:
+        _check_rollouts(config)
+        _check_rounds(config)
 
 
-def _check_policy_gradient(config: Config) -> None:
-    online, objective = config.online, config.objective
-    estimator, ratio = objective.estimator, objective.ratio
+def _check_rollouts(config: Config) -> None:
+    """What answers, and their rewards, are subject to wherever they are decoded."""
+    online = config.online
     _demand(online.rewards, "rewards is missing: give --rewards numeric, or module:function of your own")
     for name in online.rewards:
         _demand(online.rewards.count(name) == 1, f"rewards has {name} twice: give it once, with reward_weights")
@@ -64,17 +83,8 @@ def _check_policy_gradient(config: Config) -> None:
         _demand(any(online.reward_weights), "reward_weights are all 0: there is nothing to learn")
     _demand(online.group_size > 1, "group_size 1: an answer is compared with the others of its group: give 2 or more")
     _demand(
-        online.reward_aggregation == "sum_then_normalize" or online.advantage_std,
-        "reward_aggregation normalize_then_sum divides by each reward's spread: leave advantage_std on",
-    )
-    _demand(
         online.rollout_temperature > 0,
         "rollout_temperature 0: all answers of a group would be the same one: leave it at 1",
-    )
-    _demand(
-        online.rollout_temperature == 1,
-        f"rollout_temperature {online.rollout_temperature}: training replays the probabilities of temperature 1: "
-        "leave it out",
     )
     rule = rollout_rule(config)
     for option in ("threshold", "denoising_steps"):
@@ -90,6 +100,32 @@ def _check_policy_gradient(config: Config) -> None:
     _demand(
         small is None or block_size == FULL or block_size % small == 0,
         f"rollout_small_block_size {small} does not divide block_size {block_size}: change it or leave it out",
+    )
+
+
+def _check_rounds(config: Config) -> None:
+    _demand(config.run.load, "rounds: who is to answer the prompts? Give --load, a checkpoint")
+    _demand(
+        config.run.reference_cache is None,
+        "reference_cache holds scores of pairs, and rounds make their own: leave it out",
+    )
+    _demand(
+        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
+        "num_virtual_stages_per_pipeline_rank with rounds, which decode: leave it out",
+    )
+
+
+def _check_policy_gradient(config: Config) -> None:
+    online, objective = config.online, config.objective
+    estimator, ratio = objective.estimator, objective.ratio
+    _demand(
+        online.reward_aggregation == "sum_then_normalize" or online.advantage_std,
+        "reward_aggregation normalize_then_sum divides by each reward's spread: leave advantage_std on",
+    )
+    _demand(
+        online.rollout_temperature == 1,
+        f"rollout_temperature {online.rollout_temperature}: training replays the probabilities of temperature 1: "
+        "leave it out",
     )
     _demand(
         online.updates_per_rollout <= online.rollout_prompts,

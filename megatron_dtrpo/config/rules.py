@@ -13,7 +13,14 @@ from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_l
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.online_rules import check_online
-from megatron_dtrpo.config.settings import RECOMPUTABLE, Config, ModelSettings, ObjectiveSettings, ParallelSettings
+from megatron_dtrpo.config.settings import (
+    GROUPS,
+    RECOMPUTABLE,
+    Config,
+    ModelSettings,
+    ObjectiveSettings,
+    ParallelSettings,
+)
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of, is_autoregressive
 
@@ -81,8 +88,8 @@ def validate(config: Config, world_size: int) -> int:
     model, parallel, data, objective = config.model, config.parallel, config.data, config.objective
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
         _demand(getattr(model, key), f"{key} is missing: give it in --config, as a flag, or --load a checkpoint")
-    for group in (model, parallel, data, objective, config.online, config.optimizer, config.evaluation, config.run):
-        _check_ranges(group)
+    for group in GROUPS:
+        _check_ranges(getattr(config, group))
     _demand(objective.beta > 0, "beta is 0: without it the loss does not prefer anything")
     _fill_defaults(config)
 
@@ -242,6 +249,10 @@ def validate_training(config: Config, data_parallel: int) -> None:
             config.objective.has_reference or getattr(config.run, key) is None,
             f"{key}: {no_reference(config.objective)}: leave it out",
         )
+    _demand(
+        config.objective.has_reference or not config.rounds.move_reference,
+        f"move_reference: {no_reference(config.objective)}: leave it out",
+    )
     if config.run.reference_cache is not None:
         check_cached_reference(config.parallel)
     elif config.objective.has_reference:
@@ -293,6 +304,7 @@ def validate_precomputing(config: Config, data_parallel: int) -> None:
         objective.has_reference and OBJECTIVES[objective.objective].compares_pairs,
         f"{no_reference(objective)}: there is nothing to precompute",
     )
+    _demand(config.rounds.rounds is None, "rounds make their own pairs: there is nothing to precompute: leave it out")
     check_cached_reference(config.parallel)
     _check_length(config, data_parallel)
 

@@ -276,7 +276,7 @@ class ObjectiveSettings(PolicyGradientOptions, LossOptions, EstimatorOptions, Ob
 
 @dataclass
 class OnlineSettings:
-    """Rollouts of ``objective policy_gradient``: the answers that the policy writes, and their rewards."""
+    """Rollouts of ``objective policy_gradient``, and of rounds: answers that the policy writes, and their rewards."""
 
     rollout_prompts: int = setting(16, "Prompts of an iteration.", at_least=1)
     group_size: int = setting(8, "Answers to each.", at_least=1)
@@ -334,6 +334,28 @@ class OnlineSettings:
         at_least=1,
     )
     rollout_batch_size: int = setting(64, "Answers decoded at once on each data-parallel process.", at_least=1)
+
+
+@dataclass
+class RoundSettings:
+    """Rounds of ``objective preference``: the policy answers prompts, decoded and rewarded as rollouts are, its answers
+    become pairs, it trains on them, and again."""
+
+    rounds: int | None = setting(
+        None,
+        "So many times the policy answers the prompts of data_path and trains for train_iters or num_epochs on pairs "
+        "of its answers. Default: data_path has pairs.",
+        at_least=1,
+    )
+    round_prompts: int | None = setting(
+        None,
+        "Prompts of a round, the next ones in the order of the data. Default: all of them, every round.",
+        at_least=1,
+    )
+    pairs_per_prompt: int = setting(1, "At most this many pairs of one prompt, no answer twice.", at_least=1)
+    move_reference: bool = setting(
+        False, "A round's reference is what the round starts from; off: what the first one starts from, or reference."
+    )
 
 
 @dataclass
@@ -423,6 +445,7 @@ GROUPS = {
     "data": DataSettings,
     "objective": ObjectiveSettings,
     "online": OnlineSettings,
+    "rounds": RoundSettings,
     "optimizer": OptimizerSettings,
     "evaluation": EvaluationSettings,
     "run": RunSettings,
@@ -440,6 +463,7 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     online: OnlineSettings = field(default_factory=OnlineSettings)
+    rounds: RoundSettings = field(default_factory=RoundSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     run: RunSettings = field(default_factory=RunSettings)

@@ -36,8 +36,15 @@ def periodic_evaluation(config: Config, tokenizer: Tokenizer, data_parallel_size
     if config.evaluation.eval_interval is None:
         return None
     if OBJECTIVES[config.objective.objective].is_online:
-        return AnswerEvaluation(config, tokenizer, heldout_prompts(config, tokenizer))
+        return answer_evaluation(config, tokenizer)
     return PeriodicEvaluation(config, tokenizer, data_parallel_size)
+
+
+def answer_evaluation(config: Config, tokenizer: Tokenizer) -> AnswerEvaluation | None:
+    """Of a run whose held-out data are prompts; None where ``config`` asks for none."""
+    if config.evaluation.eval_interval is None:
+        return None
+    return AnswerEvaluation(config, tokenizer, heldout_prompts(config, tokenizer))
 
 
 def heldout_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:

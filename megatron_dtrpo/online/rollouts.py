@@ -74,6 +74,11 @@ def rollout_options(config: Config) -> DecodingOptions:
     )
 
 
+def rollout_seed(seed: int, iteration: int, number: int = 0) -> int:
+    """Of the answers to an iteration's prompts; ``number``: how often others were taken before."""
+    return stable_seed(struct.pack("<3q", seed, iteration, number))
+
+
 class RolloutMaker:
     """Decodes and rewards. Every process has one; rank zero's has the reward workers."""
 
@@ -118,7 +123,7 @@ class RolloutMaker:
             prompts,
             self.options,
             batch_size=online.rollout_batch_size,
-            seed=stable_seed(struct.pack("<3q", self.config.optimizer.seed, *when)),
+            seed=rollout_seed(self.config.optimizer.seed, *when),
             samples=online.group_size,
             progress=self.config.run.progress,
         )

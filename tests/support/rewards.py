@@ -17,3 +17,8 @@ def same(row: dict, text: str) -> float:
 
 def broken(row: dict, text: str) -> float:
     return row["solution"]
+
+
+def even(row: dict, text: str) -> bool:
+    """Right or wrong by the text's checksum."""
+    return zlib.crc32(text.encode()) % 2 == 0

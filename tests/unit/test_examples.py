@@ -17,6 +17,7 @@ from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.online.pairs import Rewarded, pair_row
 
 KINDS = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 TOOLS = [
@@ -456,12 +457,10 @@ def test_a_packed_exchange_masks_and_reads_what_the_assistant_writes(fast_dllm, 
 
 def test_pairs_keep_the_prompt_and_not_the_answer(fast_dllm):
     """A pair that was built from a conversation with its answer has the question as its prompt."""
-    from megatron_dtrpo.cli.pairs import _row
-
     row = {"messages": [*QUESTION, assistant("Yes.")], "answer": "Yes."}
     prompt = make_prompt(row, "row", fast_dllm, 4096)
     good, bad = (completion_of(fast_dllm, text) for text in ("Yes.", "No."))
-    pair = _row(prompt, (good, "Yes."), (bad, "No."))
+    pair = pair_row(prompt, Rewarded(good, "Yes.", 1), Rewarded(bad, "No.", 0))
     assert pair["prompt"] == QUESTION and pair["chosen"] == [assistant("Yes.")] and "messages" not in pair
     assert pair["prompt_ids"] == fast_dllm.encode_prompt(QUESTION)
     again = make_prompt(pair, "row", fast_dllm, 4096)

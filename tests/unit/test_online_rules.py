@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_dtrpo.config.choices import leave_out_misfits
-from megatron_dtrpo.config.rules import validate
+from megatron_dtrpo.config.rules import validate, validate_precomputing, validate_training
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.online.rollouts import rollout_options
@@ -16,7 +16,7 @@ ONLINE = {**TINY_MODEL, "vocab_size": 259, "objective": "policy_gradient", "rewa
 
 def validated(**settings) -> Config:
     config = Config.from_flat({key: value for key, value in (ONLINE | settings).items() if value is not None})
-    validate(config, 1)
+    validate(config, config.parallel.pipeline_model_parallel_size)
     return config
 
 
@@ -53,7 +53,7 @@ def test_defaults():
         ({"reference_cache": "scores", "kl_coefficient": 0.1}, "^reference_cache holds scores of pairs"),
         (
             {"objective": "preference"},
-            "^rewards with objective preference: belongs to objective policy_gradient: leave",
+            "^rewards with objective preference: belongs to objective policy_gradient, or to rounds: leave it out$",
         ),
         (
             {"objective": "sft", "rewards": None, "clip_low": 0.1},
@@ -75,6 +75,57 @@ def test_sub_blocks_of_rollouts(settings, expected):
     options = rollout_options(validated(**settings, qk_layernorm="family" in settings))
     assert options.small_block_size == expected
     assert (options.sub_block_cache, options.temperature, options.top_p) == (None, 1.0, 1.0)
+
+
+ROUNDS = {"objective": "preference", "rounds": 2, "load": "sft", "train_iters": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, None),
+        ({"rollout_temperature": 0.7, "group_size": 4, "round_prompts": 3, "move_reference": True}, None),
+        ({"reference": "other"}, None),
+        ({"rounds": 0}, "^rounds is 0: it must be at least 1$"),
+        ({"rewards": None}, "^rewards is missing: give --rewards numeric, or module:function of your own$"),
+        ({"load": None}, "^rounds: who is to answer the prompts\\? Give --load, a checkpoint$"),
+        ({"rollout_temperature": 0.0}, "^rollout_temperature 0: all answers of a group would be the same one"),
+        ({"group_size": 1}, "^group_size 1: an answer is compared with the others"),
+        (
+            {"rollout_prompts": 4},
+            "^rollout_prompts with objective preference: belongs to objective policy_gradient: le",
+        ),
+        (
+            {"rounds": None, "rewards": None, "round_prompts": 4},
+            "^round_prompts with objective pref.*: goes with round",
+        ),
+        ({"objective": "sft", "rewards": None}, "^rounds with objective sft: belongs to objective preference: leave"),
+        ({"objective": "policy_gradient"}, "^rounds with objective policy_gradient: belongs to objective preference"),
+        ({"reference_cache": "scores"}, "^reference_cache holds scores of pairs, and rounds make their own: leave it"),
+        (
+            {"move_reference": True, "loss_type": ["simpo"]},
+            "^move_reference: loss_type simpo has no reference: leave it",
+        ),
+        (
+            {"num_virtual_stages_per_pipeline_rank": 2, "pipeline_model_parallel_size": 2},
+            "^num_virtual_stages_per_pipeline_rank with rounds, which decode: leave it out$",
+        ),
+    ],
+)
+def test_rounds(settings, words):
+    def check():
+        validate_training(validated(**ROUNDS | settings), 1)
+
+    if words is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=words):
+            check()
+
+
+def test_there_is_nothing_to_precompute_for_rounds():
+    with pytest.raises(UserError, match="^rounds make their own pairs: there is nothing to precompute"):
+        validate_precomputing(validated(**ROUNDS), 1)
 
 
 def test_a_file_for_another_objective_beside_the_flag():

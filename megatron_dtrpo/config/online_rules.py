@@ -109,10 +109,6 @@ def _check_rounds(config: Config) -> None:
         config.run.reference_cache is None,
         "reference_cache holds scores of pairs, and rounds make their own: leave it out",
     )
-    _demand(
-        config.parallel.num_virtual_stages_per_pipeline_rank == 1,
-        "num_virtual_stages_per_pipeline_rank with rounds, which decode: leave it out",
-    )
 
 
 def _check_policy_gradient(config: Config) -> None:

@@ -38,7 +38,7 @@ PAIRS = "pairs.jsonl"
 _PINNED = (
     *("seed", "load", "reference", "rewards", "reward_weights", "group_size"),
     *("rollout_max_new_tokens", "rollout_temperature", "rollout_rule", "rollout_threshold", "rollout_denoising_steps"),
-    *("round_prompts", "pairs_per_prompt", "move_reference"),
+    *("rollout_small_block_size", "round_prompts", "pairs_per_prompt", "move_reference"),
 )
 
 

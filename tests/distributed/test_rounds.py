@@ -27,6 +27,7 @@ ROUNDS = {
     "pairs_per_prompt": 2,
 }
 TP2 = {"tensor_model_parallel_size": 2}
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 NAMES = [f"round-{number}" for number in (1, 2)]
 
@@ -119,7 +120,7 @@ def test_what_is_said(alone, sft):
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (4, {**TP2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}),
+        (4, {**TP2, "sequence_parallel": True, **INTERLEAVED}),
         (4, {"use_distributed_optimizer": True, **OVERLAPPED, "context_parallel_size": 2}),
     ],
     ids=["TP2 x PP2", "CP2 x DP2"],

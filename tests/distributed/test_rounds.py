@@ -133,36 +133,35 @@ def test_rounds_do_not_depend_on_the_layout(server, folder, settings, alone, pro
         assert disagreements(ours, theirs) == []
 
 
-def test_killed_rounds_go_on_under_another_layout(server, folder, settings, alone):
-    """Killed while the first round trains, and while the second one decodes."""
-    save = folder / "killed"
+DECODER = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
+STEP = "megatron_dtrpo.training.trainer:Trainer._step"
+
+
+def test_rounds_go_on_where_they_were_interrupted(server, folder, settings, alone):
+    """Stopped while the first round decodes, killed while it trains, stopped in its last step, and killed while the
+    second one decodes, each time under another layout."""
+    save = folder / "interrupted"
     settings = {**settings, "save": save, "save_interval": 1}
-    server.kill(settings, 1, lambda: (save / "round-1" / TRACKER).exists(), 0.0)
-    server.kill({**settings, **TP2}, 2, lambda: (save / "round-2").exists(), 0.0)
-    assert not (save / "round-2" / "pairs.jsonl").exists()
+
+    def stop(before: str, call: int, number: int, **layout) -> None:
+        log, processes = folder / f"stopped {number}.log", 2 if layout else 1
+        events = [[before, call, "SIGTERM", [0]]]
+        statuses, output = server.run({**settings, **layout}, log, processes, events=events)
+        assert statuses == [0] * processes and "stopped by SIGTERM" in output, output
+        assert output.splitlines()[-1] == f"round {number} of 2 is not finished: start the same command again"
+        assert not (save / f"round-{number}" / "pairs.jsonl").exists()
+
+    stop(DECODER, 8, 1)
+    server.kill({**settings, **TP2}, 2, lambda: (save / "round-1" / TRACKER).exists(), 0.0)
+    stop(STEP, 1, 2, **TP2)
     written = (save / "round-1" / "pairs.jsonl").stat().st_mtime_ns
+    server.kill(settings, 1, lambda: (save / "round-2").exists(), 0.0)
+    assert not (save / "round-2" / "pairs.jsonl").exists()
     rounds(server, settings)
     assert (save / "round-1" / "pairs.jsonl").stat().st_mtime_ns == written
     assert pairs_of(save) == pairs_of(alone)
     for ours, theirs in zip(of_rounds(save), of_rounds(alone), strict=True):
         assert disagreements(ours, theirs) == []
-
-
-DECODER = "megatron_dtrpo.inference.decoder:BlockDecoder._round"
-STEP = "megatron_dtrpo.training.trainer:Trainer._step"
-
-
-def test_stopped_rounds_go_on(server, folder, settings, alone):
-    """Asked to stop while answers are decoded, then while the first round trains: the second is not begun."""
-    save = folder / "stopped"
-    for moment, call, words in ((DECODER, 8, "stopped by SIGTERM"), (STEP, 1, "stopped by SIGTERM after iteration 1;")):
-        events = [[moment, call, "SIGTERM", [0]]]
-        (status,), output = server.run({**settings, "save": save}, save.with_suffix(".log"), events=events)
-        assert status == 0 and words in output and not (save / "round-2").exists(), output
-        assert output.splitlines()[-1] == "round 1 of 2 is not finished: start the same command again"
-        save.with_suffix(".log").unlink()
-    rounds(server, {**settings, "save": save})
-    assert of_rounds(save)[1][-1]["loss"] == pytest.approx(of_rounds(alone)[1][-1]["loss"], rel=1e-6)
 
 
 def test_more_rounds_later_and_no_other_ones(server, folder, settings, alone):

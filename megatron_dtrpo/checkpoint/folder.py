@@ -56,12 +56,16 @@ def load_model_config(directory: str | Path) -> ModelSettings:
     return ModelSettings(**values)
 
 
-def check_same_architecture(given: ModelSettings, saved: ModelSettings, directory: str | Path) -> None:
-    """Raises UserError naming the first setting in which ``given`` (where set) differs from the checkpoint's."""
+def check_same_architecture(
+    given: ModelSettings, saved: ModelSettings, directory: str | Path, advice: str = "leave {name} out"
+) -> None:
+    """Raises UserError naming the first setting in which ``given`` (where set) differs from the checkpoint's.
+    ``advice``: in words, with the setting's ``{name}`` and the checkpoint's ``{value}``."""
     for f in dataclasses.fields(ModelSettings):
         mine, theirs = getattr(given, f.name), getattr(saved, f.name)
         if mine is not None and mine != theirs:
-            raise UserError(f"{directory}: checkpoint of another architecture: {f.name} is {theirs} there, {mine} here")
+            differs = f"{f.name} is {theirs} there, {mine} here: {advice.format(name=f.name, value=theirs)}"
+            raise UserError(f"{directory}: checkpoint of another architecture: {differs}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ _OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "problem", "Prompt", "user_prompt", "context", "input"),
     "completion": ("answer", "response", "output", "solution"),
 }
+_DIALOGUES = ("messages", "conversation", "dialog", "dialogue", "chat")
 
 
 def put_advice(row: dict[str, Any]) -> str:
@@ -64,8 +65,17 @@ def require_columns(row: dict[str, Any], names: tuple[str, ...]) -> None:
     if missing:
         renaming = renaming_advice(row, missing) or ("prompt" in missing and messages_advice(row, "messages")) or ""
         is_kto = "chosen" in missing and row.get("label") is not None
-        no_pair = "; a completion and its label (KTO) are no pair" if is_kto else ""
+        no_pair = "; a completion and its label (KTO) are no pair" if is_kto else one_answer_advice(row, missing)
         raise UserError(f"missing field {missing[0]!r}; the row has {present_columns(row)}{no_pair}{renaming}")
+
+
+def one_answer_advice(row: dict[str, Any], missing: Sequence[str]) -> str:
+    """The objectives of a row that has one answer where a pair of them is ``missing``."""
+    answer = next((n for n in ("completion", *_OTHER_NAMES["completion"], *_DIALOGUES) if row.get(n) is not None), None)
+    if answer is None or not {"chosen", "rejected"} <= set(missing):
+        return ""
+    online = "; of a prompt and what its answer is compared with: --objective policy_gradient"
+    return f"; one answer, {answer!r}, is no pair: give --objective sft{online if answer == 'answer' else ''}"
 
 
 def renaming_advice(row: dict[str, Any], missing: Sequence[str]) -> str:
@@ -73,9 +83,6 @@ def renaming_advice(row: dict[str, Any], missing: Sequence[str]) -> str:
     found = [(next((o for o in _OTHER_NAMES.get(name, ()) if row.get(o) is not None), None), name) for name in missing]
     renamed = ", ".join(f"{other!r} to {name!r}" for other, name in found if other is not None)
     return f"; rename {renamed}" if renamed else ""
-
-
-_DIALOGUES = ("messages", "conversation", "dialog", "dialogue", "chat")
 
 
 def messages_advice(row: dict[str, Any], name: str) -> str:

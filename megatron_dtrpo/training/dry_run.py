@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_dtrpo.checkpoint.folder import MODEL_CONFIG
 from megatron_dtrpo.config.fp8 import token_multiple
+from megatron_dtrpo.config.notes import notes
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.rules import validate, validate_training
 from megatron_dtrpo.config.settings import Config
@@ -65,7 +66,7 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     here = initialize.world_size()
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     processes = f"{world_size} processes" + (f" ({here} here)" if here not in (1, world_size) else "")
-    lines = [f"dry run of {processes}: TP {tp}, PP {stages}, CP {cp}, DP {data_parallel}"]
+    lines = [f"dry run of {processes}: TP {tp}, PP {stages}, CP {cp}, DP {data_parallel}", *notes(config)]
     # Its own checks; on this machine the layers of Transformer Engine cannot be built, but theirs have the same shapes.
     unfused = dataclasses.replace(parallel, gradient_accumulation_fusion=False, apply_rope_fusion=False)
     transformer_config(model, unfused)

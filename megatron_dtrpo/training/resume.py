@@ -171,8 +171,9 @@ def check_data(directory: str | Path, progress: dict, now: dict) -> None:
 
 
 def changes_since(config: Config, first: dict) -> list[str]:
-    """``key old -> new`` for every setting of the data, objective and optimizer that differs from a run's record."""
-    groups = (config.data, config.objective, config.online, config.optimizer)
+    """``key old -> new`` for every setting that has a part in a run's numbers or in how they are computed and that
+    differs from its record."""
+    groups = (config.parallel, config.data, config.objective, config.online, config.optimizer, config.evaluation)
     keys = [f.name for group in groups for f in dataclasses.fields(group) if f.name not in _FREE]
     now = config.to_flat()
     before = {key: first.get(key, FIELDS[key].default) for key in keys}  # a run may be older than the setting

@@ -14,6 +14,7 @@ import torch
 from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.checkpoint import iterations
+from megatron_dtrpo.config.notes import notes
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
@@ -87,7 +88,8 @@ class Run:
         resume_from = iterations.latest_iteration(run.save)
         if resume_from is not None:
             saved = checkpoint_folder.load_model_config(run.save)
-            checkpoint_folder.check_same_architecture(config.model, saved, run.save)
+            go_on = "to go on with this run give {name} {value}"
+            checkpoint_folder.check_same_architecture(config.model, saved, run.save, go_on)
 
         self.engine = Engine.starting(config, tokenizer)
         self._freeze()
@@ -148,7 +150,7 @@ class Run:
             self.log.say(f"changed since this run's last start: {', '.join(changes)}")
         if self.iteration >= self.train_iters:
             self.log.say(f"nothing to do: iteration {self.iteration} is reached; raise --train-iters to go on")
-        for line in self.remarks():
+        for line in [*notes(self.config), *self.remarks()]:
             self.log.say(line)
 
     def remarks(self) -> list[str]:

@@ -71,7 +71,7 @@ def check_reference_architecture(config: Config) -> None:
     if same_predictions(family_of(saved), family_of(ours)):
         saved = dataclasses.replace(saved, family=ours.family)
     saved = dataclasses.replace(saved, init_method_std=ours.init_method_std)
-    checkpoint_folder.check_same_architecture(config.model, saved, folder)
+    checkpoint_folder.check_same_architecture(config.model, saved, folder, "give another reference")
 
 
 def follow_run(config: Config, given: set[str], folder: str | Path) -> None:

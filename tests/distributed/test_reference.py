@@ -184,7 +184,7 @@ def test_a_dry_run_counts_the_copy(checkpoints, alone, capfd):
     output = capfd.readouterr().out
     assert f"reference: {checkpoints / 'other'}: a copy of its weights is kept" in output and "reference copy" in output
     other = refusal(capfd, {**settings_of(checkpoints, load=None, vocab_size=259, block_size=16), "dry_run": True})
-    assert "checkpoint of another architecture: block_size is 8 there, 16 here" in other
+    assert "checkpoint of another architecture: block_size is 8 there, 16 here: give another ref" in other
 
 
 REFUSED = {

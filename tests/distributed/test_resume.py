@@ -214,8 +214,9 @@ def test_another_start_is_refused_on_resume(server, killed):
 def test_finished_run_says_so_and_what_changed(server, folder, uninterrupted):
     save = folder / "finished"
     shutil.copytree(folder / "uninterrupted", save)
-    result = run(server, save, lr=2e-3)
+    result = run(server, save, lr=2e-3, attention_backend="sdpa")
     assert result.status == 0, result.output
-    assert "changed since this run's last start: lr 0.001 -> 0.002" in result.output
+    changed = "attention_backend auto -> sdpa, lr 0.001 -> 0.002\n"
+    assert f"changed since this run's last start: {changed}" in result.output
     assert f"nothing to do: iteration {STEPS} is reached" in result.output
     assert without_rates(read_metrics(save)) == without_rates(uninterrupted)

@@ -224,7 +224,8 @@ def test_a_vocabulary_smaller_than_the_tokenizers(settings, error_of):
 
 def test_load_of_another_architecture(settings, error_of, checkpoint):
     error = error_of({**settings, "load": checkpoint, "hidden_size": 64})
-    assert error == f"{checkpoint}: checkpoint of another architecture: hidden_size is 32 there, 64 here"
+    other = f"{checkpoint}: checkpoint of another architecture: hidden_size is 32 there, 64 here: leave hidden_size out"
+    assert error == other
     assert not settings["save"].exists()
 
 
@@ -237,7 +238,10 @@ def contents(folder: Path) -> dict[str, int]:
 def test_resume_of_another_architecture(settings, error_of, checkpoint):
     before = contents(checkpoint)
     error = error_of({**settings, "save": checkpoint, "num_layers": 2, "train_iters": 4})
-    assert error == f"{checkpoint}: checkpoint of another architecture: num_layers is 4 there, 2 here"
+    assert error == (
+        f"{checkpoint}: checkpoint of another architecture: num_layers is 4 there, 2 here: to go on with this run give "
+        "num_layers 4"
+    )
     assert contents(checkpoint) == before
 
 

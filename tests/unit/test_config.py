@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dtrpo.cli.settings import parse_settings
 from megatron_dtrpo.config.command_line import command_parser
+from megatron_dtrpo.config.notes import notes
 from megatron_dtrpo.config.parser import add_settings, parse, parse_command, settings_parser
 from megatron_dtrpo.config.rules import (
     validate,
@@ -617,3 +618,23 @@ def test_a_configuration_that_is_no_text_file(tmp_path):
     for path in (tmp_path, tmp_path / "latin.yaml"):
         with pytest.raises(UserError, match="not readable as a configuration file"):
             read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"block_size": 0, "family": "llada", "add_qkv_bias": False, "num_query_groups": 4}, []),
+        ({"block_size": 4}, ["note: steps_per_block 8 with block_size 4: a block is decoded a token a step"]),
+        ({"block_size": 4, "estimator": "vrpo"}, []),
+        ({"objective": "policy_gradient", "rewards": ["numeric"], "clip_low": 0.1, "updates_per_rollout": 2}, []),
+        (
+            {"objective": "policy_gradient", "rewards": ["numeric"], "clip": "always", "clip_low": 0.1},
+            ["note: updates_per_rollout 1: every ratio is 1, and clip, clip_low changes nothing"],
+        ),
+    ],
+)
+def test_notes_say_what_settings_amount_to(changes, expected):
+    config = config_of(**changes)
+    validate(config, 1)
+    assert notes(config) == expected

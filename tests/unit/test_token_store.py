@@ -117,6 +117,20 @@ CHAT = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistan
     ("change", "words"),
     [
         ({"chosen": None}, "missing field 'chosen'; the row has prompt, rejected"),
+        (
+            {"chosen": None, "rejected": None, "completion": "a"},
+            "missing field 'chosen'; the row has completion, prompt; one answer, 'completion', is no pair: give "
+            "--objective sft",
+        ),
+        (
+            {"chosen": None, "rejected": None, "answer": "4"},
+            "missing field 'chosen'; the row has answer, prompt; one answer, 'answer', is no pair: give --objective "
+            "sft; of a prompt and what its answer is compared with: --objective policy_gradient",
+        ),
+        (
+            {"prompt": None, "chosen": None, "rejected": None, "messages": [user("p"), assistant("a")]},
+            "missing field 'prompt'; the row has messages; one answer, 'messages', is no pair: give --objective sft",
+        ),
         ({"prompt": None}, "chosen and rejected share no first word; give the prompt"),
         ({"prompt": None, "chosen": CHAT_ANSWER}, "missing field 'prompt'; the row has chosen, rejected"),
         ({"prompt": 3}, "prompt: must be text or a list of messages, not a number"),

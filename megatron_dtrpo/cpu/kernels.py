@@ -35,6 +35,19 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     return getattr(tensor, "recipe", None)
 
 
+class _NoGradient:
+    """The context of a node that no gradient will come to."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def run(node: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """``node.apply``; where no gradient is asked for without autograd's bookkeeping, which costs more than a small
+    kernel."""
+    return node.apply(*arguments) if torch.is_grad_enabled() else node.forward(_NoGradient(), *arguments)
+
+
 def _swiglu(gate_and_up: Tensor) -> Tensor:
     gate, up = gate_and_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
@@ -60,7 +73,7 @@ class _SwiGlu(torch.autograd.Function):
 def bias_swiglu_impl(input: Tensor, bias: Tensor | None, fp8_input_store=False, cpu_offload_input=False) -> Tensor:
     """``silu(gate) * up`` of ``[..., 2 f]``, gate first: ``[..., f]``."""
     gate_and_up = input if bias is None else input + bias
-    return remember(_SwiGlu.apply(gate_and_up), _swiglu, gate_and_up)
+    return remember(run(_SwiGlu, gate_and_up), _swiglu, gate_and_up)
 
 
 class _Rotary(torch.autograd.Function):
@@ -90,7 +103,7 @@ def apply_rotary_pos_emb(t: Tensor, freqs: Any, config, cu_seqlens=None, mscale:
     made = getattr(freqs, "_cos_sin", None)
     if made is None or made[0].dtype != t.dtype:
         made = freqs._cos_sin = (torch.cos(freqs).to(t.dtype), torch.sin(freqs).to(t.dtype))
-    return _Rotary.apply(t, *made)
+    return run(_Rotary, t, *made)
 
 
 def _normalize(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -128,4 +141,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     with torch.no_grad():
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
-    return remember(_RmsNorm.apply(x, weight, scale), _normalize, x, weight, scale)
+    return remember(run(_RmsNorm, x, weight, scale), _normalize, x, weight, scale)

@@ -12,10 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
-from megatron_dtrpo.cpu.kernels import Recipe, recipe_of
+from megatron_dtrpo.cpu.kernels import Recipe, recipe_of, run
 
 
 def _is_intel(about: Path = Path("/proc/cpuinfo")) -> bool:
@@ -72,11 +77,23 @@ def _itself(input: Tensor) -> Tensor:
 
 
 def copy_to_region(input: Tensor, group=None) -> Tensor:
-    """megatron-core's ``copy_to_tensor_model_parallel_region``, whose result is made as its input is."""
+    """megatron-core's ``copy_to_tensor_model_parallel_region``, whose result is made as its input is; of one process
+    its input itself, without a node."""
+    if _is_alone(group):
+        return input
     result, recipe = copy_to_tensor_model_parallel_region(input, group), recipe_of(input)
     if recipe is not None:
         result.recipe = recipe
     return result
+
+
+def reduce_from_region(input: Tensor, group=None) -> Tensor:
+    """megatron-core's ``reduce_from_tensor_model_parallel_region``; of one process its input itself."""
+    return input if _is_alone(group) else reduce_from_tensor_model_parallel_region(input, group)
+
+
+def _is_alone(group) -> bool:
+    return get_tensor_model_parallel_group_if_none(group).size() == 1
 
 
 def linear(
@@ -100,4 +117,4 @@ def linear(
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:
         input = copy_to_region(input, tp_group)
-    return _Linear.apply(input, weight, bias, recipe_of(input) or Recipe(_itself, (input,)))
+    return run(_Linear, input, weight, bias, recipe_of(input) or Recipe(_itself, (input,)))

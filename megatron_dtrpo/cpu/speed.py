@@ -26,6 +26,7 @@ def replace_kernels() -> None:
     """megatron-core compiles its SwiGLU, makes cosines, sines and copies anew in every layer, and multiplies by MKL."""
     layers.linear_with_grad_accumulation_and_async_allreduce = layers.linear_with_frozen_weight = linear.linear
     layers.copy_to_tensor_model_parallel_region = linear.copy_to_region
+    layers.reduce_from_tensor_model_parallel_region = linear.reduce_from_region
     mlp.bias_swiglu_impl = kernels.bias_swiglu_impl
     attention.apply_rotary_pos_emb = kernels.apply_rotary_pos_emb
 

@@ -54,6 +54,7 @@ def test_rms_norm():
 def test_what_is_cheap_to_make_is_not_kept(monkeypatch: pytest.MonkeyPatch):
     """A linear layer after a norm or a SwiGLU has the gradients of plain torch and keeps none of its input."""
     monkeypatch.setattr(cpu_linear, "copy_to_tensor_model_parallel_region", lambda input, group: input.view_as(input))
+    monkeypatch.setattr(cpu_linear, "_is_alone", lambda group: False)
     x = torch.randn(64, 1, 128, requires_grad=True)
     scale, weight = torch.rand(128, requires_grad=True), torch.randn(96, 128, requires_grad=True)
     after_swiglu = torch.randn(96, 64, requires_grad=True)
@@ -68,3 +69,31 @@ def test_what_is_cheap_to_make_is_not_kept(monkeypatch: pytest.MonkeyPatch):
         grad = torch.randn_like(out)
         expected = torch.autograd.grad(F.linear(plain, parameter), inputs, grad)
         torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_gradient_there_is_no_node(monkeypatch: pytest.MonkeyPatch):
+    """Decoding makes the same numbers, bit for bit, without autograd's bookkeeping."""
+    x, angles = torch.randn(5, 1, 8, requires_grad=True), torch.randn(5, 1, 1, 8)
+    weight = torch.randn(6, 8, requires_grad=True)
+    calls = (
+        lambda: bias_swiglu_impl(x, None),
+        lambda: apply_rotary_pos_emb(x.unsqueeze(2), angles, config=None),
+        lambda: rms_norm(x, weight[0], 1e-6),
+        lambda: cpu_linear.linear(x, weight, weight[:, 0], False, False, False, None),
+    )
+    expected = [call() for call in calls]
+    assert all(each.grad_fn is not None for each in expected)
+    monkeypatch.setattr(torch.autograd.Function, "apply", None)
+    with torch.no_grad():
+        for call, each in zip(calls, expected, strict=True):
+            assert torch.equal(call(), each)
+
+
+def test_one_process_has_no_regions(monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(3, requires_grad=True)
+    for alone in (True, False):
+        monkeypatch.setattr(cpu_linear, "_is_alone", lambda group, alone=alone: alone)
+        for region in ("copy_to", "reduce_from"):
+            theirs = f"{region}_tensor_model_parallel_region"
+            monkeypatch.setattr(cpu_linear, theirs, lambda input, group: input.view_as(input))
+            assert (getattr(cpu_linear, f"{region}_region")(x) is x) == alone

@@ -81,18 +81,32 @@ def propose(
     tempered = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     allowed = tempered.masked_fill(forbidden, -torch.inf)
     share = (allowed.logsumexp(-1) - tempered.logsumexp(-1)).exp()
-    probability, token = torch.softmax(allowed, -1).sort(dim=-1, descending=True, stable=True)
-    before = probability.cumsum(-1) - probability
-    kept = probability.masked_fill(before > top_p, 0.0)
-    kept[:, 0] = probability[:, 0]
-    cumulative = kept.cumsum(-1)
-    total = cumulative[:, -1:]
-    choice = (cumulative <= uniform.to(total.dtype).unsqueeze(1) * total).sum(-1, keepdim=True)
-    # Rounding may carry the draw past the last token that was kept.
-    choice = torch.minimum(choice, (kept > 0).sum(-1, keepdim=True) - 1)
-    confidence = (kept.gather(1, choice) / total).squeeze(1) * share
-    rank = measure.whole(kept / total * share.unsqueeze(1)) if measure else confidence
-    return token.gather(1, choice).squeeze(1), confidence, rank
+    probability = _nucleus(torch.softmax(allowed, -1), top_p)
+    token = _drawn_token(probability, uniform)
+    confidence = probability.gather(1, token).squeeze(1) * share
+    rank = measure.whole(probability * share.unsqueeze(1)) if measure else confidence
+    return token.squeeze(1), confidence, rank
+
+
+def _nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """``[N, V]``, cut and renormalised. Nothing is cut at 1, and nothing sorted: that takes longer than a pass of a
+    small model."""
+    if top_p >= 1:
+        return probability
+    ordered, place = probability.sort(dim=-1, descending=True, stable=True)
+    cut = ordered.cumsum(-1) - ordered > top_p
+    cut[:, 0] = False
+    kept = probability.masked_fill(torch.zeros_like(cut).scatter_(1, place, cut), 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def _drawn_token(probability: Tensor, uniform: Tensor) -> Tensor:
+    """The first token ``[N, 1]`` up to which the probabilities ``[N, V]`` sum to more than ``uniform [N]`` of all."""
+    cumulative = probability.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    choice = torch.searchsorted(cumulative, uniform.to(total.dtype).unsqueeze(1) * total, right=True)
+    # Rounding may carry the draw past the last token of any probability.
+    return torch.minimum(choice, torch.searchsorted(cumulative, total))
 
 
 def most_probable(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

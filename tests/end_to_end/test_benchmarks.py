@@ -152,12 +152,59 @@ def test_what_misses_its_goal_is_said_to_with_a_profile(tmp_path):
         ("layers", ["--formats", "tensorwise"], "needs a GPU"),
         ("scaling", ["--response", "0"], "at least 1"),
         ("batches", ["--stream", "5"], "--stream must be at least"),
+        ("online", ["--checked-answers", "9"], "--checked-answers must be at most --answers"),
+        ("online", ["--size", "tiny", "--prompts", "2000"], "1000 rows, --prompts asks for 2000"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, name, words, said):
     status, output = run(name, *words, folder=tmp_path)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and said in errors[0] and "Traceback" not in output, output
+
+
+def online_rows(path: Path) -> Path:
+    texts = [{"prompt": f"say {i} again", "completion": f"{i} and {i} and {i}"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return path
+
+
+TINY = ["--size", "tiny", "--layers", "2", "--answers", "3", "--answer-tokens", "20", "--prompts", "4"]
+TINY += ["--max-new-tokens", "9", "--repetitions", "2", "--no-memory"]
+
+
+def test_online_contenders_agree_and_are_timed(tmp_path):
+    """Both estimators have the loss and the gradient of the rows that TraceRL lays out, for both kinds of model, and
+    the decoders' greedy answers are equal, before any is timed."""
+    data = str(online_rows(tmp_path / "answers.jsonl"))
+    status, output = run("online", *TINY, "--data", data, "--output", "numbers.json", folder=tmp_path)
+    assert status == 0, output
+    record = json.loads((tmp_path / "numbers.json").read_text())
+    assert set(record["models"]) == {"sdar", "fast_dllm_v2"}
+    for model in record["models"].values():
+        training, rollout = model["training"], model["rollout"]
+        for loss, gradient in training["differences"].values():
+            assert loss < 1e-5 and gradient < 1e-4
+        tokens = {name: row["tokens"] for name, row in training["contenders"].items()}
+        assert tokens["trajectory"] < tokens["exact_trajectory"] < tokens["tracerl_layout"]
+        seconds = {name: row["seconds"] for name, row in training["contenders"].items()}
+        pairs = zip(seconds["tracerl_layout"], seconds["trajectory"], strict=True)
+        assert training["ratios"]["trajectory"] == pytest.approx(sum(theirs / ours for theirs, ours in pairs) / 2)
+        per_step = [row["tokens_per_step"] for row in training["counted"]]
+        assert per_step == sorted(per_step) and per_step[0] == 1
+        assert rollout["equal_answers"] == [4, 4] and training["goals"] == rollout["goals"] == {}
+        speed = {name: row["tokens_per_second"] for name, row in rollout["contenders"].items()}
+        assert speed["rollout_batch"] > 0 and set(rollout["ratios"]) == {"rollout_alone", "rollout_batch"}
+
+
+def test_online_contenders_that_compute_something_else_are_not_timed(tmp_path):
+    code = "import sys; from megatron_dtrpo.runtime import initialize; initialize.enable_device(); "
+    code += "from tools.benchmarks import online; from tools.benchmarks.peers import tracerl_layout; "
+    code += "mask = tracerl_layout._mask; tracerl_layout._mask = lambda block, noisy: mask(block, noisy) * 0; "
+    code += f"sys.exit(online.run_command(online._benchmark, {[*TINY, '--models', 'sdar']!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=launch.REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "compute different things" in done.stderr, done.stderr
 
 
 def test_layers_are_near_the_fp32_oracle(tmp_path):

@@ -11,22 +11,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser, new_file, parse_flags
-from megatron_dtrpo.errors import UserError, one_line
+from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import initialize
+from tools.benchmarks.peers.machine import describe_machine
 from tools.benchmarks.peers.sizes import SIZES
 
 EXAMPLES = """
@@ -179,39 +177,9 @@ def _pairs(arguments: argparse.Namespace):
     rows = pairs.preference_rows(Path(arguments.data)) if arguments.data else pairs.arithmetic_rows(1000)
     if len(rows) < arguments.pairs:
         raise UserError(f"{arguments.data or 'generated pairs'}: {len(rows)} rows, --pairs asks for {arguments.pairs}")
-    if arguments.tokenizer:
-        if not Path(arguments.tokenizer).is_dir():
-            raise UserError(f"--tokenizer {arguments.tokenizer}: no such folder")
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--tokenizer {arguments.tokenizer}: {one_line(error)}") from None
-    else:
-        tokenizer = pairs.train_tokenizer(rows, vocabulary - 1)
+    tokenizer = pairs.open_tokenizer(arguments.tokenizer, rows, vocabulary - 1)
     drawn = random.Random(arguments.seed).sample(range(len(rows)), arguments.pairs)
     return pairs.tokenize(rows, drawn, tokenizer, vocabulary - 1), tokenizer  # the last id is [MASK]
-
-
-def _machine() -> dict[str, str]:
-    """What numbers depend on besides the code."""
-    return {
-        "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,  # with +cpu or +cu130, which package metadata may lack
-        **{name: metadata.version(name) for name in ("megatron-core", "transformers")},
-        **({"trl": metadata.version("trl")} if find_spec("trl") else {}),
-    }
-
-
-def _processor() -> str:
-    """Its model, which Python knows by its architecture only."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def _time(steps: dict, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -292,7 +260,7 @@ def _report(arguments: argparse.Namespace, world, results: dict, comparison: dic
 
         record = {
             "settings": {k: v for k, v in vars(arguments).items() if k != "peak_memory_of"},
-            "machine": _machine(),
+            "machine": describe_machine(),
             "mean_prompt_tokens": prompt,
             "mean_response_tokens": response,
             "threads": world.threads,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +15,7 @@ from megatron_dtrpo.diffusion.estimators import Noise, noise_generator
 from megatron_dtrpo.diffusion.layout import Blocks, PackedSequence, lay_out
 from megatron_dtrpo.errors import UserError
 from tools.benchmarks.peers.fast_dllm_layout import FastDllmLayout, every_step
+from tools.benchmarks.peers.machine import peak_resident_bytes
 from tools.benchmarks.peers.ours import Document, Ours, autoregressive, full_attention, noising, sample_of
 from tools.benchmarks.peers.packed_layout import PackedLayout
 from tools.benchmarks.peers.padded_views import PaddedViews
@@ -318,10 +316,4 @@ def peak_memory(world: World, name: str) -> int:
         world.__dict__.pop("learner")  # the weights came from there; nobody trains it
     if name == "ours_cached":
         world.ours.drop_reference()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(2):
-        step.run()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return peak_resident_bytes(lambda: [step.run() for _ in range(2)])

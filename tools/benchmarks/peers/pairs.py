@@ -13,7 +13,7 @@ from torch import Tensor
 
 from examples import arithmetic
 from megatron_dtrpo.data.rows import open_rows
-from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.errors import UserError, one_line
 
 END = "<|im_end|>"
 TOKENIZER_TEXTS = 4000  # rows a tokenizer is trained on, at most
@@ -88,13 +88,27 @@ def train_tokenizer(rows: Iterable[dict], vocabulary: int):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = (row[key] for row in itertools.islice(rows, TOKENIZER_TEXTS) for key in ("prompt", "chosen", "rejected"))
+    texts = (text for row in itertools.islice(rows, TOKENIZER_TEXTS) for text in row.values())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END], show_progress=False, initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def open_tokenizer(folder: str | None, rows: Iterable[dict], vocabulary: int):
+    """The Hugging Face tokenizer of a folder; of none, one that is trained on ``rows``. Raises UserError."""
+    if not folder:
+        return train_tokenizer(rows, vocabulary)
+    if not Path(folder).is_dir():
+        raise UserError(f"--tokenizer {folder}: no such folder")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer {folder}: {one_line(error)}") from None
 
 
 def tokenize(rows: list[dict], chosen: Iterable[int], tokenizer, vocabulary: int) -> list[Pair]:

@@ -1,7 +1,8 @@
-"""The same block decoder in plain transformers, as its users write it: one prompt at a time, a key/value cache, greedy.
+"""The same block decoder in plain transformers, as its users write it: one prompt at a time, a key/value cache.
 
 A fair peer: the head runs on the rows that are read only, the cache is cropped and never copied, and a block's first
-token is read from the clean pass that fills the cache.
+token is read from the clean pass that fills the cache. In a model of prediction shift 0 that pass predicts nothing, and
+runs no head.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen2ForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 
 
 @torch.no_grad()
 def decode(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompt: Sequence[int],
     *,
     block_size: int,
@@ -24,8 +25,11 @@ def decode(
     max_new_tokens: int,
     mask_id: int,
     end_id: int,
+    shift: int = 1,
+    temperature: float = 0.0,
 ) -> list[int]:
-    """The response to one prompt, its end token included if it has one."""
+    """The response to one prompt, its end token included if it has one. ``shift``: the prediction of position p is read
+    from the row of p - shift. ``temperature`` 0 is greedy; above it tokens are drawn from torch's global state."""
     cache, limit = DynamicCache(), len(prompt) + max_new_tokens
     tokens = torch.tensor(list(prompt))
     clean = len(prompt) // block_size * block_size
@@ -33,8 +37,8 @@ def decode(
         block = torch.arange(clean) // block_size
         mask = torch.zeros(clean, clean).masked_fill(block[:, None] < block[None, :], -torch.inf)
         hidden = _hidden(model, tokens[:clean], 0, cache, mask)
-        if clean == len(prompt):
-            tokens = torch.cat([tokens, _best(model, hidden[-1:], mask_id)[0]])
+        if shift and clean == len(prompt):
+            tokens = torch.cat([tokens, _proposed(model, hidden[-1:], mask_id, temperature)[0]])
     while True:
         start = cache.get_seq_length()
         stop = min(start + block_size, limit)
@@ -51,7 +55,7 @@ def decode(
                     break
                 hidden = _hidden(model, block, start, cache, mask)
                 cache.crop(-block_size)
-                token, confidence = _best(model, hidden[asked - 1], mask_id)
+                token, confidence = _proposed(model, hidden[asked - shift], mask_id, temperature)
                 accepted = confidence > threshold
                 accepted[confidence.argmax()] = True
                 block[asked[accepted]] = token[accepted]
@@ -68,12 +72,13 @@ def decode(
         if stop == limit:
             return written
         hidden = _hidden(model, block, start, cache, mask)
-        tokens = torch.cat([tokens, _best(model, hidden[-1:], mask_id)[0]])
+        if shift:
+            tokens = torch.cat([tokens, _proposed(model, hidden[-1:], mask_id, temperature)[0]])
         if tokens[-1] == end_id:
             return tokens[len(prompt) :].tolist()
 
 
-def _hidden(model: Qwen2ForCausalLM, tokens: Tensor, start: int, cache: DynamicCache, mask: Tensor) -> Tensor:
+def _hidden(model: PreTrainedModel, tokens: Tensor, start: int, cache: DynamicCache, mask: Tensor) -> Tensor:
     position = torch.arange(start, start + len(tokens))
     output = model.model(
         input_ids=tokens[None], position_ids=position[None], attention_mask=mask[None, None], past_key_values=cache
@@ -81,9 +86,13 @@ def _hidden(model: Qwen2ForCausalLM, tokens: Tensor, start: int, cache: DynamicC
     return output.last_hidden_state[0]
 
 
-def _best(model: Qwen2ForCausalLM, hidden: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    probability = torch.softmax(model.lm_head(hidden).float(), -1)
-    allowed = probability.clone()
+def _proposed(model: PreTrainedModel, hidden: Tensor, mask_id: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Tokens and their confidence of the rows ``[n, h]``: ``[n]`` each."""
+    logits = model.lm_head(hidden).float()
+    allowed = torch.softmax(logits / temperature if temperature else logits, -1)
     allowed[:, mask_id] = 0
-    confidence, token = allowed.max(-1)
-    return token, confidence
+    if not temperature:
+        confidence, token = allowed.max(-1)
+        return token, confidence
+    token = torch.multinomial(allowed, 1)
+    return token.squeeze(1), allowed.gather(1, token).squeeze(1)

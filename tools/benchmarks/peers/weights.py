@@ -1,5 +1,6 @@
-"""One set of random weights in two models, transformers' Qwen2 or Llama and ours, and what it takes to train the
-former. A Llama here is LLaDA's: no biases, no groups of heads, an output matrix of its own."""
+"""One set of random weights in two models, transformers' Qwen2, Qwen3 or Llama and ours, and what it takes to train the
+former. A Llama here is LLaDA's: no biases, no groups of heads, an output matrix of its own. A Qwen3 is SDAR's, which
+predicts a token at its own row."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
@@ -17,7 +26,7 @@ from megatron_dtrpo.model.gpt import BlockDiffusionGPTModel
 from megatron_dtrpo.model.provider import build_model
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
-ROTARY_BASE = {"qwen2": 1000000.0, "llada": 500000.0}
+ROTARY_BASE = {"qwen2": 1000000.0, "llada": 500000.0, "sdar": 1000000.0}
 LLADA_EPSILON = 1e-5
 
 
@@ -26,6 +35,14 @@ def random_qwen2(shape: dict, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(**shape, **_common("qwen2"), tie_word_embeddings=True)
     return Qwen2ForCausalLM(config).float().eval()
+
+
+def random_qwen3(shape: dict, seed: int = 0) -> Qwen3ForCausalLM:
+    """In fp32, embedding and output tied, of transformers' names for a shape; heads are hidden size / heads wide."""
+    torch.manual_seed(seed)
+    width = shape["hidden_size"] // shape["num_attention_heads"]
+    config = Qwen3Config(**shape, head_dim=width, **_common("sdar"), tie_word_embeddings=True)
+    return Qwen3ForCausalLM(config).float().eval()
 
 
 def random_llama(shape: dict, seed: int = 0) -> LlamaForCausalLM:
@@ -40,7 +57,7 @@ def _common(family: str) -> dict:
     return {"rope_parameters": rope, "attn_implementation": "sdpa"}
 
 
-RANDOM = {"qwen2": random_qwen2, "llada": random_llama}
+RANDOM = {"qwen2": random_qwen2, "llada": random_llama, "sdar": random_qwen3}
 
 
 def settings_of(shape: dict, family: str = "qwen2") -> ModelSettings:
@@ -56,7 +73,9 @@ def settings_of(shape: dict, family: str = "qwen2") -> ModelSettings:
         rotary_base=ROTARY_BASE[family],
         untie_embeddings_and_output_weights=False,
     )
-    return replace(common, **_LLADA, num_query_groups=common.num_attention_heads) if family == "llada" else common
+    if family == "llada":
+        return replace(common, **_LLADA, num_query_groups=common.num_attention_heads)
+    return replace(common, **_SDAR) if family == "sdar" else common
 
 
 _LLADA = {
@@ -65,6 +84,7 @@ _LLADA = {
     "norm_epsilon": LLADA_EPSILON,
     "untie_embeddings_and_output_weights": True,
 }
+_SDAR = {"add_qkv_bias": False, "qk_layernorm": True}
 
 
 @torch.no_grad()
@@ -77,9 +97,9 @@ def copy_into(model: BlockDiffusionGPTModel, peer: PreTrainedModel) -> None:
         parameter.copy_(values[name])
 
 
-def random_pair(shape: dict, seed: int = 0) -> tuple[Qwen2ForCausalLM, BlockDiffusionGPTModel]:
+def random_pair(shape: dict, seed: int = 0, family: str = "qwen2") -> tuple[PreTrainedModel, BlockDiffusionGPTModel]:
     """The same weights twice. One process; its process group has been started."""
-    peer, model = random_qwen2(shape, seed), build_model(settings_of(shape), ParallelSettings()).eval()
+    peer, model = RANDOM[family](shape, seed), build_model(settings_of(shape, family), ParallelSettings()).eval()
     copy_into(model, peer)
     return peer, model
 

@@ -14,6 +14,8 @@ import functools
 import megatron.core.optimizer as optimizer
 import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random
 from torch.utils import _device
 
@@ -53,6 +55,7 @@ def enable() -> None:
     _redirect_random_state()
     _rename_types()
     _replace_adam()
+    _replace_fused_functions()
     if speed.is_on():
         speed.replace_kernels()
 
@@ -134,9 +137,19 @@ def _rename_types() -> None:
 
 
 def _replace_adam() -> None:
-    """Without Transformer Engine and Apex megatron-core falls back to torch's AdamW, whose per-parameter ``step``
-    its distributed optimizer cannot reload; ours keeps ``step`` in the parameter group, as the fused Adams do."""
-    if optimizer.USING_PYTORCH_OPTIMIZER:
-        optimizer.Adam = distrib_optimizer.Adam = CpuAdam
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    """Transformer Engine's and Apex's Adam want a GPU. Without them megatron-core falls back to torch's AdamW, whose
+    per-parameter ``step`` its distributed optimizer cannot reload; ours keeps ``step`` in the parameter group, as the
+    fused Adams do."""
+    optimizer.Adam = distrib_optimizer.Adam = CpuAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = distrib_optimizer.USING_TE_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _replace_fused_functions() -> None:
+    """Clipping goes through Transformer Engine or Apex where they are installed, also for tensors of a CPU."""
+    for module in (clip_grads, optimizer.optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    if hasattr(clip_grads, "multi_tensor_scale_tensor_impl"):  # from megatron-core 0.17 on
+        clip_grads.multi_tensor_scale_tensor_impl = None

@@ -51,3 +51,37 @@ def test_cpu_runtime(name):
     script = "import torch\nfrom megatron_dtrpo.cpu import shim as cpu\ncpu.enable()\n" + CASES[name]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+GPU_ONLY = """
+import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("wants a GPU")
+
+# What an import leaves where Transformer Engine is installed.
+optimizer.Adam = distrib_optimizer.Adam = refuse
+optimizer.USING_PYTORCH_OPTIMIZER = False
+for module in (clip_grads, optimizer.optimizer):
+    module.multi_tensor_applier = module.multi_tensor_scale_impl = refuse
+clip_grads.l2_norm_impl = clip_grads.multi_tensor_scale_tensor_impl = refuse
+from megatron_dtrpo.cpu import shim
+shim.enable()
+parameter = torch.nn.Parameter(torch.zeros(2))
+parameter.grad = torch.tensor([3.0, 4.0])
+parameter.main_grad = parameter.grad
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+norm = clip_grads.get_grad_norm_fp32([parameter.grad], grad_stats_parallel_group=torch.distributed.group.WORLD)
+clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=norm)
+optimizer.Adam([parameter], lr=0.1).step()
+assert norm == 5 and torch.allclose(parameter.grad, torch.tensor([0.6, 0.8])), (norm, parameter.grad)
+assert (parameter < 0).all()
+"""
+
+
+def test_a_cpu_does_without_what_transformer_engine_brings():
+    """A machine without a GPU, or whose GPUs are hidden, may have it installed all the same."""
+    done = subprocess.run([sys.executable, "-c", GPU_ONLY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

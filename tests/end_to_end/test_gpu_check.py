@@ -59,7 +59,7 @@ def tool(monkeypatch):
 
 
 def test_a_part_that_hangs_or_crashes_costs_the_others_nothing(tool, tmp_path, monkeypatch, capsys):
-    
+
     assert list(tool.PARTS) == PARTS
     monkeypatch.setitem(tool.PARTS, "doctor", tool.PARTS["doctor"]._replace(seconds=0.02))
     assert tool.main(["--output", str(tmp_path), "--size", "tiny", "--parts", "doctor", "fp32"]) == 1

@@ -4,7 +4,7 @@
 #
 #   bash examples/online.sh [FOLDER [SEED]]     # default: runs/quickstart 1; 3 minutes more than the quickstart
 #
-# FOLDER is the quickstart's: what is missing there is made first.
+# FOLDER is the quickstart's: what is missing there is made first. compare_online.sh sets it beside dTRPO in rounds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/quickstart}

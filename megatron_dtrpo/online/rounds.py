@@ -34,6 +34,7 @@ from megatron_dtrpo.training.setup import prepare
 
 RECORD = "rounds.json"
 PAIRS = "pairs.jsonl"
+ANSWERS = "answers.json"
 # What rounds are: another value makes them others. Not yet made ones may have another length or learning rate.
 _PINNED = (
     *("seed", "load", "reference", "rewards", "reward_weights", "group_size"),
@@ -126,7 +127,10 @@ class Rounds:
             folder = getattr(run, key)
             now[key] = None if folder is None else str(Path(folder).resolve())
             now[f"{key}_iteration"] = None if folder is None else iterations.require_latest(folder)
-        then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        try:
+            then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}): delete it if the settings are still the same") from None
         for key, value in now.items():
             if then.get(key) != value:
                 raise UserError(
@@ -184,6 +188,7 @@ class Rounds:
                 f"{where}: no prompt has a better and a worse answer ({pairs.counts} in all): raise {longer}group_size "
                 "or rollout_temperature, or take other prompts or another reward"
             )
+        write_json(path.with_name(ANSWERS), self._measured(number, found, pairs))
         pairs.write(path)
         completions = [one for group in found.decoded for one in group.completions]
         self._say(f"{where}: {speed(completions, found.seconds['rollout'])}")
@@ -191,6 +196,28 @@ class Rounds:
             f"{where}: {pairs.answers} different answers ({pairs.counts}), {len(pairs.lines)} pairs of {pairs.paired} "
             f"prompts; {self.count - pairs.paired} prompts have no pair"
         )
+
+    def _measured(self, number: int, found: Rollouts, pairs: Pairs) -> dict:
+        """Of a round's answers, in the words of an online run's metrics."""
+        total = np.concatenate([group.total for group in found.decoded])
+        completions = [one for group in found.decoded for one in group.completions]
+        tokens = sum(len(one.tokens) for one in completions)
+        return {
+            "round": number,
+            "prompts": self.count,
+            "answers": len(completions),
+            "tokens": tokens,
+            "reward/mean": float(total.mean()),
+            "reward/std": float(total.std()),
+            "reward/accuracy": float((total > 0).mean()),
+            "reward/failed": len(found.failures),
+            "response/length": tokens / len(completions),
+            "tokens_per_pass": tokens / sum(one.passes for one in completions),
+            "pairs": len(pairs.lines),
+            "prompts/paired": pairs.paired,
+            "seconds/rollout": found.seconds["rollout"],
+            "seconds/rewards": found.seconds["rewards"],
+        }
 
     def _say(self, message: str) -> None:
         if self.is_main:

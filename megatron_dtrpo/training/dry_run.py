@@ -102,10 +102,9 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
         )
     else:
         if config.rounds.rounds:
-            prompts = config.rounds.round_prompts or "all"
-            lines.append(
-                f"{config.rounds.rounds} rounds: {config.online.group_size} answers to each of {prompts} prompts"
-            )
+            some = config.rounds.round_prompts
+            prompts = f"each of {some} prompts" if some else "every prompt"
+            lines.append(f"{config.rounds.rounds} rounds: {config.online.group_size} answers to {prompts}")
         lines.append(
             f"a step: {config.data.global_batch_size} examples, {examples} on each of {data_parallel} data-parallel "
             f"processes, in {micro_batches_of_step(config, data_parallel)} packed sequences of at most {together}"

@@ -113,6 +113,10 @@ def test_what_is_said(alone, sft):
         seed = rollout_seed(7, number)
         assert f"round {number} of 2: {start} answers all prompts, with --seed {seed}" in lines
     pairs = [len(rows) for rows in pairs_of(alone)]
+    measured = [json.loads((alone / name / "answers.json").read_text()) for name in NAMES]
+    for row, count in zip(measured, pairs, strict=True):
+        assert (row["pairs"], row["answers"], row["prompts"]) == (count, 24, 6)
+        assert row["reward/mean"] == row["reward/accuracy"] and row["tokens"] == 24 * row["response/length"]
     found = [line for line in lines if "different answers" in line]
     assert len(found) == 2 and all(f", {count} pairs of " in line for count, line in zip(pairs, found, strict=True))
 

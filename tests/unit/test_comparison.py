@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import random
 
 import pytest
 
+from tests.support.launch import write_lines
+
 compare = pytest.importorskip("compare_estimators")
+online = pytest.importorskip("compare_online")
 
 
 def test_rows_of_the_table():
@@ -116,3 +121,58 @@ def test_one_run_that_fails_is_one_line(tmp_path, capsys):
     with capsys.disabled(), pytest.raises(SystemExit, match=r"error: train ended with status 2; see .*log"):
         compare.command("train", ["--config", tmp_path / "none.yaml"], tmp_path / "log")
     assert "none.yaml" in (tmp_path / "log").read_text()
+
+
+def write_run(folder, evaluations, metrics, **files):
+    folder.mkdir(parents=True)
+    write_lines(folder / "eval.jsonl", [{"iteration": i, "eval/exact_match": match} for i, match in evaluations])
+    write_lines(folder / "metrics.jsonl", metrics)
+    for name, content in files.items():
+        (folder / name.replace("_yaml", ".yaml").replace("_json", ".json")).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Options of a comparison whose training processes are those of this test: they only cost a second."""
+    monkeypatch.setattr(online, "command", lambda *words: 1.0)
+    files = dict.fromkeys(("checkpoint", "prompts", "problems", "gradient", "dtrpo"), tmp_path / "file")
+    return argparse.Namespace(**files, output=tmp_path, seeds=[1, 2], group_size=4, iterations=2, epochs=1)
+
+
+def test_price_of_policy_gradient(runs):
+    """Groups without spread were decoded too; an iteration of one group makes one step, one of none no step."""
+    rows = [(3, 1, 5.0), (1, 4, 6.0), (0, 2, 7.0)]
+    metrics = [{"groups/trained": t, "groups/dropped": d, "response/length": length} for t, d, length in rows]
+    save = runs.output / "run"
+    write_run(save, [(2, 0.5), (0, 0.25), (3, 0.75)], metrics, run_config_yaml={"updates_per_rollout": 2})
+    found = online.train_gradient(runs, runs.output, 1)
+    assert (found["answers"], found["tokens"], found["steps"]) == (16 + 20 + 8, 80 + 120 + 56, 2 + 1 + 0)
+    assert found["curve"] == [(0, 0.25), (200, 0.5), (256, 0.75)]
+
+
+def test_price_of_rounds(runs):
+    for number, tokens, before, after in ((1, 30, 0.2, 0.3), (2, 50, 0.3, 0.5)):
+        measured = {"answers": 8, "tokens": tokens, "pairs": number}
+        save = runs.output / "run" / f"round-{number}"
+        write_run(save, [(0, before), (number, after)], [{}] * number, answers_json=measured)
+    found = online.train_rounds(runs, runs.output, 1, 2, [], 2)
+    assert found["curve"] == [(0, 0.2), (30, 0.3), (80, 0.5)]
+    assert [found[key] for key in ("answers", "tokens", "pairs", "steps", "CPU s")] == [16, 80, 3, 3, 1.0]
+
+
+def test_table_and_plot_of_the_online_comparison(runs):
+    sft = {"right": [0.0, 0.0, 1.0, 0.0]}
+    price = {"answers": [1000, 3000], "tokens": [9000, 11000], "steps": [4, 6], "CPU s": [1.0, 2.0]}
+    curve = [[(0, 0.25), (9000, 0.75)], [(0, 0.25), (11000, 0.75)]]
+    gradient = {"right": [[1.0, 0.0, 1.0, 1.0]] * 2, "pairs": [None, None], "curve": curve, **price}
+    rounds = {"right": [[1.0, 0.0, 1.0, 0.0]] * 2, "pairs": [10, 20], "curve": curve, **price}
+    results = {online.GRADIENT: gradient, "dTRPO, 1 round": rounds}
+    lines = online.table(sft, results).splitlines()
+    assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|") == 10
+    assert lines[2].startswith("| SFT | 0.250 ± 0.490 | |")
+    assert lines[3] == "| policy gradient | 0.750 ± 0.490 | +0.500 ± 0.566 |  | 2.0k | 10.0k |  | 5 | 2 |"
+    assert (
+        lines[4] == "| dTRPO, 1 round | 0.500 ± 0.566 | +0.250 ± 0.490 | -0.250 ± 0.490 | 2.0k | 10.0k | 15 | 5 | 2 |"
+    )
+    online.plot(sft, results, runs.output / "plot.png")
+    assert 5_000 < (runs.output / "plot.png").stat().st_size < 300_000

@@ -81,6 +81,7 @@ def _check_rollouts(config: Config) -> None:
         given, wanted = len(online.reward_weights), len(online.rewards)
         _demand(given == wanted, f"reward_weights has {given} weights, rewards {wanted}: give as many of both")
         _demand(any(online.reward_weights), "reward_weights are all 0: there is nothing to learn")
+    _demand(online.reward_timeout > 0, "reward_timeout 0: no reward could be computed: give seconds")
     _demand(online.group_size > 1, "group_size 1: an answer is compared with the others of its group: give 2 or more")
     _demand(
         online.rollout_temperature > 0,

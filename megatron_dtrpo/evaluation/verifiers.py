@@ -6,6 +6,7 @@ A verifier is a function ``(row, completion text) -> bool``, where ``row`` is th
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +72,20 @@ def load_verifier(name: str) -> Verifier:
         raise UserError(f"verifier {name!r}: importing {module} failed: {_short(error)}") from None
     if not callable(found):
         raise UserError(f"verifier {name!r}: {function} is not a function")
+    if not _takes_row_and_text(found):
+        raise UserError(f"verifier {name!r}: {function} must take two arguments, the row and the text of an answer")
     return found
+
+
+def _takes_row_and_text(function: Callable) -> bool:
+    """Whether it can be called so, as far as its signature says."""
+    try:
+        inspect.signature(function).bind({}, "")
+    except TypeError:
+        return False
+    except ValueError:  # of a built-in function, that has none
+        pass
+    return True
 
 
 def missing_answer(name: str, row: dict[str, Any]) -> str | None:

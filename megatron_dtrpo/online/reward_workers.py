@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from megatron_dtrpo.runtime import stop
 
 _START = 120.0  # seconds in which a process must have imported the user's modules
 _TICK = 0.5  # seconds between looks at the clock and at requests to stop
+_HOPELESS = 4  # answers that cost each process its life, before the first value, after which the others are not tried
 
 
 def _work(connection: Connection, names: Sequence[str], folder: str) -> None:
     """A worker: answers in, values out, or the words of what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the run says what happens
     sys.path.insert(0, folder)
     rewards = {name: load_reward(name) for name in names}
     connection.send(None)
@@ -55,7 +58,7 @@ class RewardWorkers:
         """The values of each answer's rewards, or why there are none. Raises StopRequest where the run is asked to
         stop."""
         found: list[list[float] | str | None] = [None] * len(answers)
-        waiting = list(range(len(answers)))[::-1]
+        waiting, lost = list(range(len(answers)))[::-1], 0
         while any(one is None for one in found):
             while len(self.workers) < min(self.count, len(answers)):
                 self.workers.append(self._start())
@@ -68,7 +71,7 @@ class RewardWorkers:
                 try:
                     result = worker.connection.recv()
                 except (EOFError, OSError):
-                    result = f"the process of {self._named} ended"
+                    result, lost = f"the process of {self._named} ended", lost + 1
                     self._replace(worker)
                 if place is not None:
                     found[place], worker.answer = result, None
@@ -79,8 +82,12 @@ class RewardWorkers:
             for worker in [one for one in self.workers if time.monotonic() > one.deadline and self._is_due(one)]:
                 if worker.answer is None:
                     raise UserError(f"{self._named}: importing took longer than {_START:.0f} s")
-                found[worker.answer] = f"{self._named} took longer than {self.timeout:g} s"
+                found[worker.answer], lost = f"{self._named} took longer than {self.timeout:g} s", lost + 1
                 self._replace(worker)
+            if lost >= _HOPELESS * self.count and not any(isinstance(one, list) for one in found):
+                self.close()
+                reason = f"not tried: {lost} answers before took too long or ended the process of {self._named}"
+                return [reason if one is None else one for one in found]
             if (name := stop.requested()) is not None:
                 raise StopRequest(name)
         return [one for one in found if one is not None]

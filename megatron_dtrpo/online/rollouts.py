@@ -113,6 +113,8 @@ class RolloutMaker:
                 found.decoded.append(group)
                 if not online.drop_equal_groups or has_spread(group.rewards, self.weights, self.apart):
                     found.groups.append(group)
+            if not found.decoded:  # it is the rewards that fail: other prompts would not help
+                break
         return found
 
     def _groups(self, engine: Engine, samples: Sequence[Sample], when: tuple[int, int], found: Rollouts) -> list[Group]:

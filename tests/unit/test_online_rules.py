@@ -31,6 +31,7 @@ def test_defaults():
     ("settings", "words"),
     [
         ({"rewards": None}, "^rewards is missing: give --rewards numeric, or module:function of your own$"),
+        ({"reward_timeout": 0.0}, "^reward_timeout 0: no reward could be computed: give seconds$"),
         ({"group_size": 1}, "^group_size 1: an answer is compared with the others of its group: give 2 or more$"),
         ({"rollout_temperature": 0.0}, "^rollout_temperature 0: all answers of a group would be the same one"),
         ({"rollout_temperature": 0.7}, "^rollout_temperature 0.7: training replays the probabilities of temperature 1"),
@@ -90,6 +91,7 @@ ROUNDS = {"objective": "preference", "rounds": 2, "load": "sft", "train_iters": 
         ({"rewards": None}, "^rewards is missing: give --rewards numeric, or module:function of your own$"),
         ({"load": None}, "^rounds: who is to answer the prompts\\? Give --load, a checkpoint$"),
         ({"rollout_temperature": 0.0}, "^rollout_temperature 0: all answers of a group would be the same one"),
+        ({"reward_timeout": 0.0}, "^reward_timeout 0: no reward could be computed: give seconds$"),
         ({"group_size": 1}, "^group_size 1: an answer is compared with the others"),
         (
             {"rollout_prompts": 4},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_built_in_rewards():
     assert reward_of({"format": rewards["format"]}, answer("no result")) == [0]
 
 
-@pytest.mark.parametrize("name", ["exact", "nowhere:function", "os:nothing"])
+@pytest.mark.parametrize("name", ["exact", "nowhere:function", "os:nothing", "os:getcwd"])
 def test_a_reward_that_is_not_there(name):
     with pytest.raises(
         UserError, match="give numeric, format, length, speed" if name == "exact" else f"^rewards: '{name}': "
@@ -67,6 +68,28 @@ def test_an_answer_whose_reward_fails_is_the_only_one_that_is_lost(users):
     for number, words in failures.items():
         assert found[number].startswith(words), number
     assert len(processes) == 2 and not any(process.is_alive() for process in processes)
+
+
+def test_a_reward_that_never_comes_is_given_up(users):
+    workers = RewardWorkers(["users:odd"], 1, 0.2)
+    try:
+        found = workers.score([answer(text) for text in ("hang", "die", "hang", "hang", "hang", "true")])
+        assert workers.score([answer("true"), answer("hang")]) == [[1.0], "reward users:odd took longer than 0.2 s"]
+    finally:
+        workers.close()
+    assert found[4:] == ["not tried: 4 answers before took too long or ended the process of reward users:odd"] * 2
+    assert not any("not tried" in one for one in found[:4])
+
+
+def test_an_interrupt_is_the_runs_own(users):
+    workers = RewardWorkers(["users:odd"], 1, 30.0)
+    try:
+        assert workers.score([answer("true")]) == [[1.0]]
+        (worker,) = workers.workers
+        os.kill(worker.process.pid, signal.SIGINT)
+        assert workers.score([answer("true")]) == [[1.0]] and workers.workers == [worker]
+    finally:
+        workers.close()
 
 
 def test_a_request_to_stop_ends_the_wait(users, monkeypatch):

@@ -37,6 +37,7 @@ from megatron_dtrpo.config.settings import RunSettings
 from megatron_dtrpo.errors import SharedError, UserError, one_line
 from megatron_dtrpo.files import partial_name, publish_folder, remove_folder, write_atomically
 from megatron_dtrpo.model.chunks import chunks_of
+from megatron_dtrpo.model.lora import has_adapters, is_adapter
 from megatron_dtrpo.runtime import objects, versions
 from megatron_dtrpo.runtime.fp8 import keep_exact_value
 
@@ -60,8 +61,12 @@ def _by_key(model) -> dict:
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{n}": chunk for n, chunk in enumerate(chunks)}
 
 
-def _sharded_state(model, optimizer, sharding: dict, is_loading: bool) -> dict:
-    state = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _by_key(model).items()}
+def _sharded_state(model, optimizer, sharding: dict, is_loading: bool, adapters: bool) -> dict:
+    """``adapters``: the weights of adapters alone; else all others."""
+    state = {}
+    for key, chunk in _by_key(model).items():
+        own = chunk.sharded_state_dict(metadata=sharding)
+        state[key] = {name: each for name, each in own.items() if is_adapter(name) == adapters}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=sharding)
     return state
@@ -80,8 +85,9 @@ class Writer:
         self.pending = AsyncCallsQueue()
 
     def save(self, iteration: int, model, optimizer, scheduler, progress: dict) -> None:
-        """Saves one iteration; collective. ``model`` is the bare stage or a list of virtual ones, ``progress`` plain
-        values. With ``async_save`` the weights may change when it returns; `finish` completes the checkpoint."""
+        """Saves one iteration, of a model with adapters these alone; collective. ``model`` is the bare stage or a list
+        of virtual ones, ``progress`` plain values. With ``async_save`` the weights may change when it returns; `finish`
+        completes the checkpoint."""
         self.finish()
         final = iteration_folder(self.directory, iteration)
         partial = partial_name(final)
@@ -90,7 +96,8 @@ class Writer:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         objects.barrier()
-        state = _sharded_state(model, optimizer, _SHARDING, is_loading=False)
+        adapters = has_adapters(chunks_of(model))
+        state = _sharded_state(model, optimizer, _SHARDING, is_loading=False, adapters=adapters)
         state["scheduler"] = scheduler.state_dict()
         state["progress"] = {**progress, _DISTRIBUTED: _is_distributed(optimizer)}
         filesystem_async._results_queue = _Results()
@@ -187,15 +194,16 @@ def _parallel_load(folder: Path):
     return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _replicas())
 
 
-def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None) -> dict:
-    """Loads weights, and optimizer and scheduler where given, under any layout; collective. Returns ``progress``."""
+def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler=None, adapters: bool = False) -> dict:
+    """Loads weights, and optimizer and scheduler where given, under any layout; collective. Returns ``progress``.
+    ``adapters``: the weights of adapters alone; else all others."""
     folder = iteration_folder(directory, iteration)
     require_described(folder)
     if optimizer is not None:
         _check_optimizer_kind(folder, optimizer)
     # Megatron-LM's checkpoints say here whether they keep one key per layer; old ones say nothing and do not.
     sharding = {**_SHARDING, "non_homogeneous_layers": False, **(_content_metadata(folder) or {})}
-    wanted = _sharded_state(model, optimizer, sharding, is_loading=True)
+    wanted = _sharded_state(model, optimizer, sharding, is_loading=True, adapters=adapters)
     state, _, absent = explained(
         folder,
         lambda: dist_checkpointing.load(
@@ -204,7 +212,7 @@ def load(directory: str | Path, iteration: int, model, optimizer=None, scheduler
     )
     _require_tensors(folder, absent)
     for key, chunk in _by_key(model).items():
-        _load_stage(chunk, state[key])
+        _load_stage(chunk, state[key], adapters)
     if optimizer is not None:
         for group in _parameter_groups(state["optimizer"]):
             # A resumed run follows its settings, as the scheduler does. Before loading: megatron-core 0.19 knows a
@@ -238,14 +246,16 @@ def _require_tensors(folder: Path, absent: set[str]) -> None:
         )
 
 
-def _load_stage(chunk, state: dict) -> None:
-    """Loads a stage's state; what may be missing, or there in vain, is Transformer Engine's extra state alone."""
+def _load_stage(chunk, state: dict, adapters: bool) -> None:
+    """Loads a stage's state, of the adapters or of all else; what may be missing, or there in vain, is Transformer
+    Engine's extra state alone."""
     mismatch = chunk.load_state_dict(state, strict=False)
     for key in (*mismatch.missing_keys, *mismatch.unexpected_keys):
-        if not key.endswith(_EXTRA_STATE):
+        if not key.endswith(_EXTRA_STATE) and is_adapter(key) == adapters:
             raise RuntimeError(f"{key} was loaded into a model without it, or not loaded into one with it")
     for name, parameter in chunk.named_parameters():
-        keep_exact_value(parameter, state[name])
+        if is_adapter(name) == adapters:
+            keep_exact_value(parameter, state[name])
 
 
 def _content_metadata(folder: Path) -> dict | None:

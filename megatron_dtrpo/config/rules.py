@@ -10,6 +10,7 @@ from megatron_dtrpo.config.blocks import grain
 from megatron_dtrpo.config.decoding import RULES
 from megatron_dtrpo.config.estimators import ESTIMATORS
 from megatron_dtrpo.config.fp8 import check_cached_reference, check_fp8, check_live_reference
+from megatron_dtrpo.config.lora_rules import check_lora
 from megatron_dtrpo.config.losses import ALWAYS_READ, LOSSES, LossOptions
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.online_rules import check_online
@@ -151,6 +152,7 @@ def validate(config: Config, world_size: int) -> int:
     _check_losses(objective)
     _refuse_unread(objective)
     check_online(config)
+    check_lora(config)
     _demand(
         objective.sft_weighting == "uniform" or not objective.complementary,
         "sft_weighting elbo weighs what one view masks by its timestep: give --no-complementary with it",

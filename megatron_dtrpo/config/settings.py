@@ -14,6 +14,7 @@ from megatron_dtrpo.config.backends import AUTO, BACKENDS
 from megatron_dtrpo.config.decoding import RULES
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.fp8 import RECIPES
+from megatron_dtrpo.config.lora import LoraSettings
 from megatron_dtrpo.config.losses import LOSSES, LossOptions, reads_reference
 from megatron_dtrpo.config.objectives import OBJECTIVES
 from megatron_dtrpo.config.policy_gradient import PolicyGradientOptions
@@ -387,6 +388,9 @@ class RunSettings:
     """Where a run starts from and what it leaves behind."""
 
     load: str | None = setting(None, "Checkpoint folder to start from.")
+    load_adapter: str | None = setting(
+        None, "Folder of an adapter (LoRA) to start from, of the weights in load; see docs/lora.md."
+    )
     reference: str | None = setting(
         None,
         "Checkpoint folder of the reference policy, of the same architecture and tokenizer. The first step's rewards "
@@ -444,6 +448,7 @@ GROUPS = {
     "parallel": ParallelSettings,
     "data": DataSettings,
     "objective": ObjectiveSettings,
+    "lora": LoraSettings,
     "online": OnlineSettings,
     "rounds": RoundSettings,
     "optimizer": OptimizerSettings,
@@ -462,6 +467,7 @@ class Config:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     online: OnlineSettings = field(default_factory=OnlineSettings)
     rounds: RoundSettings = field(default_factory=RoundSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

@@ -31,6 +31,7 @@ class PackedAttention(PackedSeqParams):
     backend: str = "sdpa"
     plan: Any = None
     group: Any = None  # context-parallel process group that keys and values are gathered over
+    token: Tensor | None = None  # a number for each of this rank's tokens, which dropout draws from
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         """``query [s, heads, d]``, ``key, value [s, groups, d]`` to ``[s, heads, d]``. All layers share one plan; a

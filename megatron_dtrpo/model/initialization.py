@@ -34,9 +34,17 @@ def global_parameter_names(model: Any) -> dict[str, Any]:
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
             number = model.decoder.layers[int(local)].layer_number - 1
-            name = f"decoder.layers.{number}.{_FUSED_NORMS.get(rest, rest)}"
+            name = common_name(f"decoder.layers.{number}.{rest}")
         names[model.gpt_name(name)] = parameter
     return names
+
+
+def common_name(name: str) -> str:
+    """The name, whoever computes it, of a parameter that is called ``name`` in a checkpoint."""
+    for fused, own in _FUSED_NORMS.items():
+        if name.endswith(f".{fused}"):
+            return name.removesuffix(fused) + own
+    return name
 
 
 def shared_name(model: Any, name: str) -> str:
@@ -58,14 +66,22 @@ def initialize_weights(model: Any, seed: int) -> None:
         std = config.init_method_std
         if name.endswith(_RESIDUAL_WRITERS):
             std /= math.sqrt(writes)
-        value = _shard(_draw(name, _full_shape(parameter, tp.size()), seed) * std, parameter, tp)
+        value = shard_of(_draw(name, _full_shape(parameter, tp.size()), seed) * std, parameter, tp)
         parameter.copy_(value)
         keep_exact_value(parameter, value)
 
 
+def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(stable_seed(f"{seed}/{name}".encode()))
+
+
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(stable_seed(f"{seed}/{name}".encode()))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=_generator(name, seed))
+
+
+def draw_uniform(name: str, parameter: Any, seed: int, tp_size: int) -> Tensor:
+    """Values in [-1, 1) for the whole parameter ``name``, of which ``parameter`` is this rank's part."""
+    return 2 * torch.rand(_full_shape(parameter, tp_size), generator=_generator(name, seed)) - 1
 
 
 def _full_shape(parameter: Any, tp_size: int) -> tuple[int, ...]:
@@ -75,7 +91,7 @@ def _full_shape(parameter: Any, tp_size: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _shard(full: Tensor, parameter: Any, tp) -> Tensor:
+def shard_of(full: Tensor, parameter: Any, tp) -> Tensor:
     """This rank's part. A stride of 2 marks two stacked matrices (gate and up), each of which is sharded."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full

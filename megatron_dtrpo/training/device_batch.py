@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dtrpo.config.backends import BACKENDS
 from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
+from megatron_dtrpo.diffusion.dropout import token_numbers
 from megatron_dtrpo.diffusion.layout import Coordinates, PackedSequence, empty_sequence, pad_to
 from megatron_dtrpo.diffusion.sharding import assign_rows, padded_length, take_rows, unit_length
 from megatron_dtrpo.model.attention import PackedAttention, plan_attention
@@ -27,7 +28,8 @@ class HostBatch:
     ``part`` is what this process runs: the whole packed sequence, or its share under context parallelism; then ``keys``
     are the coordinates ``[S]`` of all ranks' rows in the order in which their keys are gathered. ``response_length``:
     of all responses, int64 ``[R]``. ``tokens``: of the whole packed sequence, without padding. ``steps``, ``views``:
-    one more than the largest number of a target's decoding step and of a view.
+    one more than the largest number of a target's decoding step and of a view. ``token``: of
+    `diffusion.dropout.token_numbers`, of this process's rows; None where nothing is dropped out.
     """
 
     samples: list[Sample]
@@ -37,10 +39,14 @@ class HostBatch:
     tokens: int
     steps: int
     views: int
+    token: Tensor | None = None
 
 
-def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int = 1) -> HostBatch:
-    """Does on the CPU, on whatever thread, all that needs no device. ``multiple``: of `DeviceBatch`."""
+def prepare(
+    batch: MicroBatch, device: torch.device, backend: str, multiple: int = 1, dropout_seed: int | None = None
+) -> HostBatch:
+    """Does on the CPU, on whatever thread, all that needs no device. ``multiple``: of `DeviceBatch`. ``dropout_seed``:
+    of the run, where something is dropped out."""
     block_size, group = batch.sequence.block_size, context_group()
     step = math.lcm(block_size, multiple) if group.size() == 1 else block_size
     length = round_up(BACKENDS[backend].padded(len(batch.sequence)), step)
@@ -50,7 +56,15 @@ def prepare(batch: MicroBatch, device: torch.device, backend: str, multiple: int
         keys = Coordinates(*map(pin, keys))
     steps, views = (int(numbers.max()) + 1 if numbers.numel() else 0 for numbers in _numbers(batch.sequence))
     lengths = pin(batch.response_length)
-    return HostBatch(batch.samples, lengths, part.map_tensors(pin), keys, len(batch.sequence), steps, views)
+    token = None if dropout_seed is None else pin(_token_numbers(part, batch.samples, dropout_seed))
+    return HostBatch(batch.samples, lengths, part.map_tensors(pin), keys, len(batch.sequence), steps, views, token)
+
+
+def _token_numbers(part: PackedSequence, samples: list[Sample], seed: int) -> Tensor:
+    """int64 ``[s]``: by epoch, example, response, view and position; padding has some number too."""
+    visits = torch.tensor([[sample.epoch, sample.index] for sample in [*samples, Sample(0, 0)]])
+    epoch, index = visits[part.document].unbind(1)  # padding is document -1
+    return token_numbers(seed, [epoch, index, part.branch, part.view, part.position])
 
 
 def _numbers(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
@@ -84,6 +98,7 @@ class DeviceBatch:
         self.attention: PackedAttention = plan_attention(
             self.part.coordinates(), block_size, backend, width, keys, group
         )
+        self.attention.token = None if host.token is None else move(host.token)
 
     def of_padding(self) -> DeviceBatch:
         """A micro-batch without a response, for the same device: it weighs nothing and costs next to nothing."""

@@ -25,6 +25,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dtrpo.checkpoint import distributed as checkpoint
+from megatron_dtrpo.checkpoint.adapter import AdapterRecord
+from megatron_dtrpo.checkpoint.fingerprint import base_fingerprint
+from megatron_dtrpo.checkpoint.iterations import require_latest
 from megatron_dtrpo.config.backends import choose_backend
 from megatron_dtrpo.config.fp8 import token_multiple
 from megatron_dtrpo.config.settings import Config
@@ -34,6 +37,7 @@ from megatron_dtrpo.inference.decoder import BlockDecoder, make_decoder
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
 from megatron_dtrpo.model.initialization import initialize_weights
+from megatron_dtrpo.model.lora import add_adapters, initialize_adapters, with_dropout, without_adapters
 from megatron_dtrpo.model.provider import build_chunks
 from megatron_dtrpo.objectives.objective import Objective, Outcome
 from megatron_dtrpo.objectives.targets import Targets
@@ -58,6 +62,7 @@ class Engine:
         chunks: the bare stages, one or, under interleaving, several virtual ones.
         replica, replicas: the data-parallel process that this is, of how many.
         optimizer, scheduler: after `prepare_training`.
+        base: where the stages have adapters, the fingerprint of the weights beside which they stand.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, chunks: Sequence[BlockDiffusionModel]):
@@ -70,8 +75,10 @@ class Engine:
         self.optimizer: Any = None
         self.scheduler: Any = None
         self._wrapped: list = self.chunks  # as passes call them
+        self.base: str | None = None
         self._width = attention_width(self.chunks[0].config)
         self._multiple = token_multiple(config.parallel)
+        self._dropout_seed = config.optimizer.seed if config.lora.lora_dropout > 0 else None
 
     @classmethod
     def new(cls, config: Config, tokenizer: Tokenizer) -> Engine:
@@ -89,16 +96,25 @@ class Engine:
         return engine
 
     @classmethod
-    def starting(cls, config: Config, tokenizer: Tokenizer) -> Engine:
-        """With the weights that a run starts from, ``load``'s or the seed's; collective."""
-        return cls.new(config, tokenizer) if config.run.load is None else cls._of(config, tokenizer, "load")
+    def starting(cls, config: Config, tokenizer: Tokenizer, adapter: str | None = None) -> Engine:
+        """With the weights that a run starts from, ``load``'s or the seed's, and adapters where it trains them: those
+        in the folder ``adapter``, or new ones. Collective."""
+        engine = cls._of_base(config, tokenizer)
+        if config.lora.lora_rank is not None:
+            engine.add_adapters(adapter)
+        return engine
 
     @classmethod
     def of_reference(cls, config: Config, tokenizer: Tokenizer) -> Engine:
-        """With those of a run's reference, ``reference`` or else what the run starts from; collective."""
+        """With those of a run's reference, ``reference`` or else what the run starts from, without an adapter;
+        collective."""
         if config.run.reference is None:
-            return cls.starting(config, tokenizer)
+            return cls._of_base(config, tokenizer)
         return cls._of(config, tokenizer, "reference")
+
+    @classmethod
+    def _of_base(cls, config: Config, tokenizer: Tokenizer) -> Engine:
+        return cls.new(config, tokenizer) if config.run.load is None else cls._of(config, tokenizer, "load")
 
     @classmethod
     def _of(cls, config: Config, tokenizer: Tokenizer, key: str) -> Engine:
@@ -110,6 +126,17 @@ class Engine:
         chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel)]
         return cls(config, tokenizer, chunks)
 
+    def add_adapters(self, folder: str | Path | None = None) -> None:
+        """Freezes the weights and puts adapters beside them, as the settings say: those in ``folder``, or new ones.
+        Collective. Raises UserError where they belong to other weights."""
+        self.base = base_fingerprint(self.chunks)
+        add_adapters(self.chunks, self.config.lora)
+        if folder is None:
+            initialize_adapters(self.chunks, self.config.optimizer.seed)
+        else:
+            AdapterRecord.read(folder).require_base(folder, self.base, self.config.run.load)
+            checkpoint.load(folder, require_latest(folder), self.chunks, adapters=True)
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
@@ -119,14 +146,15 @@ class Engine:
 
     def prepare(self, batch: MicroBatch) -> HostBatch:
         """All that a batch needs before it is copied to the device; on any thread."""
-        return prepare(batch, self.device, self.backend, self._multiple)
+        return prepare(batch, self.device, self.backend, self._multiple, self._dropout_seed)
 
     def to_device(self, batches: Iterable[Batch]) -> list[DeviceBatch]:
         """Copies what is not there yet."""
         return [batch if isinstance(batch, DeviceBatch) else self._copied(batch) for batch in batches]
 
     def _copied(self, batch: MicroBatch | HostBatch) -> DeviceBatch:
-        return DeviceBatch(batch, self.device, self.backend, self._width, self._multiple)
+        host = batch if isinstance(batch, HostBatch) else self.prepare(batch)
+        return DeviceBatch(host, self.device, self.backend, self._width, self._multiple)
 
     # Passes. All processes of a pipeline make the same ones, with as many batches.
 
@@ -150,7 +178,8 @@ class Engine:
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return passes.train_pass(self._wrapped, self.to_device(batches), objective)
+        with with_dropout(self.chunks):
+            return passes.train_pass(self._wrapped, self.to_device(batches), objective)
 
     def evaluate(self, batches: Iterable[Batch], objective: Objective) -> list[Outcome]:
         """As `train_pass`, without gradients."""
@@ -167,8 +196,10 @@ class Engine:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, passes are the reference's: without gradient, in FP8 or not as ``fp8_reference`` says."""
-        with torch.no_grad(), reference_pass(self.chunks, self.config.parallel.fp8_reference):
+        """Inside, passes are the reference's: without adapters, without gradient, in FP8 or not as ``fp8_reference``
+        says."""
+        in_fp8 = self.config.parallel.fp8_reference
+        with torch.no_grad(), without_adapters(self.chunks), reference_pass(self.chunks, in_fp8):
             yield
 
     @contextmanager
@@ -209,12 +240,16 @@ class Engine:
     # Checkpoints
 
     def load_weights(self, folder: str | Path, iteration: int) -> None:
-        """Takes the weights of a checkpoint; collective."""
+        """Takes the weights of a checkpoint, and leaves adapters as they are; collective."""
         checkpoint.load(folder, iteration, self.chunks)
 
     def resume(self, folder: str | Path, iteration: int) -> dict:
-        """Takes weights, optimizer and scheduler, and returns the run's progress; collective."""
-        progress = checkpoint.load(folder, iteration, self.chunks, self.optimizer, self.scheduler)
+        """Takes weights, or the adapters where there are any, optimizer and scheduler, and returns the run's progress;
+        collective."""
+        adapters = self.base is not None
+        if adapters:
+            AdapterRecord.read(folder).require_base(folder, self.base, self.config.run.load)
+        progress = checkpoint.load(folder, iteration, self.chunks, self.optimizer, self.scheduler, adapters)
         self.scheduler.step(increment=0)
         return progress
 

@@ -14,6 +14,7 @@ import torch
 
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.initialization import global_parameter_names, shared_name
+from megatron_dtrpo.model.lora import is_adapter
 
 
 def select_trainable(chunks: Sequence[torch.nn.Module], patterns: Sequence[str] | None) -> set[str]:
@@ -46,12 +47,13 @@ def check_patterns(patterns: Sequence[str] | None, matched: set[str]) -> None:
 
 
 class ReferencePolicy:
-    """The reference's values of those parameters of this rank's stages that it does not share with the policy."""
+    """The reference's values of those parameters of this rank's stages that it does not share with the policy. Adapters
+    are the policy's alone: `Engine.as_reference` turns them off, and where nothing else is trained no value is kept."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], reference: Sequence[torch.nn.Module] | None = None):
         """``chunks``: the policy's stages, at their starting point. ``reference``: the same stages with the reference's
         values, whose tensors are kept and not copied; default: the starting point, whose trained tensors are copied."""
-        policy = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        policy = [p for chunk in chunks for name, p in chunk.named_parameters() if not is_adapter(name)]
         if reference is None:
             self.frozen = [(p, p.detach().clone()) for p in policy if p.requires_grad]
             return

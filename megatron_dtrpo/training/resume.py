@@ -14,6 +14,7 @@ from megatron_dtrpo.checkpoint import distributed as checkpoint
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.checkpoint import iterations
 from megatron_dtrpo.config.estimators import ESTIMATORS
+from megatron_dtrpo.config.lora import DEFAULT_TARGETS, LoraSettings
 from megatron_dtrpo.config.rules import fill_objective_defaults
 from megatron_dtrpo.config.settings import FIELDS, Config, ModelSettings, RunSettings
 from megatron_dtrpo.config.yaml_file import read_yaml
@@ -24,6 +25,7 @@ _PINNED = (
     *("seed", "shuffle", "objective", "estimator", "block_start", "loss_type", "trainable_modules", "bf16"),
     *("length_normalization", "fp8_format", "fp8_recipe", "fp8_reference"),
     *("ratio", "rollout_prompts", "group_size", "rewards", "updates_per_rollout"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
 )
 _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", "tokenizer_model")
 
@@ -59,11 +61,16 @@ def _in_new_words(record: dict) -> dict:
     return record
 
 
+def is_resumed(run: RunSettings) -> bool:
+    """Whether the run folder has a checkpoint to go on from."""
+    return run.save is not None and iterations.latest_iteration(run.save) is not None
+
+
 def return_to_first_start(config: Config) -> None:
     """A resumed run keeps the starting point of its first start, which is its reference policy, its special tokens,
     and what is pinned."""
     run = config.run
-    if run.save is None or iterations.latest_iteration(run.save) is None:
+    if not is_resumed(run):
         return
     record = Path(run.save) / checkpoint_folder.RUN_CONFIG
     if not record.exists():
@@ -90,7 +97,21 @@ def return_to_first_start(config: Config) -> None:
         elif theirs is not None and given != theirs:  # of its tokenizer's own tokens the data's fingerprint knows
             raise UserError(f"{run.save}: this run has {key} {theirs}, not {given}")
     _return_to_reference(run, first)
+    _return_to_adapter(config, first)
     _check_pinned(config, first)
+
+
+def _return_to_adapter(config: Config, first: dict) -> None:
+    """The adapter that the run began with, and the rank and the layers of its own."""
+    run, lora = config.run, config.lora
+    now, theirs = run.load_adapter, first.get("load_adapter")
+    if now is not None and (theirs is None or Path(now).resolve() != Path(theirs).resolve()):
+        raise UserError(f"{run.save}: this run started from {theirs or 'no adapter'}, not from {now}")
+    run.load_adapter = theirs
+    if theirs is not None and lora.lora_rank is None:  # as at the first start, the adapter says what it is
+        config.lora = LoraSettings(**{f.name: first[f.name] for f in dataclasses.fields(LoraSettings)})
+    elif lora.lora_rank is not None and lora.lora_target_modules is None:
+        lora.lora_target_modules = list(DEFAULT_TARGETS)
 
 
 def _return_to_reference(run: RunSettings, first: dict) -> None:

@@ -19,6 +19,7 @@ from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import SharedError, StopRequest
+from megatron_dtrpo.model.lora import without_adapters
 from megatron_dtrpo.objectives.objective import Objective, Outcome
 from megatron_dtrpo.runtime import initialize, objects, stop
 from megatron_dtrpo.training import resume
@@ -91,7 +92,8 @@ class Run:
             go_on = "to go on with this run give {name} {value}"
             checkpoint_folder.check_same_architecture(config.model, saved, run.save, go_on)
 
-        self.engine = Engine.starting(config, tokenizer)
+        first_adapter = run.load_adapter if resume_from is None else None  # a resumed run has its own
+        self.engine = Engine.starting(config, tokenizer, first_adapter)
         self._freeze()
         self.reference = self._open_reference(tokenizer) if self.objective.reads_reference else None
         self.engine.prepare_training(self.train_iters * self.updates)
@@ -106,7 +108,7 @@ class Run:
         self._check_progress()
         changes = []
         if self.is_main:
-            changes = write_run_folder(config, tokenizer)
+            changes = write_run_folder(config, tokenizer, self.engine.base)
         self.log = MetricLog(run, self.iteration, self.train_iters, config.to_flat()) if self.is_main else None
         self.writer = checkpoint.Writer(run, self._say)
         self._announce(resume_from, changes)
@@ -129,7 +131,8 @@ class Run:
         own = self.config.run.reference is not None
         engine = Engine.of_reference(self.config, tokenizer) if own else self.engine
         if self.evaluation is not None:
-            self.evaluation.remember_reference(engine)
+            with without_adapters(engine.chunks):
+                self.evaluation.remember_reference(engine)
         return self._keep_reference(engine, own)
 
     def _keep_reference(self, engine, own: bool) -> ReferencePolicy | None:
@@ -146,6 +149,11 @@ class Run:
             return
         origin = f"resuming from iteration {resume_from}" if resume_from is not None else "starting"
         self.log.say(f"{origin}: {self.data_record['usable_examples']} examples, {self.train_iters} {self.unit}")
+        run = self.config.run
+        if run.load_adapter is not None and self.objective.reads_reference and run.reference is None:
+            self.log.say(
+                f"note: the reference is {run.load} without the adapter {run.load_adapter}: the first rewards are not 0"
+            )
         if changes and resume_from is not None:
             self.log.say(f"changed since this run's last start: {', '.join(changes)}")
         if self.iteration >= self.train_iters:

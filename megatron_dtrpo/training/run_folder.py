@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint.adapter import AdapterRecord
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import SharedError, UserError
@@ -36,8 +38,9 @@ def run_folder(folder: str) -> Iterator[None]:
         yield
 
 
-def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start."""
+def write_run_folder(config: Config, tokenizer: Tokenizer, base: str | None) -> list[str]:
+    """Makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start. ``base``: of a
+    run that trains adapters, the fingerprint of the weights that they belong to."""
     folder = Path(config.run.save)
     record = folder / checkpoint_folder.RUN_CONFIG
     changes = resume.changes_since(config, resume.read_record(record)) if record.exists() else []
@@ -48,5 +51,9 @@ def write_run_folder(config: Config, tokenizer: Tokenizer) -> list[str]:
         source, kept = Path(config.run.load) / checkpoint_folder.HUGGINGFACE, folder / checkpoint_folder.HUGGINGFACE
         if source.is_dir() and not kept.exists():
             shutil.copytree(source, kept)
+    if base is not None:
+        own = dataclasses.asdict(config.lora)
+        fp8_format = config.parallel.fp8_format
+        AdapterRecord(**own, base=config.run.load, base_fingerprint=base, fp8_format=fp8_format).write(folder)
     write_atomically(record, yaml.safe_dump(config.to_flat(), sort_keys=False))
     return changes

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
+from megatron_dtrpo.checkpoint.adapter import AdapterRecord, is_adapter_folder
 from megatron_dtrpo.config.backends import require_trainable
 from megatron_dtrpo.config.choices import leave_out_misfits
 from megatron_dtrpo.config.estimators import ESTIMATORS
@@ -41,8 +42,10 @@ def resolve_start(config: Config, given: set[str]) -> None:
     """Fills in what the starting checkpoint decides, except the keys that were ``given``, which must agree with it."""
     run = config.run
     resume.return_to_first_start(config)
+    _take_adapter_settings(config)
     if run.load is None:
         return
+    _refuse_adapter(run.load, "load")
     resume.source_iteration(run, "load")
     saved = checkpoint_folder.load_model_config(run.load)
     for f in dataclasses.fields(saved):
@@ -51,11 +54,35 @@ def resolve_start(config: Config, given: set[str]) -> None:
     checkpoint_folder.check_same_architecture(config.model, saved, run.load)
 
 
+def _take_adapter_settings(config: Config) -> None:
+    """The adapter of ``load_adapter`` says which one it is. Raises UserError where the settings say otherwise."""
+    folder, lora = config.run.load_adapter, config.lora
+    if folder is None or resume.is_resumed(config.run):
+        return
+    if config.run.load is None:
+        raise UserError("load_adapter needs load, the weights that it belongs to: give --load BASE")
+    record = AdapterRecord.read(folder).settings()
+    for f in dataclasses.fields(record):
+        mine, theirs = getattr(lora, f.name), getattr(record, f.name)
+        if mine not in (f.default, theirs) and f.name != "lora_dropout":
+            raise UserError(f"{folder}: an adapter of {f.name} {theirs}, not {mine}: leave it out")
+    config.lora = dataclasses.replace(record, lora_dropout=lora.lora_dropout)
+
+
+def _refuse_adapter(folder: str, key: str) -> None:
+    """Raises UserError where weights were to be, and an adapter is."""
+    if is_adapter_folder(folder):
+        base = AdapterRecord.read(folder).base or "BASE"
+        advice = f"give --load {base} --load-adapter {folder}" if key == "load" else "merge it into its weights first"
+        raise UserError(f"{key} {folder}: holds an adapter and no other weights: {advice}")
+
+
 def check_reference(config: Config, tokenizer: Tokenizer) -> None:
     """Raises UserError if the checkpoint that is to be the reference is not of this run's kind."""
     folder = config.run.reference
     if folder is None:
         return
+    _refuse_adapter(folder, "reference")
     resume.source_iteration(config.run, "reference")
     check_reference_architecture(config)
     theirs = load_tokenizer(Path(folder) / checkpoint_folder.TOKENIZER, eos_token=config.data.eos_token)
@@ -252,6 +279,8 @@ def prepare(config: Config, given: set[str], training: bool = True) -> tuple[Tok
         if config.parallel.optimizer_cpu_offload and not transformer_engine_is_usable():
             raise UserError("optimizer_cpu_offload needs a GPU and Transformer Engine: leave it out here")
         check_logging(config.run)
+        if config.lora.lora_rank is not None and config.run.load is None:
+            raise UserError("lora_rank needs load, the weights that adapters are trained beside: give --load BASE")
     tokenizer = open_tokenizer(config)
     resolve_vocabulary(config, tokenizer)
     check_reference(config, tokenizer)

@@ -28,6 +28,7 @@ class FusedNormLinear(_ExtraState, ColumnParallelLinear):
     """`TELayerNormColumnParallelLinear`: the norm's weight is a parameter of the layer that it feeds."""
 
     fuse_wgrad_accumulation = False
+    return_layernorm_output = False
 
     def __init__(self, input_size, output_size, *, config, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
@@ -36,7 +37,9 @@ class FusedNormLinear(_ExtraState, ColumnParallelLinear):
         self.epsilon = config.layernorm_epsilon
 
     def forward(self, x):
-        return super().forward(torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.epsilon))
+        normed = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.epsilon)
+        output, bias = super().forward(normed)
+        return ((output, normed) if self.return_layernorm_output else output), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         state = self.state_dict(prefix="", keep_vars=True)

@@ -79,6 +79,13 @@ def build_parser() -> Parser:
         help="Pad the vocabulary to a multiple of this. Default: %(default)s.",
     )
 
+    to.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="The Hugging Face folder is an adapter that PEFT saved, of the weights in this checkpoint.",
+    )
+
     back = verb("export", "Makes a Hugging Face folder of a Megatron checkpoint or run.")
     back.add_argument("--megatron-path", required=True, type=Path, metavar="DIR", help="Checkpoint or run folder.")
     back.add_argument("--hf-path", required=True, type=Path, metavar="DIR", help="Folder to write.")
@@ -91,6 +98,14 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="Copy modelling files (*.py) from this folder, and config.json where the checkpoint was not imported.",
     )
+    back.add_argument(
+        "--load-adapter",
+        type=Path,
+        metavar="DIR",
+        help="Merge this adapter (LoRA) into the weights: a sum in fp32, then the weights' own dtype. --megatron-path "
+        "may also be the run that trained it.",
+    )
+    back.add_argument("--peft", action="store_true", help="Write the adapter alone, as a folder that PEFT loads.")
     back.add_argument("--no-tokenizer", action="store_true", help="Leave the tokenizer out.")
 
     both = verb("roundtrip", "Imports and exports a folder in a scratch folder and compares every tensor.")
@@ -125,6 +140,9 @@ def _import(arguments) -> None:
     from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
     from megatron_dtrpo.data.tokenizer import load_tokenizer
 
+    if arguments.base is not None:
+        _import_adapter(arguments)
+        return
     options = ImportOptions(
         params_dtype=FLAGS.get(arguments.params_dtype),
         add_mask_token=arguments.add_mask_token,
@@ -144,6 +162,17 @@ def _import(arguments) -> None:
     print(f"imported {arguments.hf_path} to {arguments.megatron_path} in {time.monotonic() - started:.1f} s")
 
 
+def _import_adapter(arguments) -> None:
+    from megatron_dtrpo.conversion.peft import import_peft
+
+    given = {"params_dtype", "mask_token", "eos_token", "block_size"} & {k for k, v in vars(arguments).items() if v}
+    if given:
+        raise UserError(f"--{min(given).replace('_', '-')} is for importing a model, and --base for an adapter of one")
+    for note in import_peft(arguments.hf_path, arguments.megatron_path, arguments.base, arguments.overwrite):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"imported the adapter {arguments.hf_path} to {arguments.megatron_path}")
+
+
 def _export(arguments) -> None:
     _enable_tokenizers()
     from megatron_dtrpo.conversion.dtypes import FLAGS
@@ -157,6 +186,8 @@ def _export(arguments) -> None:
         check_finite=arguments.check_finite,
         overwrite=arguments.overwrite,
         tokenizer=not arguments.no_tokenizer,
+        adapter=arguments.load_adapter,
+        peft=arguments.peft,
     )
     started = time.monotonic()
     for note in export_checkpoint(arguments.megatron_path, arguments.hf_path, options):

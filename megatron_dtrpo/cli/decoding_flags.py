@@ -11,6 +11,15 @@ from megatron_dtrpo.config.settings import FIELDS
 from megatron_dtrpo.errors import UserError
 
 
+def add_adapter_flag(parser: argparse.ArgumentParser) -> None:
+    """The adapter beside --checkpoint."""
+    parser.add_argument(
+        "--load-adapter",
+        metavar="DIR",
+        help="Adapter (LoRA) of these weights. A run that trained one may be --checkpoint itself.",
+    )
+
+
 def add_decoding_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     """The flags of `decoding_options`; ``defaults`` replace those of `DecodingOptions`."""
     default = {**vars(DecodingOptions()), "seed": 1234, **defaults}

@@ -18,7 +18,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
+from megatron_dtrpo.cli.decoding_flags import add_adapter_flag, add_decoding_flags, decoding_options
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.estimators import ESTIMATORS
@@ -53,6 +53,7 @@ GENERATION_NAMES = {"max_new_tokens": "max_gen_toks", "temperature": "temperatur
 def build_parser() -> Parser:
     parser = command_parser("megatron-dtrpo evaluate", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    add_adapter_flag(parser)
     parser.add_argument("--tasks", required=True, metavar="NAMES", help="Tasks, separated by commas.")
     parser.add_argument("--include-path", metavar="DIR", help="Folder with YAML files of your own tasks.")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples in the prompt. Default: the task's.")
@@ -151,7 +152,8 @@ def _evaluate(argv: list[str]) -> None:
     from megatron_dtrpo.data.batches import Noising
     from megatron_dtrpo.evaluation.session import locate_checkpoint
 
-    with locate_checkpoint(arguments.checkpoint, config, partial(_choose_estimator, arguments)) as source:
+    choose = partial(_choose_estimator, arguments)
+    with locate_checkpoint(arguments.checkpoint, config, choose, arguments.load_adapter) as source:
         decoding = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         with source.open() as engine:
             from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions

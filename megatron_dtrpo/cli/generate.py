@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from megatron_dtrpo.cli.decoding_flags import (
+    add_adapter_flag,
     add_decoding_flags,
     add_prompt_file_flags,
     decoding_options,
@@ -38,6 +39,7 @@ TRACED = 20  # decodings on one page: enough to choose from, small enough to ope
 def build_parser() -> Parser:
     parser = command_parser("megatron-dtrpo generate", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    add_adapter_flag(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="One prompt; the response is printed.")
     parser.add_argument("--prompts", metavar="FILE", help="Many prompts.")
     parser.add_argument("--output", metavar="FILE", help="JSONL file to write; needed with --prompts.")
@@ -100,7 +102,7 @@ def _generate(argv: list[str]) -> None:
     from megatron_dtrpo.evaluation.verifiers import Judge, load_verifier, require_some_answer
 
     judge = Judge(load_verifier(arguments.verifier)) if arguments.verifier else None
-    with locate_checkpoint(arguments.checkpoint, config) as source:
+    with locate_checkpoint(arguments.checkpoint, config, adapter=arguments.load_adapter) as source:
         options = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         end_ids = token_ids(source.tokenizer, arguments.stop_token)
         known = (source.tokenizer, config.model.max_position_embeddings, arguments.apply_chat_template)

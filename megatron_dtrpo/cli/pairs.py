@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_dtrpo.cli.decoding_flags import (
+    add_adapter_flag,
     add_decoding_flags,
     add_prompt_file_flags,
     decoding_options,
@@ -33,6 +34,7 @@ EXAMPLES = """
 def build_parser() -> Parser:
     parser = command_parser("megatron-dtrpo pairs", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    add_adapter_flag(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="Prompts, with what the verifier needs.")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file of pairs to write.")
     parser.add_argument("--samples", type=int, default=8, help="Responses per prompt. Default: %(default)s.")
@@ -79,7 +81,7 @@ def _build(argv: list[str]) -> None:
     from megatron_dtrpo.evaluation.verifiers import load_verifier, require_some_answer
 
     verifier = load_verifier(arguments.verifier)
-    with locate_checkpoint(arguments.checkpoint, config) as source:
+    with locate_checkpoint(arguments.checkpoint, config, adapter=arguments.load_adapter) as source:
         options = decoding_options(arguments, config.model.block_size, family_of(config.model).rule)
         limit = config.model.max_position_embeddings
         skipped = Tally() if arguments.bad_rows == "skip" else None

@@ -58,16 +58,34 @@ def _score(argv: list[str]) -> None:
     initialize.enable_device()
     from megatron_dtrpo.training.setup import follow_run, prepare
 
-    follow_run(config, given, arguments.checkpoint)
+    run = _find_run(config, arguments.checkpoint)
+    follow_run(config, given, run)
+    _refer_to_base(config, given)
     _drop_missing_reference(config.run, given)
 
     with tempfile.TemporaryDirectory() as scratch:
         config.data.data_cache_path = config.data.data_cache_path or scratch
         tokenizer, data_parallel = prepare(config, given, training=False)
         with initialize.process_groups(config.parallel, config.optimizer.seed):
-            rows = _rows(config, tokenizer, data_parallel, "reference" in given)
+            rows = _rows(config, tokenizer, data_parallel, None if "reference" in given else run)
     if initialize.rank() == 0:
         _report(rows, config.run.reference, arguments.output)
+
+
+def _find_run(config, checkpoint: str) -> Path:
+    """The folder of the run that is scored: the checkpoint's, or that of the adapter beside it."""
+    from megatron_dtrpo.checkpoint.adapter import base_and_adapter
+
+    base, adapter = base_and_adapter(checkpoint, config.run.load_adapter)
+    config.run.load, config.run.load_adapter = str(base), adapter and str(adapter)
+    return adapter or base
+
+
+def _refer_to_base(config, given: set[str]) -> None:
+    """Without an adapter that no run trained here, the model is its reference."""
+    run = config.run
+    if run.load_adapter is not None and run.reference is None and "reference" not in given:
+        run.reference = run.load if config.objective.has_reference else None
 
 
 def _drop_missing_reference(run, given: set[str]) -> None:
@@ -82,8 +100,9 @@ def _drop_missing_reference(run, given: set[str]) -> None:
     run.reference = None
 
 
-def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[dict]:
-    """``other_reference``: than that of the run that is scored."""
+def _rows(config, tokenizer, data_parallel: int, run: Path | None) -> list[dict]:
+    """``run``: whose reference it is; None: another one was asked for."""
+    from megatron_dtrpo.checkpoint.folder import RUN_CONFIG
     from megatron_dtrpo.checkpoint.iterations import require_latest
     from megatron_dtrpo.runtime import initialize
     from megatron_dtrpo.training import resume
@@ -91,18 +110,22 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
     from megatron_dtrpo.training.scoring import score_pairs
     from megatron_dtrpo.training.setup import open_data
 
-    run, reference = config.run.load, config.run.reference
+    base, reference = config.run.load, config.run.reference
     data = open_data(config, tokenizer)
     for line in data.remarks(config) if initialize.rank() == 0 else ():
         print(line, flush=True)
     indices = sorted(sample.index for sample in data.order.take(0, len(data.order)))
-    engine = Engine.load(run, require_latest(run), config, tokenizer)
+    engine = Engine.load(base, require_latest(base), config, tokenizer)
+    if config.run.load_adapter is not None:
+        engine.add_adapters(config.run.load_adapter)
     policy = score_pairs(engine, data.batches(config, engine.replica, data_parallel), indices)
-    base = None
+    before = None
     if reference is not None:
-        taken = require_latest(reference) if other_reference else resume.run_reference_iteration(run)
+        is_runs = run is not None and (run / RUN_CONFIG).exists()
+        taken = resume.run_reference_iteration(run) if is_runs else require_latest(reference)
         engine.load_weights(reference, taken)
-        base = score_pairs(engine, data.reference_batches(config, engine.replica, data_parallel), indices)
+        with engine.as_reference():
+            before = score_pairs(engine, data.reference_batches(config, engine.replica, data_parallel), indices)
     rows = []
     for index in indices:
         row: dict = {
@@ -110,10 +133,10 @@ def _rows(config, tokenizer, data_parallel: int, other_reference: bool) -> list[
             "logps/chosen": policy[index][0],
             "logps/rejected": policy[index][1],
         }
-        if base is not None:
+        if before is not None:
             beta = config.objective.beta
-            row["rewards/chosen"] = beta * (policy[index][0] - base[index][0])
-            row["rewards/rejected"] = beta * (policy[index][1] - base[index][1])
+            row["rewards/chosen"] = beta * (policy[index][0] - before[index][0])
+            row["rewards/rejected"] = beta * (policy[index][1] - before[index][1])
             row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
         if ESTIMATORS[config.objective.estimator].is_of_the_decoding:
             row |= _recorded(data.store.row(index))

@@ -44,7 +44,10 @@ def read_config(folder: str | Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if (folder / ADAPTER).is_file() and not any(folder.glob("model*.safetensors")):
-        raise UserError(f"{folder}: an adapter (LoRA), not a model: merge it into its base first and give that folder")
+        raise UserError(
+            f"{folder}: an adapter (LoRA), not a model: merge it into its base first and give that folder, or convert "
+            "import it with --base CHECKPOINT"
+        )
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a Hugging Face checkpoint: {CONFIG} is missing")
     return read_json(folder / CONFIG)

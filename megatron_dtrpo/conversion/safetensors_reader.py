@@ -41,12 +41,13 @@ class Stored(NamedTuple):
 class SafetensorsFolder:
     """``tensors``: name -> `Stored`. Raises UserError where the folder is not a complete checkpoint."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, single: str = SINGLE):
+        """``single``: the file that holds all weights where there are no shards."""
+        self.folder, self._single = Path(folder), single
         self.tensors: dict[str, Stored] = {}
         self._open: dict[Path, int] = {}
         index = self._index()
-        for file in sorted({self.folder / SINGLE} if index is None else {self.folder / f for f in index.values()}):
+        for file in sorted({self.folder / single} if index is None else {self.folder / f for f in index.values()}):
             stored = _read_header(file)
             if index is not None:
                 _check_index(index, file, stored, self.folder / INDEX)
@@ -54,13 +55,13 @@ class SafetensorsFolder:
 
     def _index(self) -> dict[str, str] | None:
         """Tensor -> shard, or None where everything is in one file. transformers looks in this order, too."""
-        if (self.folder / SINGLE).is_file():
+        if (self.folder / self._single).is_file():
             return None
         if not (self.folder / INDEX).is_file():
             pickles = [file.name for pattern in _PICKLES for file in sorted(self.folder.glob(pattern))]
             if pickles:
                 raise UserError(f"{self.folder}: only safetensors are read, and {pickles[0]} is not: convert it first")
-            raise UserError(f"{self.folder}: no weights: neither {SINGLE} nor {INDEX} is there")
+            raise UserError(f"{self.folder}: no weights: neither {self._single} nor {INDEX} is there")
         index = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"{self.folder / INDEX}: it has no weight_map")

@@ -14,12 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
-from megatron_dtrpo.checkpoint import iterations
+from megatron_dtrpo.checkpoint.adapter import base_and_adapter
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
+from megatron_dtrpo.conversion.adapters import StoredAdapter, complete_iteration, stored_fingerprint
 from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config, read_json
 from megatron_dtrpo.conversion.mapping import Part, embedding_name, head_name, holds_vocabulary
 from megatron_dtrpo.conversion.output import output_folder, require_space
+from megatron_dtrpo.conversion.peft import export_peft
 from megatron_dtrpo.conversion.prefetch import prefetch
 from megatron_dtrpo.conversion.safetensors_writer import (
     Planned,
@@ -55,6 +57,8 @@ class ExportOptions:
     overwrite: bool = False
     progress: bool = True
     tokenizer: bool = True  # False leaves it out
+    adapter: Path | None = None  # an adapter of the checkpoint's weights
+    peft: bool = False  # the adapter alone; else it is merged into the weights
 
 
 def parse_size(text: str) -> int:
@@ -67,17 +71,49 @@ def parse_size(text: str) -> int:
 
 
 def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: ExportOptions) -> list[str]:
-    """Writes ``hf_path``. Returns what its user should know, a line each. Raises UserError, and leaves nothing."""
-    megatron_path, hf_path = Path(megatron_path), Path(hf_path)
+    """Writes ``hf_path``. ``megatron_path`` may be an adapter's folder. Returns what its user should know, a line each.
+    Raises UserError, and leaves nothing."""
+    given, hf_path = Path(megatron_path), Path(hf_path)
+    megatron_path, adapter_path = base_and_adapter(given, options.adapter)
+    if adapter_path is not None:
+        return _export_with_adapter(megatron_path, adapter_path, hf_path, options, given == adapter_path)
+    if options.peft:
+        raise UserError(f"--peft: {megatron_path} holds no adapter: give one with --load-adapter DIR")
+    return _export(megatron_path, hf_path, options, options.iteration)
+
+
+def _export_with_adapter(
+    base: Path, folder: Path, hf_path: Path, options: ExportOptions, is_of_adapter: bool
+) -> list[str]:
+    """``is_of_adapter``: whether ``options.iteration`` is the adapter's."""
+    of_adapter, of_base = (options.iteration, None) if is_of_adapter else (None, options.iteration)
+    model = checkpoint_folder.load_model_config(base)
+    with StoredAdapter(folder, model, of_adapter) as adapter:
+        if adapter.record.fp8_format is not None and not options.peft:
+            raise UserError(
+                f"{folder}: trained under FP8 (fp8_format {adapter.record.fp8_format}): merged weights would round "
+                "otherwise than those that it was trained beside: export it alone, with --peft"
+            )
+        with TorchDistReader(complete_iteration(base, of_base)) as reader:
+            adapter.record.require_base(folder, stored_fingerprint(reader, model), base)
+        if options.peft:
+            export_peft(adapter, model, hf_path, options.overwrite, str(options.hf_reference or base))
+            return []
+        return _export(base, hf_path, options, of_base, adapter)
+
+
+def _export(
+    megatron_path: Path,
+    hf_path: Path,
+    options: ExportOptions,
+    iteration: int | None,
+    adapter: StoredAdapter | None = None,
+) -> list[str]:
+    """Writes the weights of a checkpoint, plus what ``adapter`` adds to them."""
     if options.hf_reference is not None and not options.hf_reference.is_dir():
         raise UserError(f"--hf-reference {options.hf_reference}: no such folder")
     template, config, model = _description(megatron_path, options)
-    iteration = options.iteration
-    if iteration is None:
-        iteration = iterations.require_latest(megatron_path)
-    folder = iterations.iteration_folder(megatron_path, iteration)
-    if not (folder / "metadata.json").is_file():
-        raise UserError(f"{megatron_path}: no complete checkpoint of iteration {iteration}")
+    folder = complete_iteration(megatron_path, iteration)
     parts = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
     with TorchDistReader(folder) as reader:
         _check_keys_and_shapes(reader, parts)
@@ -99,7 +135,8 @@ def export_checkpoint(megatron_path: str | Path, hf_path: str | Path, options: E
             )
             with bar:
                 for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-                    write_shard(partial / name, shard, prefetch(_rows(reader, shard, parts, options.check_finite, bar)))
+                    rows = _rows(reader, shard, parts, options.check_finite, bar, adapter)
+                    write_shard(partial / name, shard, prefetch(rows))
             if len(shards) > 1:
                 write_index(partial, shards)
     return notes
@@ -174,15 +211,25 @@ def _source(template: Path | None, reader: TorchDistReader, parts: dict[str, lis
 
 
 def _rows(
-    reader: TorchDistReader, shard: list[Planned], parts: dict[str, list[Part]], check_finite: bool, bar: tqdm
+    reader: TorchDistReader,
+    shard: list[Planned],
+    parts: dict[str, list[Part]],
+    check_finite: bool,
+    bar: tqdm,
+    adapter: StoredAdapter | None,
 ) -> Iterator[Tensor]:
     for planned in shard:
         step = max(1, CHUNK_BYTES // (math.prod(planned.shape[1:]) * planned.dtype.itemsize))
+        merges, row = adapter is not None and adapter.changes(planned.name), 0
         for part in parts[planned.name]:
             for start in range(0, part.rows, step):
                 count = min(step, part.rows - start)
                 tensor = part.tensor
-                out = reader.rows(tensor.key, tensor.layer, part.start + start, count, planned.dtype)
+                dtype = torch.float32 if merges else planned.dtype
+                out = reader.rows(tensor.key, tensor.layer, part.start + start, count, dtype)
+                if merges:
+                    out = adapter.added(planned.name, row, out).to(planned.dtype)
+                row += count
                 if check_finite and not out.isfinite().all():
                     raise UserError(f"{reader.folder}: {planned.name} has values that are not finite")
                 yield out

@@ -18,6 +18,7 @@ import psutil
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.checkpoint import iterations
+from megatron_dtrpo.checkpoint.adapter import AdapterRecord, base_and_adapter
 from megatron_dtrpo.config.fp8 import refuse_fp8
 from megatron_dtrpo.config.rules import validate
 from megatron_dtrpo.config.settings import Config
@@ -41,6 +42,7 @@ class Source:
     config: Config
     tokenizer: Tokenizer
     replicas: int
+    adapter: Path | None = None
 
     @contextmanager
     def open(self) -> Iterator[Engine]:
@@ -48,6 +50,8 @@ class Source:
         config = self.config
         with initialize.process_groups(config.parallel, config.optimizer.seed):
             engine = Engine.load(self.folder, self.iteration, config, self.tokenizer)
+            if self.adapter is not None:
+                engine.add_adapters(self.adapter)
             for chunk in engine.chunks:
                 chunk.eval()
             yield engine
@@ -55,21 +59,27 @@ class Source:
 
 @contextmanager
 def locate_checkpoint(
-    folder: str | Path, config: Config, choose: Callable[[Config], None] = lambda config: None
+    folder: str | Path,
+    config: Config,
+    choose: Callable[[Config], None] = lambda config: None,
+    adapter: str | Path | None = None,
 ) -> Iterator[Source]:
     """Reads what lies beside the weights.
 
     Args:
-        folder: a checkpoint or run folder of this project, or a Hugging Face folder, which is converted into a
-            temporary folder first.
+        folder: a checkpoint or run folder of this project, an adapter's among them, or a Hugging Face folder, which is
+            converted into a temporary folder first.
         config: its parallel settings count; its model settings are filled in.
         choose: sets what depends on the model's settings, before they are checked.
+        adapter: the folder of an adapter of these weights.
 
     Raises:
         UserError: if there is no such checkpoint, or it does not fit the number of processes.
     """
     initialize.enable_device()
-    folder = Path(folder)
+    folder, adapter = base_and_adapter(folder, adapter)
+    if adapter is not None:
+        config.run.load, config.lora = str(folder), AdapterRecord.read(adapter).settings()
     is_huggingface = any((folder / name).is_file() for name in (CONFIG, ADAPTER))
     is_huggingface &= not (folder / iterations.TRACKER).exists()
     with _converted(folder) if is_huggingface else _as_it_is(folder) as folder:
@@ -81,7 +91,7 @@ def locate_checkpoint(
         replicas = validate(config, initialize.world_size())
         check_machine(config.parallel)
         tokenizer = load_tokenizer(folder / checkpoint_folder.TOKENIZER)
-        yield Source(folder, iteration, config, tokenizer, replicas)
+        yield Source(folder, iteration, config, tokenizer, replicas, adapter)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dtrpo.families.parameters import model_parameters
+from megatron_dtrpo.config.lora import target_names
+from megatron_dtrpo.families.parameters import adapter_parameters, model_parameters
 
 if TYPE_CHECKING:
     from megatron_dtrpo.config.settings import Config
@@ -60,7 +61,7 @@ def read_requirements(config: Config, configured: bool, nproc: int | None, gpus:
     requirements = with_processes(_of(config, configured), nproc, gpus)
     if configured:
         requirements.mistake = _mistake(config, requirements.processes)
-        requirements.checkpoint = _checkpoint_bytes(config.model)
+        requirements.checkpoint = _checkpoint_bytes(config.model, config.lora)
     return requirements
 
 
@@ -105,6 +106,7 @@ def _paths(config) -> tuple[tuple[str, str, bool], ...]:
         "tokenizer_model": data.tokenizer_model,
         "load": run.load,
         f"load (its {MODEL_CONFIG})": run.load and os.path.join(run.load, MODEL_CONFIG),
+        "load_adapter": run.load_adapter,
         "reference": run.reference,
         f"reference (its {MODEL_CONFIG})": run.reference and os.path.join(run.reference, MODEL_CONFIG),
         "reference_cache": run.reference_cache,
@@ -154,8 +156,8 @@ def _mistake(config, processes: int) -> str | None:
     return None
 
 
-def _checkpoint_bytes(model) -> int | None:
-    """Weights, fp32 main weights and Adam's two moments: 16 bytes a parameter."""
+def _checkpoint_bytes(model, lora) -> int | None:
+    """Weights, fp32 main weights and Adam's two moments: 16 bytes a parameter, of the adapters where there are any."""
     if not all((model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)):
         return None
     heads = model.num_attention_heads  # after a mistake, defaults may not have been filled in
@@ -164,4 +166,7 @@ def _checkpoint_bytes(model) -> int | None:
         num_query_groups=model.num_query_groups or heads,
         kv_channels=model.kv_channels or model.hidden_size // heads,
     )
+    if lora.lora_rank and lora.lora_target_modules:
+        layers = target_names(whole.num_layers, lora.lora_target_modules)
+        return 16 * adapter_parameters(whole, lora.lora_rank, layers, tp=1)
     return 16 * model_parameters(whole)

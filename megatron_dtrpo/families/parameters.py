@@ -6,6 +6,7 @@ model itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dtrpo.families.family import Rule
@@ -72,6 +73,21 @@ def parameter_table(model: ModelSettings) -> dict[str, Rule]:
     """The rows of the family's table that this model has, in the model's order."""
     table = family_of(model).parameters
     return {name: rule for name, rule in table.items() if name not in _CONDITIONS or _CONDITIONS[name](model)}
+
+
+def adapter_parameters(model: ModelSettings, rank: int, layers: Iterable[str], tp: int) -> int:
+    """Numbers in the low-rank adapters beside linear ``layers``, as in ``decoder.layers.0.mlp.linear_fc1``, on one of
+    ``tp`` processes."""
+    names = (f"decoder.layers.*.{layer.split('.', 3)[3]}.weight" for layer in layers)
+    return sum(_adapter_count(name, model, rank, tp) for name in names)
+
+
+def _adapter_count(name: str, model: ModelSettings, rank: int, tp: int) -> int:
+    """A matrix of the input's width for each part, and one of the output's. Tensor parallelism divides the first where
+    the layer writes to the residual stream, else the second."""
+    shape, of = SHAPES[name], sizes(model, vocabulary=0)
+    into, out = len(shape.rows) * of[shape.columns], sum(of[size] for size in shape.rows)
+    return rank * (into // tp + out if shape.rows == ("hidden",) else into + out // tp)
 
 
 def model_parameters(model: ModelSettings) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_dtrpo.config.lora import LoraSettings
 from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
 from megatron_dtrpo.model.limits import LOGIT_ROWS
 from megatron_dtrpo.planning import parameters
@@ -42,24 +43,30 @@ class Plan:
 
 def plan_stage(config: Config, data_parallel: int, stage: int) -> Plan:
     """The plan of a rank of pipeline stage ``stage`` under a validated ``config``, at its budget of tokens
-    (``seq_length``) and with all parameters trained."""
+    (``seq_length``) and with all parameters trained, or adapters alone where there are any."""
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     count = parameters.stage_parameters(model, tp, pp, stage)
     has_reference = config.objective.has_reference and config.run.reference_cache is None
+    adapted = config.lora.lora_rank is not None
+    numbers = parameters.stage_layer_numbers(model, pp, parallel.num_virtual_stages_per_pipeline_rank, stage)
+    adapters = parameters.adapters_in(model, config.lora, tp, numbers)
+    trained = adapters if adapted else count
+    # Without its adapters the model is the reference, unless another one was asked for.
+    copies = has_reference and (not adapted or config.run.reference is not None)
     shards = data_parallel * parallel.context_parallel_size
     matrices = parameters.stage_layers(model, pp) * parameters.matrix_parameters(model, tp)
     weights = weight_bytes(count, matrices, parallel)
     tokens = config.data.seq_length // parallel.context_parallel_size
     micro_batches = max(1, config.data.global_batch_size // (data_parallel * config.data.micro_batch_size))
     return Plan(
-        weights=weights,
+        weights=weights + weight_bytes(adapters, 0, parallel),
         fp8_weights=fp8_copy_bytes(matrices, parallel),
-        gradients=4 * count,
-        optimizer=optimizer_bytes(count, parallel, shards),
-        reference=weights if has_reference else 0,
-        activations=stage_activation_bytes(model, parallel, tokens, stage, micro_batches),
-        head=head_bytes(model, parallel, tokens) if stage == pp - 1 else 0,
+        gradients=4 * trained,
+        optimizer=optimizer_bytes(trained, parallel, shards),
+        reference=weights if copies else 0,
+        activations=stage_activation_bytes(model, parallel, tokens, stage, micro_batches, config.lora),
+        head=head_bytes(model, parallel, tokens, trains_head=not adapted) if stage == pp - 1 else 0,
     )
 
 
@@ -103,13 +110,33 @@ class LayerActivations:
     all layers have one copy. (Left to the machine, it is not counted on.)"""
     mlp: int
     """Gate and up as one tensor, and the activated product."""
+    adapters: int = 0
+    """What is between the two matrices of each adapter, and with dropout what is left of its input."""
 
     @property
     def total(self) -> int:
-        return self.inputs + self.norms + self.attention + self.qk_norms + self.rotary + self.mlp
+        return self.inputs + self.norms + self.attention + self.qk_norms + self.rotary + self.mlp + self.adapters
 
 
-def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> LayerActivations:
+def adapter_activation_bytes(
+    model: ModelSettings, parallel: ParallelSettings, tokens: int, lora: LoraSettings | None
+) -> int:
+    """Of a layer all of whose linear layers have an adapter: seven times its rank a token, of q, k, v, the attention's
+    output, gate, up and down. Dropout keeps what is left of an input in the input's place, but the attention's output,
+    which the attention keeps too; and for each number a byte that says whether it is left."""
+    if lora is None or lora.lora_rank is None:
+        return 0
+    width, tp = 2 if parallel.bf16 else 4, parallel.tensor_model_parallel_size
+    local = tokens // tp if parallel.sequence_parallel else tokens
+    q, _ = parameters.widths(model)
+    inputs = local * 2 * model.hidden_size + tokens * (q + model.ffn_hidden_size) // tp
+    dropout = inputs + width * tokens * q // tp if lora.lora_dropout else 0
+    return width * tokens * 7 * lora.lora_rank + dropout
+
+
+def layer_activations(
+    model: ModelSettings, parallel: ParallelSettings, tokens: int, lora: LoraSettings | None = None
+) -> LayerActivations:
     """Without recomputation, with an attention that saves its operands (FlexAttention). FP8 saves what matrix products
     read, and nothing else does, in one byte: the norms' outputs and the product in the MLP."""
     tp = parallel.tensor_model_parallel_size
@@ -125,6 +152,7 @@ def layer_activations(model: ModelSettings, parallel: ParallelSettings, tokens: 
         qk_norms=(width * tokens * (q + k) + 4 * tokens * (heads + groups)) // tp if model.qk_layernorm else 0,
         rotary=0 if parallel.apply_rope_fusion else 4 * width * tokens * model.kv_channels,
         mlp=(width * tokens * 2 * f + narrow * tokens * f) // tp,
+        adapters=adapter_activation_bytes(model, parallel, tokens, lora),
     )
 
 
@@ -138,15 +166,21 @@ def kept_bytes(layer: LayerActivations, parallel: ParallelSettings) -> int:
 
 
 def stage_activation_bytes(
-    model: ModelSettings, parallel: ParallelSettings, tokens: int, stage: int, micro_batches: int
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    tokens: int,
+    stage: int,
+    micro_batches: int,
+    lora: LoraSettings | None = None,
 ) -> int:
     """Peak over a step: what all micro-batches in flight keep, and one layer (or recomputed chunk) in its backward pass
     with as much again for the gradients of its widest part, and the gradient of its largest weight."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     per_chunk = parameters.stage_layers(model, pp) // virtual
-    layer = layer_activations(model, parallel, tokens)
+    layer = layer_activations(model, parallel, tokens, lora)
     in_flight = chunks_in_flight(pp, virtual, stage, micro_batches)
-    working = layer.mlp + largest_weight_gradient(model, parallel)
+    frozen = lora is not None and lora.lora_rank is not None
+    working = layer.mlp + (0 if frozen else largest_weight_gradient(model, parallel))
     if parallel.recompute_granularity != "full":
         if kept_bytes(layer, parallel) < layer.total:
             working += layer.mlp  # the recomputed one
@@ -183,7 +217,7 @@ def chunks_in_flight(pp: int, virtual: int, stage: int, micro_batches: int) -> i
     return min(2 * (pp - stage - 1) + (virtual - 1) * pp + 1, virtual * micro_batches)
 
 
-def head_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) -> int:
+def head_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int, trains_head: bool = True) -> int:
     """Peak of the head: the gathered hidden states and the rows read from them, and the larger of two moments on R =
     min(t, LOGIT_ROWS) target rows (more are cut into chunks and recomputed). Going forward there are logits, their fp32
     copy, fp32 probabilities and their copy that is kept; going backward the gradient of the logits and that of the
@@ -192,7 +226,7 @@ def head_bytes(model: ModelSettings, parallel: ParallelSettings, tokens: int) ->
     width = 2 if parallel.bf16 else 4
     rows = min(tokens, LOGIT_ROWS)
     logits = rows * model.padded_vocab_size // parallel.tensor_model_parallel_size
-    gradient = width * parameters.vocabulary_parameters(model, parallel.tensor_model_parallel_size)
+    gradient = width * parameters.vocabulary_parameters(model, parallel.tensor_model_parallel_size) * trains_head
     earlier = gradient if tokens > LOGIT_ROWS else 0
     forward = logits * (2 + 4 + 4 + 2 if parallel.bf16 else 4 + 4)
     return 2 * width * tokens * model.hidden_size + earlier + max(forward, width * logits + gradient)

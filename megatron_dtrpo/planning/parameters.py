@@ -5,11 +5,15 @@ TP is the tensor-parallel size, PP the pipeline size. Counts are exact: a test c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from megatron_dtrpo.config.lora import LoraSettings, target_names
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.families.parameters import (
     EMBEDDING,
     HEAD,
     SHAPES,
+    adapter_parameters,
     count,
     in_layer,
     parameter_table,
@@ -44,6 +48,21 @@ def vocabulary_parameters(model: ModelSettings, tp: int) -> int:
 
 def stage_layers(model: ModelSettings, pp: int) -> int:
     return model.num_layers // pp
+
+
+def stage_layer_numbers(model: ModelSettings, pp: int, virtual: int, stage: int) -> list[int]:
+    """The layers of a pipeline stage, all its virtual ones together."""
+    each = stage_layers(model, pp) // virtual
+    return [(part * pp + stage) * each + n for part in range(virtual) for n in range(each)]
+
+
+def adapters_in(model: ModelSettings, lora: LoraSettings, tp: int, numbers: Iterable[int]) -> int:
+    """Of the adapters in the layers of these ``numbers`` on one rank; 0 without adapters."""
+    if lora.lora_rank is None:
+        return 0
+    here = set(numbers)
+    targets = target_names(model.num_layers, lora.lora_target_modules)
+    return adapter_parameters(model, lora.lora_rank, (name for name in targets if int(name.split(".")[2]) in here), tp)
 
 
 def stage_parameters(model: ModelSettings, tp: int, pp: int, stage: int) -> int:

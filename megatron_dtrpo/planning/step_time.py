@@ -77,7 +77,9 @@ def step_time(config: Config, data_parallel: int) -> StepTime:
     )
     micro_batches = micro_batches_of_step(config, data_parallel)
     has_reference = config.objective.has_reference and config.run.reference_cache is None
-    passes = 3 + has_reference + recomputed_share(model, parallel)
+    adapted = config.lora.lora_rank is not None
+    # A backward pass counts twice, for the gradients of inputs and of weights. Frozen weights have none.
+    passes = (2 if adapted else 3) + has_reference + recomputed_share(model, parallel)
     tokens = data.seq_length // cp
     rate = PEAK_FLOPS * REACHED * (FP8_GAIN if parallel.fp8_format else 1) * tokens / (tokens + FULL_TOKENS)
     flops = forward_flops(model, data.seq_length, seen_share(config))
@@ -94,7 +96,10 @@ def step_time(config: Config, data_parallel: int) -> StepTime:
     messages = micro_batches * layers * (passes - 1)
     context = messages * (keys * (cp - 1) / cp / _rate(tp * cp) + LATENCY) if cp > 1 else 0.0
     # fp32 gradients are added up, and bf16 weights gathered.
-    count = max(parameters.stage_parameters(model, tp, pp, stage) for stage in (0, pp - 1))
+    if adapted:
+        count = parameters.adapters_in(model, config.lora, tp, range(model.num_layers)) // pp
+    else:
+        count = max(parameters.stage_parameters(model, tp, pp, stage) for stage in (0, pp - 1))
     ranks = data_parallel * cp
     exchange = 6 * count * (ranks - 1) / ranks
     return StepTime(

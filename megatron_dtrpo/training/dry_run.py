@@ -14,6 +14,7 @@ from megatron_dtrpo.config.rules import validate, validate_training
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.model.initialization import global_parameter_names
+from megatron_dtrpo.model.lora import add_adapters
 from megatron_dtrpo.model.provider import build_chunks, transformer_config
 from megatron_dtrpo.planning.layouts import fits_in, stage_plans
 from megatron_dtrpo.planning.memory import GIB
@@ -78,10 +79,14 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
             simulated_rank.without_memory(),
         ):
             chunks = build_chunks(model, here_buildable)
+            if config.lora.lora_rank is not None:
+                add_adapters(chunks, config.lora)
             names = [name for chunk in chunks for name in global_parameter_names(chunk)]
             layers = sorted({int(name.split(".")[2]) + 1 for name in names if name.startswith("decoder.layers.")})
-            count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-        lines.append(f"stage {stage}: layers {_ranges(layers)}, {count:,} parameters per rank")
+            own = [parameter for chunk in chunks for parameter in chunk.parameters()]
+            count, trained = (sum(p.numel() for p in own if p.requires_grad >= only) for only in (False, True))
+        adapters = f", {trained:,} of them adapters" if config.lora.lora_rank is not None else ""
+        lines.append(f"stage {stage}: layers {_ranges(layers)}, {count:,} parameters per rank{adapters}")
     multiple = token_multiple(parallel)
     if parallel.fp8_format is not None:
         lines.append(
@@ -91,6 +96,8 @@ def _report(config: Config, data_parallel: int, world_size: int, gpu_memory: flo
     if config.run.reference is not None:
         kept = "its scores are read from the cache" if config.run.reference_cache else "a copy of its weights is kept"
         lines.append(f"reference: {config.run.reference}: {kept}")
+    elif config.lora.lora_rank is not None and config.objective.has_reference:
+        lines.append("reference: the model without its adapters: nothing is kept")
     plans = stage_plans(config, data_parallel)
     most = max(plan.total for plan in plans)
     verdict = "fits" if fits_in(plans, int(gpu_memory * GIB)) else "does not fit"

@@ -48,6 +48,11 @@ def _check_company(config: Config) -> None:
         f"lora_rank with model_class {parallel.model_class} was never tried: leave one of the two out",
     )
     _demand(
+        config.rounds.rounds is None,
+        "rounds with lora_rank: a round starts from the weights of the one before, and an adapter's run has none: give "
+        "rounds one by one, with pairs and train --load-adapter",
+    )
+    _demand(
         not parallel.fp8_param_gather,
         "fp8_param_gather with lora_rank: frozen weights are never gathered: leave it out",
     )

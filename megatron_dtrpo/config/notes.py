@@ -13,7 +13,8 @@ _OF_RATIOS = ("clip", "clip_low", "clip_high")
 
 def notes(config: Config) -> list[str]:
     """Lines about a validated configuration."""
-    return [line for line in (_steps_per_block(config), _ratios(config)) if line is not None]
+    lines = (_steps_per_block(config), _ratios(config), _adapter(config))
+    return [line for line in lines if line is not None]
 
 
 def _steps_per_block(config: Config) -> str | None:
@@ -30,3 +31,10 @@ def _ratios(config: Config) -> str | None:
     if not given:
         return None
     return f"note: updates_per_rollout 1: every ratio is 1, and {', '.join(given)} changes nothing"
+
+
+def _adapter(config: Config) -> str | None:
+    run = config.run
+    if run.load_adapter is None or run.reference is not None or not config.objective.has_reference:
+        return None
+    return f"note: the reference is {run.load} without the adapter {run.load_adapter}: the first rewards are not 0"

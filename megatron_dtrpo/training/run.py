@@ -149,11 +149,6 @@ class Run:
             return
         origin = f"resuming from iteration {resume_from}" if resume_from is not None else "starting"
         self.log.say(f"{origin}: {self.data_record['usable_examples']} examples, {self.train_iters} {self.unit}")
-        run = self.config.run
-        if run.load_adapter is not None and self.objective.reads_reference and run.reference is None:
-            self.log.say(
-                f"note: the reference is {run.load} without the adapter {run.load_adapter}: the first rewards are not 0"
-            )
         if changes and resume_from is not None:
             self.log.say(f"changed since this run's last start: {', '.join(changes)}")
         if self.iteration >= self.train_iters:

@@ -7,7 +7,7 @@ fills the key/value cache for good, and its last row predicts the next block's f
 `Decoding.next_pass` says what the model is to compute, `Decoding.update` takes the predictions. Positions are
 absolute, the prompt is ``0 .. P-1``; the prediction of position p is read from the row of p - 1. In a model of
 prediction shift 0 it is read from the row of p itself: a block's first token is masked as the others are, and the clean
-pass fills the cache and predicts nothing.
+pass fills the cache and predicts nothing. It is then no pass of its own: the next block's first pass takes it along.
 
 Under full attention the whole response is one block, whose sub-blocks begin with its first token; every pass is over
 the prompt and all of it. An end token ends nothing there: the model saw what stands behind it, and it is kept.
@@ -33,12 +33,14 @@ from megatron_dtrpo.diffusion.sampling import PLACES, SHARES, choose
 
 class Pass(NamedTuple):
     """One sequence's share of a forward pass: ``tokens`` at positions ``start, start + 1, ...``, whole blocks or a part
-    of one; predictions are read from ``rows`` of it. Keys and values of positions before ``visible`` are seen."""
+    of one; predictions are read from ``rows`` of it. Keys and values of positions before ``visible`` are seen; by the
+    first ``clean`` tokens, a finished block before the one that is written, only those up to their own last one."""
 
     start: int
     tokens: Sequence[int]
     rows: Sequence[int]
     visible: int
+    clean: int = 0
 
 
 class Discarded(NamedTuple):
@@ -131,14 +133,24 @@ class Decoding:
 
     def next_pass(self) -> Pass:
         """What is to be computed next; only while not `finished`."""
-        if self._clean_start is not None:
+        clean = 0
+        if self._is_clean_pass():
             extent, visible = range(self._clean_start, self.block), self.block
             # Its last row predicts the block's first token, if any, unless the prompt holds it.
             self._asked = [self.block] if self.shift and self.block >= self.prompt_length else []
         else:
             extent, visible = self._noisy_extent(), self.block + self.block_size
+            if self._clean_start is not None:
+                clean, extent = self.block - self._clean_start, range(self._clean_start, extent.stop)
         rows = [position - self.shift - extent.start for position in self._asked]
-        return Pass(extent.start, self.tokens[extent.start : extent.stop], rows, visible)
+        return Pass(extent.start, self.tokens[extent.start : extent.stop], rows, visible, clean)
+
+    def _is_clean_pass(self) -> bool:
+        """Whether the next pass is over clean tokens alone. One finished block that predicts nothing goes along with
+        the first pass over the next one."""
+        if self._clean_start is None:
+            return False
+        return bool(self.shift) or self.block - self._clean_start > self.block_size
 
     def _noisy_extent(self) -> range:
         """Positions of the next noisy pass; what it asks for is the rest of one sub-block."""
@@ -172,8 +184,8 @@ class Decoding:
         """Takes the predictions that the last pass was asked for: token ids, confidences ``[len(rows)]`` and what sorts
         them ``[len(rows)]``, the larger the surer; default: their confidences."""
         self.passes += 1
-        if self._clean_start is not None:
-            self._clean_start = None
+        is_clean, self._clean_start = self._is_clean_pass(), None
+        if is_clean:
             accepted = [True] * len(tokens)
         else:
             accepted = self._accepted(confidence, confidence if rank is None else rank).tolist()

@@ -10,15 +10,17 @@ Legend: s packed tokens of a pass, n slots in it, q tokens per slot, L the longe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dtrpo.config.backends import BACKENDS
+from megatron_dtrpo.diffusion.decoding import Pass
 from megatron_dtrpo.diffusion.layout import CLEAN, PADDING_DOCUMENT, Coordinates
 from megatron_dtrpo.model.attention import PackedAttention, plan_attention
 from megatron_dtrpo.rounding import round_up
@@ -85,17 +87,29 @@ class PrefillAttention(CachedAttention):
         return BACKENDS[self.backend].attend(query, key, value, self.plan, scale)[:count]
 
 
+class Part(NamedTuple):
+    """Passes of one form: their ``rows`` of the packed tokens, their ``slots``, and the ``longest`` visible length.
+    ``mask``: additive, fp32 ``[n, 1, 1 or q times query heads of a group, L]``, or None where all see all of it."""
+
+    rows: slice
+    slots: slice | Tensor
+    longest: int
+    mask: Tensor | None
+
+
 @dataclass
 class BlockAttention(CachedAttention):
-    """Attention of ``q`` tokens in each of n slots over everything its slot holds before a length, its own tokens among
-    it: a block sees itself whole. ``mask`` is additive, fp32 ``[n, 1, 1, L]``, or None where all lengths agree."""
+    """Attention of tokens in slots over what their slot holds before a length, their own among it: a block sees itself
+    whole."""
 
-    slots: slice | Tensor | None = None
-    longest: int = 0
-    mask: Tensor | None = None
+    parts: Sequence[Part] = ()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
-        keys, values = self.cache.read(layer, self.slots, self.longest)
+        found = [self._attend_part(part, query[part.rows], scale, layer) for part in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _attend_part(self, part: Part, query: Tensor, scale: float, layer: int) -> Tensor:
+        keys, values = self.cache.read(layer, part.slots, part.longest)
         n, groups, _, width = keys.shape
         heads = query.shape[1] // groups
         # A group's query heads see the same keys: they become more queries, and no key is repeated.
@@ -105,7 +119,7 @@ class BlockAttention(CachedAttention):
             q.reshape(n, groups, heads * count, width),
             keys,
             values,
-            attn_mask=None if self.mask is None else self.mask.to(query.dtype),
+            attn_mask=None if part.mask is None else part.mask.to(query.dtype),
             scale=scale,
         )
         return out.view(n, groups, heads, count, width).permute(0, 3, 1, 2, 4).reshape(query.shape)
@@ -151,31 +165,48 @@ def whole_attention(
     return PrefillAttention(backend=backend, plan=plan, cache=cache, slot=slot, position=position, padding=padding)
 
 
+def form(one: Pass) -> tuple[int, int]:
+    """What passes agree in that are attended together: their tokens, and how many of them are clean."""
+    return len(one.tokens), one.clean
+
+
 def block_attention(
     cache: KeyValueCache,
+    passes: Sequence[Pass],
     slots: Sequence[int],
-    visible: Sequence[int],
-    sent: Sequence[Tensor],
+    sent: tuple[Tensor, Tensor],
     slot: Tensor,
     position: Tensor,
+    heads: int,
 ) -> BlockAttention:
-    """For as many tokens in each slot, which see the positions of their slot before ``visible``.
+    """For passes over blocks, those of one `form` side by side.
 
     Args:
-        sent: ``slots`` and ``visible`` again, int64 ``[n]`` each on the device.
+        slots: of each pass.
+        sent: ``slots`` and what each pass sees, int64 ``[n]`` each on the device.
         slot, position: int64 ``[s]`` of every token, on the device.
+        heads: query heads of a group.
     """
-    longest, mask = max(visible), None
-    if min(visible) != longest:
-        hidden = torch.arange(longest, device=slot.device) >= sent[1].unsqueeze(1)
-        mask = torch.zeros(hidden.shape, device=slot.device).masked_fill(hidden, -torch.inf)[:, None, None, :]
-    contiguous = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-    return BlockAttention(
-        backend="cached",
-        cache=cache,
-        slot=slot,
-        position=position,
-        slots=slice(slots[0], slots[0] + len(slots)) if contiguous else sent[0],
-        longest=longest,
-        mask=mask,
-    )
+    parts, first, start = [], 0, 0
+    for (length, clean), some in itertools.groupby(passes, key=form):
+        visible = [one.visible for one in some]
+        here, stop = slice(first, first + len(visible)), start + length * len(visible)
+        numbers = slots[here]
+        contiguous = list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
+        which = slice(numbers[0], numbers[0] + len(numbers)) if contiguous else sent[0][here]
+        mask = None
+        if clean or min(visible) != max(visible):
+            mask = _mask(sent[1][here], max(visible), length, clean, heads)
+        parts.append(Part(slice(start, stop), which, max(visible), mask))
+        first, start = here.stop, stop
+    return BlockAttention(backend="cached", cache=cache, slot=slot, position=position, parts=parts)
+
+
+def _mask(visible: Tensor, longest: int, length: int, clean: int, heads: int) -> Tensor:
+    """Of passes of one form, see `Part`. ``visible``: int64 ``[n]``."""
+    seen = visible.view(-1, 1, 1, 1)
+    if clean:
+        is_clean = torch.arange(length, device=visible.device) < clean
+        seen = (seen - is_clean.view(-1, 1) * (length - clean)).repeat(1, 1, heads, 1)
+    hidden = torch.arange(longest, device=visible.device) >= seen
+    return torch.zeros(hidden.shape, device=visible.device).masked_fill(hidden, -torch.inf)

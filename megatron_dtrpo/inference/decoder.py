@@ -21,7 +21,13 @@ from megatron_dtrpo.data.tokenizer import NO_MASK, Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
 from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.families.registry import family_of
-from megatron_dtrpo.inference.cache import KeyValueCache, block_attention, prefill_attention, whole_attention
+from megatron_dtrpo.inference.cache import (
+    KeyValueCache,
+    block_attention,
+    form,
+    prefill_attention,
+    whole_attention,
+)
 from megatron_dtrpo.inference.predictor import Predictor
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.chunks import chunks_of
@@ -154,7 +160,7 @@ class BlockDecoder:
         return round_up(longest, grain(self.block_size))
 
     def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor, keeps: bool) -> None:
-        """One pass of every active sequence; sequences whose passes have the same form share a call of the model.
+        """One pass of every active sequence; all passes over blocks share a call of the model.
         ``keeps``: a pass over the whole under full attention fills the cache."""
         passes = [slot.decoding.next_pass() for slot in active]
         for numbers in self._groups(passes):
@@ -179,9 +185,9 @@ class BlockDecoder:
         keeps: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the model proposes for the passes of ``group``, which are in ``slots`` of the cache."""
-        lengths, visible = [len(one.tokens) for one in group], [one.visible for one in group]
+        lengths = [len(one.tokens) for one in group]
         offsets = torch.tensor([0] + lengths).cumsum(0).tolist()
-        tokens, position, rows, slot, *each, uniform = send_together(
+        tokens, position, rows, slot, slots_here, visible, uniform = send_together(
             [
                 torch.tensor([token for one in group for token in one.tokens]),
                 torch.cat([torch.arange(one.start, one.start + len(one.tokens)) for one in group]),
@@ -191,14 +197,15 @@ class BlockDecoder:
                 ),
                 torch.tensor(slots).repeat_interleave(torch.tensor(lengths)),
                 torch.tensor(slots),
-                torch.tensor(visible),
+                torch.tensor([one.visible for one in group]),
                 uniform,
             ],
             self.device,
         )
         width = attention_width(self.config)
         if not self._is_long(group[0]):
-            attention = block_attention(cache, slots, visible, each, slot, position)
+            heads = self.config.num_attention_heads // self.config.num_query_groups
+            attention = block_attention(cache, group, slots, (slots_here, visible), slot, position, heads)
         elif self.block_size != FULL:
             attention = prefill_attention(cache, slot, position, self.block_size, width, self.backend)
         else:
@@ -210,17 +217,17 @@ class BlockDecoder:
 
     def _is_long(self, one: Pass) -> bool:
         """Whether it attends what it computes itself, and nothing of the cache: several blocks, or all there is."""
-        return one.start == 0 and len(one.tokens) > self.block_size
+        return one.start == 0 and len(one.tokens) > self.block_size and not one.clean
 
     def _groups(self, passes: Sequence[Pass]) -> Iterator[list[int]]:
-        """Which passes share a call: those over one block or as many tokens of one, and long ones up to a budget."""
-        by_length: dict[int, list[int]] = {}
+        """Which passes share a call: long ones up to a budget, and all over blocks, those of one form side by side."""
+        short: list[int] = []
         long: list[int] = []
         total = 0
         for number, one in enumerate(passes):
             length = len(one.tokens)
             if not self._is_long(one):
-                by_length.setdefault(length, []).append(number)
+                short.append(number)
                 continue
             if long and total + length > PREFILL_TOKENS:
                 yield long
@@ -229,7 +236,8 @@ class BlockDecoder:
             total += length
         if long:
             yield long
-        yield from by_length.values()
+        if short:
+            yield sorted(short, key=lambda number: form(passes[number]))
 
 
 def make_decoder(

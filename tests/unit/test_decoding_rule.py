@@ -14,7 +14,7 @@ from megatron_dtrpo.diffusion.decoding import Decoding
 MASK, END = 99, 98
 
 
-def decoding(prompt_length: int, block_size: int = 4, max_positions: int = 1000, **options) -> Decoding:
+def decoding(prompt_length: int, block_size: int = 4, max_positions: int = 1000, shift: int = 1, **options) -> Decoding:
     options = {"max_new_tokens": 10, "threshold": 0.9, "small_block_size": 2} | options
     return Decoding(
         list(range(prompt_length)),
@@ -23,6 +23,7 @@ def decoding(prompt_length: int, block_size: int = 4, max_positions: int = 1000,
         mask_id=MASK,
         end_ids=frozenset([END]),
         max_positions=max_positions,
+        shift=shift,
     )
 
 
@@ -32,33 +33,48 @@ def give(state: Decoding, *answers: tuple[int, float]) -> None:
 
 def test_short_prompt_starts_in_its_own_block():
     state = decoding(1)
-    assert state.next_pass() == (0, [0, MASK, MASK, MASK], [0], 4)
+    assert state.next_pass()[:4] == (0, [0, MASK, MASK, MASK], [0], 4)
     give(state, (7, 0.3))
-    assert state.next_pass() == (0, [0, 7, MASK, MASK], [1, 2], 4)
+    assert state.next_pass()[:4] == (0, [0, 7, MASK, MASK], [1, 2], 4)
     give(state, (8, 0.95), (9, 0.91))  # both above the threshold
-    assert state.next_pass() == (0, [0, 7, 8, 9], [3], 4)  # the clean pass, and the next block's first token
+    assert state.next_pass()[:4] == (0, [0, 7, 8, 9], [3], 4)  # the clean pass, and the next block's first token
     give(state, (10, 0.2))
-    assert state.next_pass() == (4, [10, MASK, MASK, MASK], [0], 8)
+    assert state.next_pass()[:4] == (4, [10, MASK, MASK, MASK], [0], 8)
     assert state.steps[1:5] == [0, 1, 1, 2]
 
 
 def test_full_prompt_blocks_are_cached_first():
     state = decoding(8)
-    assert state.next_pass() == (0, list(range(8)), [7], 8)
+    assert state.next_pass()[:4] == (0, list(range(8)), [7], 8)
     give(state, (20, 0.5))
-    assert state.next_pass() == (8, [20, MASK, MASK, MASK], [0], 12)
+    assert state.next_pass()[:4] == (8, [20, MASK, MASK, MASK], [0], 12)
     state = decoding(6)
-    assert state.next_pass() == (0, [0, 1, 2, 3], [], 4)  # the straddling block's first token is the prompt's
+    assert state.next_pass()[:4] == (0, [0, 1, 2, 3], [], 4)  # the straddling block's first token is the prompt's
     state.update([], torch.empty(0))
-    assert state.next_pass() == (4, [4, 5, MASK, MASK], [1, 2], 8)
+    assert state.next_pass()[:4] == (4, [4, 5, MASK, MASK], [1, 2], 8)
+
+
+def test_a_clean_block_that_predicts_nothing_goes_along_with_the_next_block():
+    state = decoding(3, shift=0, small_block_size=4)
+    assert state.next_pass() == (0, [0, 1, 2, MASK], [3], 4, 0)
+    give(state, (7, 0.3))
+    assert state.finished_blocks() == [7]  # and it may be stopped here
+    assert state.next_pass() == (0, [0, 1, 2, 7, MASK, MASK, MASK, MASK], [4, 5, 6, 7], 8, 4)
+    give(state, (8, 0.95), (9, 0.3), (9, 0.3), (9, 0.3))
+    assert state.next_pass() == (4, [8, MASK, MASK, MASK], [1, 2, 3], 8, 0)
+    assert state.steps[3:5] == [0, 1] and state.passes == 2
+    state = decoding(9, shift=0)  # several blocks of a prompt are a pass of their own
+    assert state.next_pass() == (0, list(range(8)), [], 8, 0)
+    state.update([], torch.empty(0))
+    assert state.next_pass() == (8, [8, MASK, MASK, MASK], [1], 12, 0)
 
 
 def test_the_end_token_ends_and_what_follows_is_masked_again():
     state = decoding(1, small_block_size=4)
-    assert state.next_pass() == (0, [0, MASK, MASK, MASK], [0, 1, 2], 4)
+    assert state.next_pass()[:4] == (0, [0, MASK, MASK, MASK], [0, 1, 2], 4)
     give(state, (5, 0.1), (END, 0.95), (6, 0.99))
     assert not state.finished
-    assert state.next_pass() == (0, [0, MASK, END, MASK], [0], 4)
+    assert state.next_pass()[:4] == (0, [0, MASK, END, MASK], [0], 4)
     give(state, (5, 0.1))
     assert state.finished
     done = state.completion()
@@ -131,6 +147,7 @@ def test_any_answers_lead_to_a_whole_response():
             threshold=rng.random() if "threshold" in reads else None,
             denoising_steps=rng.choice((None, 1, 3, 20)) if "denoising_steps" in reads else None,
             sub_block_cache=rng.choice((None, "prefix", "dual")),
+            shift=rng.choice((0, 1)),
         )
         while not state.finished:
             one = state.next_pass()

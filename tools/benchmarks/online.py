@@ -95,7 +95,7 @@ def _benchmark(argv: list[str]) -> None:
         data = _data(arguments)
         if arguments.peak_memory_of:
             run = Training(arguments, arguments.models[0], data).contenders()[arguments.peak_memory_of].run
-            print(peak_resident_bytes(lambda: [run() for _ in range(2)]))
+            print(peak_resident_bytes(run))
             return
         record = {name: _measure(arguments, argv, name, data) for name in arguments.models}
     finally:

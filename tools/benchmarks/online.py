@@ -418,7 +418,9 @@ def _time(contenders: dict[str, Contender], repetitions: int) -> dict[str, dict]
             seconds[name].append(time.perf_counter() - started)
             processor[name].append(time.process_time() - used)
             tokens[name] = contender.tokens()
-        taken = ", ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds.items())
+        taken = ", ".join(
+            f"{name} {each[-1]:.2f} s ({processor[name][-1]:.2f} of the processor)" for name, each in seconds.items()
+        )
         print(f"round {repetition + 1} of {repetitions}: {taken}", file=sys.stderr)
     return {
         name: {

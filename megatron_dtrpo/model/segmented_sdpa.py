@@ -120,7 +120,8 @@ def _anywhere(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     folded = q.reshape(1, k.shape[1], -1, q.shape[3])
     if mask is not None:
         mask = mask.repeat(folded.shape[2] // q.shape[2], 1)
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape), q.new_empty(0)
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(q.shape), q.new_empty(0)
 
 
 def _backward_anywhere(grad, q, k, v, out, nothing, mask, scale) -> tuple[Tensor, ...]:

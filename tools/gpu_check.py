@@ -52,6 +52,7 @@ PARTS = {
     "flex": Part("attention", "compare", 120),
     "overlap": Part("commands", "overlap", 200),
     "fp32": Part("commands", "same_on_cpu", 200),
+    "lora": Part("commands", "lora", 150),
     "online": Part("commands", "online", 150),
     "layers": Part("commands", "layers", 170),
     "fp8": Part("commands", "fp8", 150),

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 TOOL = REPOSITORY / "tools" / "gpu_check.py"
-PARTS = ["doctor", "flex", "overlap", "fp32", "online", "layers", "fp8", "memory", "profile", "decoding"]
+PARTS = ["doctor", "flex", "overlap", "fp32", "lora", "online", "layers", "fp8", "memory", "profile", "decoding"]
 
 
 def test_a_cpu_runs_what_needs_no_gpu(tmp_path):

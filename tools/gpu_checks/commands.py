@@ -61,8 +61,9 @@ def same_on_cpu(size: Size, folder: Path) -> Result:
     for name, on_cpu in (("gpu", False), ("cpu", True)):
         rows = _train(settings | {"save": folder / f"run_{name}"}, folder, on_cpu)
         losses[name] = [row["loss"] for row in rows]
-    worst = max(abs(a - b) for a, b in zip(losses["gpu"], losses["cpu"], strict=True))
-    return verdict(worst < 1e-5, f"losses of 5 steps differ by at most {worst:.1e} (allowed 1e-5)", **losses)
+    # A loss of some nats is beta times a difference of sums of some hundred; Adam's first steps keep rounding's signs.
+    worst = max(abs(a - b) / max(a, 1) for a, b in zip(losses["gpu"], losses["cpu"], strict=True))
+    return verdict(worst < 1e-4, f"losses of 5 steps differ by at most {worst:.1e}, relative (allowed 1e-4)", **losses)
 
 
 def fp8(size: Size, folder: Path) -> Result:
@@ -73,6 +74,22 @@ def fp8(size: Size, folder: Path) -> Result:
     losses = [row["loss"] for row in rows]
     return verdict(
         abs(losses[0] - LN2) < 1e-12, f"loss {losses[0]:.15f} at step 1, {losses[-1]:.4f} at 3", losses=losses
+    )
+
+
+def lora(size: Size, folder: Path) -> Result:
+    """Low-rank adapters: without them the model is its reference, so that the first step is ln 2 exactly."""
+    settings, base = _settings(size, folder) | OVERLAPPED, folder / "base"
+    _train(settings | {"train_iters": 1, "save": base}, folder)
+    settings |= {"load": base, "lora_rank": 8, "lr": 1e-3, "train_iters": 3}
+    losses = [row["loss"] for row in _train(settings, folder)]
+    return verdict(
+        abs(losses[0] - LN2) < 1e-12
+        and len(losses) == 3
+        and all(map(math.isfinite, losses))
+        and losses[2] != losses[0],
+        f"loss {losses[0]:.15f} at step 1, {losses[1]:.4f} at 2, {losses[2]:.4f} at 3",
+        losses=losses,
     )
 
 

@@ -9,8 +9,10 @@ import torch
 
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.checkpoint import iterations
+from megatron_dtrpo.checkpoint.adapter import is_adapter_folder
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
+from megatron_dtrpo.conversion.adapters import StoredAdapter
 from megatron_dtrpo.conversion.dtypes import dtype_name
 from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config
 from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
@@ -38,6 +40,8 @@ def inspect(folder: str | Path) -> dict[str, str]:
 def _megatron(folder: Path) -> dict[str, str]:
     model = checkpoint_folder.load_model_config(folder)
     iteration = iterations.require_latest(folder)
+    if is_adapter_folder(folder):
+        return _adapter(folder, model, iteration)
     expected = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
     keys = {part.tensor.key: part.tensor for parts in expected.values() for part in parts}
     with TorchDistReader(iterations.iteration_folder(folder, iteration)) as reader:
@@ -49,6 +53,20 @@ def _megatron(folder: Path) -> dict[str, str]:
         "architecture": name,
         **_model_lines(model, mapping.count_parameters(expected), dtypes),
         "mask token": _mask_token(lambda: load_tokenizer(folder / checkpoint_folder.TOKENIZER)),
+        "iteration": str(iteration),
+    }
+
+
+def _adapter(folder: Path, model: ModelSettings, iteration: int) -> dict[str, str]:
+    with StoredAdapter(folder, model) as adapter:
+        record, parts = adapter.record, adapter.parts
+        dtypes = {adapter.reader.dtype(own[0].tensor.key, own[0].tensor.layer) for own in parts.values()}
+    return {
+        "kind": "Megatron torch_dist, an adapter (LoRA)",
+        "parameters": f"{mapping.count_parameters(parts):,}",
+        "adapter": f"rank {record.lora_rank}, scale {record.scale:g}, of {' '.join(record.lora_target_modules)}",
+        "weights": f"{record.base} (fingerprint {record.base_fingerprint[:12]})",
+        "dtype": ", ".join(sorted(map(dtype_name, dtypes))),
         "iteration": str(iteration),
     }
 

@@ -20,7 +20,7 @@ from megatron_dtrpo.files import partial_name, publish_folder
 
 _MARKER = ".conversion-in-progress"
 # Patterns of files that together say that a folder is a checkpoint, which --overwrite may replace.
-_CHECKPOINTS = (("config.json", "*.safetensors"), (MODEL_CONFIG, TRACKER))
+_CHECKPOINTS = (("config.json", "*.safetensors"), ("adapter_config.json", "*.safetensors"), (MODEL_CONFIG, TRACKER))
 
 
 @contextlib.contextmanager

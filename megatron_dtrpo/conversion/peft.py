@@ -117,7 +117,7 @@ def import_peft(hf_path: Path, megatron_path: Path, base: Path, overwrite: bool 
             lora_dropout=float(config.get("lora_dropout") or 0.0),
             lora_target_modules=common_targets(beside, model),
             use_rslora=bool(config.get("use_rslora")),
-            base=str(base),
+            base=str(base.resolve()),
             base_fingerprint=fingerprint,
         )
         with output_folder(megatron_path, overwrite, hf_path) as partial:

@@ -54,6 +54,7 @@ def write_run_folder(config: Config, tokenizer: Tokenizer, base: str | None) -> 
     if base is not None:
         own = dataclasses.asdict(config.lora)
         fp8_format = config.parallel.fp8_format
-        AdapterRecord(**own, base=config.run.load, base_fingerprint=base, fp8_format=fp8_format).write(folder)
+        where = str(Path(config.run.load).resolve())
+        AdapterRecord(**own, base=where, base_fingerprint=base, fp8_format=fp8_format).write(folder)
     write_atomically(record, yaml.safe_dump(config.to_flat(), sort_keys=False))
     return changes

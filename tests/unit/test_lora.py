@@ -357,3 +357,24 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError) as error:
         validate(config_of(**changes), 1)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_reference_of_its_own_is_kept_beside_adapters(alone):
+    """Its values where they differ, and none for the adapters."""
+    from megatron_dtrpo.model.initialization import global_parameter_names
+    from megatron_dtrpo.model.lora import add_adapters, without_adapters
+    from megatron_dtrpo.training.reference import ReferencePolicy
+
+    model, other = build(oracles.qwen2()), build(oracles.qwen2())
+    name, sequence = "decoder.layers.1.mlp.linear_fc1.weight", packed()
+    with torch.no_grad():
+        global_parameter_names(other)[name][3] += 0.5
+    expected = our_log_probs(other, sequence)
+    add_adapters([model], LORA)
+    give(model, ours_from_peft(random_adapter()))
+    before = our_log_probs(model, sequence)
+    reference = ReferencePolicy([model], [other])
+    assert [p for p, _ in reference.frozen] == [global_parameter_names(model)[name]]
+    with reference.in_place_of_policy(), without_adapters([model]):
+        assert torch.equal(our_log_probs(model, sequence), expected)
+    assert torch.equal(our_log_probs(model, sequence), before)

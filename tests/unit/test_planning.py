@@ -434,3 +434,16 @@ def test_states_of_a_run_that_trains_adapters_are_as_large_as_their_tensors():
         main = sum(p.nbytes for group in inner.param_groups for p in group["params"])
         moments = sum(t.nbytes for state in inner.state.values() for t in state.values() if torch.is_tensor(t))
         assert plan.optimizer == main + moments
+
+
+def test_seven_billion_with_adapters_fit_on_one_gpu_of_80_gib():
+    """The example; not on one of 24, as docs/lora.md says, and all of its weights do not fit on one."""
+    config = seven_billion("lora_7b")
+    (best,) = layouts(config, 1, 80 * GIB)
+    assert best.fits and best.recomputation == "none" and best.worst.reference == 0
+    config.data.seq_length, config.data.micro_batch_size = 2048, 1
+    (small,) = layouts(config, 1, 24 * GIB)
+    assert not small.fits and small.recomputation == "full" and small.worst.total < 25 * GIB
+    config.lora = LoraSettings()
+    (whole,) = layouts(config, 1, 80 * GIB)
+    assert not whole.fits and whole.worst.states > 140 * GIB

@@ -4,6 +4,7 @@ Called by compare_online.sh. All rows start from the same SFT checkpoint and ans
 answers, another order of the pairs and other noise. Policy gradient comes first. The rounds share out as many answers
 as it decoded on average, so that the price in decoded tokens is the same up to the length of answers. Over the seeds:
 
+    anchor            weight of the likelihood of the chosen answers beside the preference loss; 0.5 where none is named
     exact match       greedily decoded answers to held-out problems that are right, with a 95% interval over seeds and
                       problems, both drawn anew (`compare_estimators.interval`)
     over SFT          the same of the difference to the SFT checkpoint, problem by problem
@@ -46,7 +47,9 @@ from compare_estimators import (  # noqa: E402
 )
 
 GRADIENT = "policy gradient"
-COLOURS = ("#2f6db5", "#6b7280", "#d9822b", "#3a9a5b")
+# The likelihood anchor of the file, 0.5, and a stronger one.
+ANCHORS = {"": [], ", anchor 2": ["--loss-weights", "1", "2"]}
+COLOURS = ("#2f6db5", "#111827", "#d9822b", "#3a9a5b", "#6b7280", "#e9b97f", "#8fceaa")
 COLUMNS = ("row", "exact match", "over SFT", "over gradient", "answers", "tokens", "pairs", "steps", "CPU s")
 
 
@@ -69,11 +72,14 @@ def parse(arguments: Words | None) -> argparse.Namespace:
 
 def rows(rounds: int) -> dict[str, tuple[int, Words]]:
     """A row's name -> its rounds and its flags."""
-    return {
-        "dTRPO, 1 round": (1, []),
-        f"dTRPO, {rounds} rounds": (rounds, []),
-        f"dTRPO, {rounds} rounds, reference moved": (rounds, ["--move-reference"]),
-    }
+    table: dict[str, tuple[int, Words]] = {}
+    for anchor, flags in ANCHORS.items():
+        table |= {
+            f"dTRPO, 1 round{anchor}": (1, flags),
+            f"dTRPO, {rounds} rounds{anchor}": (rounds, flags),
+            f"dTRPO, {rounds} rounds{anchor}, reference moved": (rounds, [*flags, "--move-reference"]),
+        }
+    return table
 
 
 # Running

@@ -62,7 +62,7 @@ def parse(arguments: Words | None) -> argparse.Namespace:
     parser.add_argument("--gradient", type=Path, required=True, metavar="FILE", help="settings of policy gradient")
     parser.add_argument("--dtrpo", type=Path, required=True, metavar="FILE", help="settings of dTRPO")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
-    parser.add_argument("--iterations", type=int, default=20, help="of policy gradient (default: 20)")
+    parser.add_argument("--iterations", type=int, default=40, help="of policy gradient (default: 40)")
     parser.add_argument("--rounds", type=int, default=4, help="(default: 4)")
     parser.add_argument("--epochs", type=float, default=2, help="over the pairs of a round (default: 2)")
     parser.add_argument("--group-size", type=int, default=8, help="answers to a prompt (default: 8)")
@@ -177,7 +177,7 @@ def table(sft: dict, results: dict[str, dict]) -> str:
 
 def plot(sft: dict, results: dict[str, dict], path: Path) -> None:
     """Exact match by decoded tokens: a line is the mean over seeds, a point a seed."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     mean, half = interval([sft["right"]])
     axis.axhspan(mean - half, mean + half, color="#e5e7eb", label="SFT, 95% interval")
     for colour, (row, found) in zip(COLOURS, results.items(), strict=False):
@@ -192,7 +192,7 @@ def plot(sft: dict, results: dict[str, dict], path: Path) -> None:
     axis.set_ylabel("exact match on held-out problems", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

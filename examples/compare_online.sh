@@ -2,10 +2,10 @@
 # Policy gradient beside dTRPO in rounds on as many decoded answers, three seeds each, from the quickstart's SFT
 # checkpoint: exact match on its 1000 held-out problems, a table and a plot. docs/online.md has our own.
 #
-#   bash examples/compare_online.sh [FOLDER [FLAG ...]]     # default: runs/quickstart; 15 minutes more on 2 cores
+#   bash examples/compare_online.sh [FOLDER [FLAG ...]]     # default: runs/quickstart; some 25 minutes more on 2 cores
 #
 # FOLDER is the quickstart's: what is missing there is made first. Flags are compare_online.py's (--seeds 1 2 3
-# --iterations 20 --rounds 4 --processes 2). What is finished is not repeated: delete FOLDER/comparison to start again.
+# --iterations 40 --rounds 4 --processes 2). What is finished is not repeated: delete FOLDER/comparison to start again.
 # PYTHON: a Python that has everything, instead of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

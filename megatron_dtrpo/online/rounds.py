@@ -98,9 +98,7 @@ class Rounds:
         finally:
             self.workers.close()
         if number > self.total:
-            self._say(
-                f"{self.total} rounds are done: {round_folder(self.config.run.save, self.total)} is the last one's run"
-            )
+            self._say(f"done: {round_folder(self.config.run.save, self.total)} is the run of the last round")
         else:
             self._say(f"round {number} of {self.total} is not finished: start the same command again")
 

@@ -97,6 +97,12 @@ def _check_rollouts(config: Config) -> None:
         online.rollout_rule in (None, rule),
         f"rollout_rule {online.rollout_rule} has no effect with block size 1, one token a pass: leave it out",
     )
+    longest = config.model.max_position_embeddings
+    _demand(
+        online.rollout_max_new_tokens < longest,
+        f"rollout_max_new_tokens {online.rollout_max_new_tokens} leaves no room for a prompt in the model's "
+        f"max_position_embeddings {longest}: give less",
+    )
     small, block_size = online.rollout_small_block_size, config.model.block_size
     _demand(
         small is None or block_size == FULL or block_size % small == 0,

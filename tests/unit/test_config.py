@@ -620,6 +620,9 @@ def test_a_configuration_that_is_no_text_file(tmp_path):
             read_yaml(path)
 
 
+ONLINE = {"objective": "policy_gradient", "rewards": ["numeric"]}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -627,10 +630,20 @@ def test_a_configuration_that_is_no_text_file(tmp_path):
         ({"block_size": 0, "family": "llada", "add_qkv_bias": False, "num_query_groups": 4}, []),
         ({"block_size": 4}, ["note: steps_per_block 8 with block_size 4: a block is decoded a token a step"]),
         ({"block_size": 4, "estimator": "vrpo"}, []),
-        ({"objective": "policy_gradient", "rewards": ["numeric"], "clip_low": 0.1, "updates_per_rollout": 2}, []),
+        ({**ONLINE, "clip_low": 0.1, "updates_per_rollout": 2}, []),
         (
-            {"objective": "policy_gradient", "rewards": ["numeric"], "clip": "always", "clip_low": 0.1},
+            {**ONLINE, "clip": "always", "clip_low": 0.1},
             ["note: updates_per_rollout 1: every ratio is 1, and clip, clip_low changes nothing"],
+        ),
+        (
+            {**ONLINE, "rollout_rule": "static", "rollout_small_block_size": 4, "rollout_denoising_steps": 8},
+            ["note: rollout_denoising_steps 8 with sub-blocks of at most 4: they are written a token a step"],
+        ),
+        (
+            {**ONLINE, "kl_estimator": "k1", "drop_equal_groups": False, "resamplings": 5},
+            [
+                "note: kl_estimator without kl_coefficient and resamplings without drop_equal_groups: changes nothing",
+            ],
         ),
     ],
 )

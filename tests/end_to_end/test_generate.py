@@ -174,7 +174,9 @@ def test_pairs_are_right_and_wrong_answers_with_their_trajectories(folder, tmp_p
 
 
 def test_right_answers_without_an_end_make_no_pair_and_are_counted(folder, tmp_path, monkeypatch, capfd):
-    (tmp_path / "half_right.py").write_text("def half(row, text):\n    return sum(map(ord, text)) % 2 == 0\n")
+    # An answer of one token is an end token or has none: without a text it is wrong.
+    right = "text != '' and sum(map(ord, text)) % 2 == 0"
+    (tmp_path / "half_right.py").write_text(f"def half(row, text):\n    return {right}\n")
     monkeypatch.chdir(tmp_path)
     settings = {"prompts": folder / "prompts.jsonl", "output": tmp_path / "out.jsonl", "samples": 6}
     assert run(pairs_verb, folder, max_new_tokens=1, verifier="half_right:half", **settings) == 2

@@ -19,6 +19,7 @@ VERBS = {
     "score": ("megatron_dtrpo.cli.score", "rewards of preference pairs under a checkpoint"),
     "reference": ("megatron_dtrpo.cli.reference", "the reference policy's scores for a run, computed before it"),
     "evaluate": ("megatron_dtrpo.cli.evaluate", "benchmarks of the lm-evaluation-harness"),
+    "serve": ("megatron_dtrpo.cli.serve", "a checkpoint over HTTP, as OpenAI's endpoints, and a page to watch it"),
     "plan": ("megatron_dtrpo.cli.plan", "layouts of a number of GPUs that a run fits on, best first"),
     "doctor": ("megatron_dtrpo.cli.doctor", "whether a run works on this machine, and what to fix"),
 }

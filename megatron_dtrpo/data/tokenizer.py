@@ -64,6 +64,10 @@ class Tokenizer:
     def _chat_template(self) -> str | None:
         return getattr(self._library, "chat_template", None)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._chat_template)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no token is added before or after it."""
         return self.encode_batch([text])[0]
@@ -89,16 +93,18 @@ class Tokenizer:
         added = getattr(self._library, "added_tokens_decoder", {})
         return {number: str(token) for number, token in added.items() if token.special}
 
-    def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text that each of ``ids`` adds; joined they are ``decode(ids)``. Tokens without text add ''.
+    def token_texts(self, ids: Sequence[int], start: int = 0) -> list[str]:
+        """The text that each of ``ids`` from place ``start`` on adds; from 0 on they join to ``decode(ids)``. Tokens
+        without text add ''.
 
         A character belongs to the token that completes it. Tokens cannot be decoded one by one, because the bytes of
         a character may be spread over several; so all tokens up to each are. The time is quadratic in the number of
         tokens with text: 0.1 s for a thousand.
         """
-        whole, read, end = self.decode(ids), [], 0
-        texts = [""] * len(ids)
-        for place, token in enumerate(map(int, ids)):
+        whole, texts = self.decode(ids), [""] * (len(ids) - start)
+        read = [token for token in map(int, ids[:start]) if self._has_text(token)]
+        end = len(os.path.commonprefix([self.backend.decode(read), whole]))
+        for place, token in enumerate(map(int, ids[start:])):
             if self._has_text(token):
                 read.append(token)
                 agreed = len(os.path.commonprefix([self.backend.decode(read), whole]))

@@ -30,6 +30,7 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of_config, mask_tokens
 from megatron_dtrpo.runtime import initialize
 from megatron_dtrpo.runtime.precision import check_machine
+from megatron_dtrpo.seeds import stable_seed
 from megatron_dtrpo.training.engine import Engine
 
 
@@ -47,14 +48,17 @@ class Source:
     @contextmanager
     def open(self) -> Iterator[Engine]:
         """Starts the process group, builds the model and loads its weights."""
-        config = self.config
-        with initialize.process_groups(config.parallel, config.optimizer.seed):
-            engine = Engine.load(self.folder, self.iteration, config, self.tokenizer)
-            if self.adapter is not None:
-                engine.add_adapters(self.adapter)
-            for chunk in engine.chunks:
-                chunk.eval()
-            yield engine
+        with initialize.process_groups(self.config.parallel, self.config.optimizer.seed):
+            yield self.load()
+
+    def load(self) -> Engine:
+        """Builds the model and loads its weights, where the process group is there already."""
+        engine = Engine.load(self.folder, self.iteration, self.config, self.tokenizer)
+        if self.adapter is not None:
+            engine.add_adapters(self.adapter)
+        for chunk in engine.chunks:
+            chunk.eval()
+        return engine
 
 
 @contextmanager
@@ -111,7 +115,9 @@ def _converted(folder: Path) -> Iterator[Path]:
         return
     # The processes do not know each other yet, but they know who started them.
     launcher = psutil.Process(os.getppid())
-    scratch = Path(tempfile.gettempdir()) / f"megatron-dtrpo-{launcher.pid}-{int(launcher.create_time() * 1000)}"
+    number = stable_seed(str(folder.resolve()).encode())  # a command may open two folders
+    name = f"megatron-dtrpo-{launcher.pid}-{int(launcher.create_time() * 1000)}-{number}"
+    scratch = Path(tempfile.gettempdir()) / name
     if initialize.local_rank() == 0:
         with tempfile.TemporaryDirectory() as own:
             import_checkpoint(folder, Path(own) / "checkpoint", _import_options(folder))

@@ -6,6 +6,7 @@ on the prompt, its key and the options only, not on its neighbours.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from megatron_dtrpo.config.decoding import RULES, DecodingOptions
 from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.data.tokenizer import NO_MASK, Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Decoding, Pass
-from megatron_dtrpo.diffusion.estimators import noise_generator
 from megatron_dtrpo.families.registry import family_of
 from megatron_dtrpo.inference.cache import (
     KeyValueCache,
@@ -29,6 +29,7 @@ from megatron_dtrpo.inference.cache import (
     whole_attention,
 )
 from megatron_dtrpo.inference.predictor import Predictor
+from megatron_dtrpo.inference.slots import Slot, Slots
 from megatron_dtrpo.model.attention import attention_width
 from megatron_dtrpo.model.chunks import chunks_of
 from megatron_dtrpo.model.gpt import BlockDiffusionModel
@@ -45,15 +46,6 @@ class Vocabulary:
     size: int
     mask_id: int
     end_ids: frozenset[int]
-
-
-@dataclass
-class _Slot:
-    """A prompt that is being decoded; ``index`` is its place in the caller's list."""
-
-    index: int
-    decoding: Decoding
-    generator: torch.Generator
 
 
 class BlockDecoder:
@@ -104,62 +96,62 @@ class BlockDecoder:
         completions: list[Completion | None] = [None] * len(prompts)
         # The longest first: what is left at the end, when the batch can no longer be kept full, is short.
         waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
-        cache = KeyValueCache(min(batch_size, len(prompts)), self._capacity(prompts, options))
+        slots = self.slots(min(batch_size, len(prompts)), self._longest(prompts, options), options)
+        was_training = self.chunks[0].training
+        self._train(False)
+        try:
+            while waiting or slots:
+                while waiting and slots.free:
+                    index = waiting.pop()
+                    slots.admit(index, prompts[index], options, seed, keys[index])
+                for slot in slots.step():
+                    index, decoding = slot.name, slot.decoding
+                    finished_blocks = decoding.finished_blocks()
+                    if finished_blocks and stop(index, finished_blocks):
+                        decoding.stop()
+                    if decoding.finished:
+                        completions[index] = decoding.completion()
+                        finished(index, completions[index])
+                        slots.release(index)
+        finally:
+            self._train(was_training)
+        return completions
+
+    def slots(self, count: int, positions: int, options: DecodingOptions) -> Slots:
+        """For ``count`` sequences at once, of up to ``positions`` tokens each, prompt and response. ``options``: what
+        those of all prompts agree in, that is all but ``max_new_tokens``, ``temperature`` and ``top_p``."""
         predict = Predictor(
             self.chunks,
             vocab_size=self.vocabulary.size,
             mask_id=None if self.vocabulary.mask_id == NO_MASK else self.vocabulary.mask_id,
-            temperature=options.temperature,
-            top_p=options.top_p,
             order=RULES[options.rule].order,
         )
-        active: list[_Slot] = []
-        was_training = self.chunks[0].training
-        self._train(False)
-        try:
-            while waiting or active:
-                while waiting and len(active) < cache.slots:
-                    index = waiting.pop()
-                    tokens, order = (noise_generator(seed, -1, *keys[index], number) for number in (0, 1))
-                    active.append(_Slot(index, self._start(prompts[index], options, order), tokens))
-                self._round(active, cache, predict, bool(options.sub_block_cache))
-                for number in range(len(active) - 1, -1, -1):
-                    slot = active[number]
-                    finished_blocks = slot.decoding.finished_blocks()
-                    if finished_blocks and stop(slot.index, finished_blocks):
-                        slot.decoding.stop()
-                    if slot.decoding.finished:
-                        completions[slot.index] = slot.decoding.completion()
-                        finished(slot.index, completions[slot.index])
-                        last = active.pop()
-                        if number < len(active):  # active slots stay the first ones of the cache
-                            active[number] = last
-                            cache.move(len(active), number)
-        finally:
-            self._train(was_training)
-        return completions
+        cache = KeyValueCache(count, round_up(positions, grain(self.block_size)))
+        run = functools.partial(self._round, predict=predict, keeps=bool(options.sub_block_cache))
+        return Slots(cache, self._start, run)
 
     def _train(self, mode: bool) -> None:
         for chunk in self.chunks:
             chunk.train(mode)
 
-    def _start(self, prompt: Sequence[int], options: DecodingOptions, order: torch.Generator) -> Decoding:
+    def _start(
+        self, prompt: Sequence[int], options: DecodingOptions, order: torch.Generator, end_ids: frozenset[int]
+    ) -> Decoding:
         return Decoding(
             prompt,
             options,
             block_size=self.block_size,
             mask_id=self.vocabulary.mask_id,
-            end_ids=self.vocabulary.end_ids,
+            end_ids=self.vocabulary.end_ids | end_ids,
             max_positions=self.max_positions,
             shift=self.shift,
             generator=order,
         )
 
-    def _capacity(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
-        longest = min(max(map(len, prompts)) + options.max_new_tokens, self.max_positions)
-        return round_up(longest, grain(self.block_size))
+    def _longest(self, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
+        return min(max(map(len, prompts)) + options.max_new_tokens, self.max_positions)
 
-    def _round(self, active: list[_Slot], cache: KeyValueCache, predict: Predictor, keeps: bool) -> None:
+    def _round(self, active: Sequence[Slot], cache: KeyValueCache, predict: Predictor, keeps: bool) -> None:
         """One pass of every active sequence; all passes over blocks share a call of the model.
         ``keeps``: a pass over the whole under full attention fills the cache."""
         passes = [slot.decoding.next_pass() for slot in active]
@@ -169,8 +161,11 @@ class BlockDecoder:
                 torch.rand(len(passes[number].rows), generator=active[number].generator, dtype=torch.float64)
                 for number in numbers
             ]
-            proposals = self._call(group, numbers, cache, predict, torch.cat(uniform), keeps)
             counts = [len(one.rows) for one in group]
+            options = [active[number].decoding.options for number in numbers]
+            how = [(one.temperature, one.top_p if one.temperature else 1.0) for one in options]
+            sampled = functools.partial(predict, sampling=list(zip(counts, how, strict=True)))
+            proposals = self._call(group, numbers, cache, sampled, torch.cat(uniform), keeps)
             each = zip(*(part.split(counts) for part in proposals), strict=True)
             for number, (token, confidence, rank) in zip(numbers, each, strict=True):
                 active[number].decoding.update(token.tolist(), confidence, rank)
@@ -180,7 +175,7 @@ class BlockDecoder:
         group: Sequence[Pass],
         slots: Sequence[int],
         cache: KeyValueCache,
-        predict: Predictor,
+        predict: Callable[..., tuple[Tensor, Tensor, Tensor]],
         uniform: Tensor,
         keeps: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,8 @@ Every process of a model-parallel group runs the same decoding and makes the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from megatron_dtrpo.model.gpt import BlockDiffusionModel
 
 ROWS = 1024  # predictions whose logits are there at once: under full attention a batch asks for many thousands
 
+# So many predictions, and the temperature and top_p of them.
+Sampling = tuple[int, tuple[float, float]]
+
 
 class Predictor:
     """Proposes tokens; collective over the model-parallel processes."""
@@ -28,15 +33,12 @@ class Predictor:
         *,
         vocab_size: int,
         mask_id: int | None,
-        temperature: float,
-        top_p: float,
         order: str = "confidence",
     ):
         """``model``: this process's stage, or its virtual ones. ``vocab_size``: without padding; padding and the mask
         token are never proposed. ``order``: of `config.decoding.Rule`."""
         self.chunks = chunks_of(model)
         self.model = self.chunks[-1]  # on the last stage it has the head
-        self.temperature, self.top_p = temperature, top_p
         self.measure = MEASURES.get(order)
         self.device = next(self.model.parameters()).device
         self.group = parallel_state.get_tensor_model_parallel_group()
@@ -50,10 +52,17 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(
-        self, tokens: Tensor, position: Tensor, attention: PackedAttention, rows: Tensor, uniform: Tensor
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        attention: PackedAttention,
+        rows: Tensor,
+        uniform: Tensor,
+        sampling: Sequence[Sampling],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs ``tokens, position`` int64 ``[s]`` and reads the predictions of ``rows`` int64 ``[N]``; ``uniform``
-        float64 ``[N]`` is the randomness of each, used above temperature 0. All on the model's device.
+        float64 ``[N]`` is the randomness of each, used above temperature 0. All on the model's device. ``sampling``:
+        of how many rows in turn, N together, which temperature and top_p.
 
         Returns:
             Proposed tokens int64 ``[N]``, their confidence ``[N]`` and what sorts them ``[N]``, the larger the surer,
@@ -67,8 +76,10 @@ class Predictor:
             return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0)
         proposals = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
-            some = zip(hidden.squeeze(1)[rows].split(ROWS), uniform.split(ROWS), strict=True)
-            torch.cat([self._propose(*each) for each in some], 1, out=proposals)
+            hidden = hidden.squeeze(1)[rows]
+            for how, places in _alike(sampling, self.device).items():
+                some = zip(hidden[places].split(ROWS), uniform[places].split(ROWS), strict=True)
+                proposals[:, places] = torch.cat([self._propose(*each, *how) for each in some], 1)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(proposals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -90,11 +101,11 @@ class Predictor:
                 dist.send(hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
-    def _propose(self, hidden: Tensor, uniform: Tensor) -> Tensor:
+    def _propose(self, hidden: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
         """Of the rows ``[n, h]`` that are read: tokens, confidences and what sorts them, ``[3, n]``."""
         logits = self.model.logits(hidden)
         logits[:, self.model.tokens_here :] = -torch.inf
-        found = self._greedy(logits) if self.temperature == 0 else self._sample(logits, uniform)
+        found = self._greedy(logits) if temperature == 0 else self._sample(logits, uniform, temperature, top_p)
         return torch.stack([each.double() for each in found])  # token ids are exact in fp64
 
     def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,9 +130,23 @@ class Predictor:
         share = (everyone[:, 2] - normaliser).exp()
         return token, confidence, self.measure.joined(everyone[:, 3:], share) if self.measure else confidence
 
-    def _sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(
+        self, logits: Tensor, uniform: Tensor, temperature: float, top_p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.group.size() > 1:
             parts = [torch.empty_like(logits) for _ in range(self.group.size())]
             dist.all_gather(parts, logits.contiguous(), group=self.group)
             logits = torch.cat(parts, -1)
-        return propose(logits, self.forbidden, uniform, self.temperature, self.top_p, self.measure)
+        return propose(logits, self.forbidden, uniform, temperature, top_p, self.measure)
+
+
+def _alike(sampling: Sequence[Sampling], device: torch.device) -> dict[tuple[float, float], Tensor | slice]:
+    """Which predictions are drawn alike: all, where no two differ."""
+    if len({how for _, how in sampling}) == 1:
+        return {sampling[0][1]: slice(None)}
+    places: dict[tuple[float, float], list[int]] = {}
+    first = 0
+    for count, how in sampling:
+        places.setdefault(how, []).extend(range(first, first + count))
+        first += count
+    return {how: torch.tensor(found, device=device) for how, found in places.items() if found}

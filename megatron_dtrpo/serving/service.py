@@ -1,0 +1,156 @@
+"""What is served: checkpoints by name, and requests as jobs of the scheduler's."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.data.prompts import make_prompt
+from megatron_dtrpo.data.tokenizer import Tokenizer
+from megatron_dtrpo.errors import UserError
+from megatron_dtrpo.serving.answer import Answer
+from megatron_dtrpo.serving.protocol import ChatRequest, CompletionRequest
+from megatron_dtrpo.serving.scheduler import Scheduler
+from megatron_dtrpo.serving.worker import Admission, Progress
+
+GREEDY = 1e-5  # temperatures below it are 0: dividing by them would overflow
+
+
+class TooLong(UserError):
+    """A prompt and its response do not fit into a slot."""
+
+
+class UnknownModel(UserError):
+    """A request names a model that is not served."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint. ``number``: its place in the worker's list. ``positions``: tokens of a slot. ``defaults``: what a
+    request gets that does not say otherwise. ``choose``: (max_new_tokens, temperature, top_p) -> options."""
+
+    name: str
+    number: int
+    tokenizer: Tokenizer
+    positions: int
+    defaults: DecodingOptions
+    choose: Callable[[int, float, float], DecodingOptions]
+    end_ids: frozenset[int] = frozenset()
+    created: int = 0
+
+    def admission(
+        self,
+        row: dict,
+        where: str,
+        *,
+        longest: int | None,
+        temperature: float | None,
+        top_p: float | None,
+        seed: int,
+        key: tuple[int, int],
+        stops: Sequence[str] = (),
+        watched: bool = False,
+    ) -> Admission:
+        """Raises UserError for a prompt that cannot be decoded."""
+        ids = make_prompt(row, where, self.tokenizer, 2**31).ids
+        room = self.positions - len(ids)
+        if room < (1 if longest is None else longest):
+            raise TooLong(
+                f"{where}: the prompt has {len(ids)} tokens and the response may have {longest or 1}: together at most "
+                f"{self.positions}; shorten the prompt, or ask for fewer tokens"
+            )
+        temperature = self.defaults.temperature if temperature is None else temperature
+        options = self.choose(
+            min(room, self.defaults.max_new_tokens) if longest is None else longest,
+            temperature if temperature >= GREEDY else 0.0,
+            self.defaults.top_p if top_p is None else top_p,
+        )
+        # Special tokens have no text that a stop string could be found in: they end the response.
+        special = frozenset(i for i in map(self.tokenizer.token_id, stops) if i in self.tokenizer.special_ids)
+        return Admission(-1, self.number, 0, ids, options, seed, key, self.end_ids | special, watched)
+
+
+class Ticket:
+    """Jobs of one request, and what is heard of them. Of the event loop's thread."""
+
+    def __init__(self, scheduler: Scheduler, admissions: Sequence[Admission]):
+        """Raises QueueFull and Stopping."""
+        self._scheduler = scheduler
+        self._heard: asyncio.Queue[tuple[int, Progress | Exception]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(place: int, said: Progress | Exception) -> None:
+            loop.call_soon_threadsafe(self._heard.put_nowait, (place, said))
+
+        self._jobs = scheduler.submit(admissions, tell)
+
+    async def next(self) -> tuple[int, Progress]:
+        """The place of a job, and how far it is. Raises Stopping."""
+        place, said = await self._heard.get()
+        if isinstance(said, Exception):
+            raise said
+        return place, said
+
+    def cancel(self, places: Sequence[int] | None = None) -> None:
+        """Gives up the jobs at ``places``, default: all."""
+        self._scheduler.cancel(self._jobs if places is None else [self._jobs[place] for place in places])
+
+
+class Service:
+    """Attributes: models, by name, the first one the default."""
+
+    def __init__(self, models: Sequence[Served], scheduler: Scheduler):
+        self.models = {model.name: model for model in models}
+        self.default = models[0]
+        self.scheduler = scheduler
+
+    def model(self, name: str | None) -> Served:
+        if name is None:
+            return self.default
+        if name not in self.models:
+            raise UnknownModel(f"model {name!r} is not served here: {', '.join(self.models)} is")
+        return self.models[name]
+
+    def admissions(self, served: Served, request: CompletionRequest | ChatRequest) -> list[Admission]:
+        """Of each prompt its ``n`` samples. The same seed gives the same samples as those of `generate`'s."""
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        return [
+            served.admission(
+                _row(prompt),
+                "messages" if isinstance(request, ChatRequest) else f"prompt {number + 1}",
+                longest=request.longest(),
+                temperature=request.temperature,
+                top_p=request.top_p,
+                seed=seed,
+                key=(number, sample),
+                stops=request.stops(),
+            )
+            for number, prompt in enumerate(request.prompts())
+            for sample in range(request.n or 1)
+        ]
+
+
+def _row(prompt: str | list) -> dict:
+    """``prompt`` as a row of `make_prompt`."""
+    ids = isinstance(prompt, list) and isinstance(prompt[0], int)
+    return {"prompt_ids" if ids else "prompt": prompt}
+
+
+async def written(ticket: Ticket, answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str, list]]:
+    """What is new of each answer, until all are finished: place, text and scores."""
+    unfinished = set(range(len(answers)))
+    while unfinished:
+        place, progress = await ticket.next()
+        if place not in unfinished or progress.tokens is None:
+            continue
+        completion = progress.completion
+        ended = None if completion is None else completion.ended
+        text, scores = answers[place].take(progress.tokens, progress.confidence, progress.passes, ended)
+        if answers[place].finish is not None:
+            unfinished.discard(place)
+            if completion is None:  # a stop string ended it
+                ticket.cancel([place])
+        yield place, text, scores

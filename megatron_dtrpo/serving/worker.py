@@ -1,0 +1,147 @@
+"""What every process of a server does: a pass of all sequences, and then the next commands of rank zero's.
+
+Rank zero alone talks to clients. Before each pass it tells all processes which prompts come and which slots are given
+back; after it, it gets what was written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron.core import parallel_state
+
+from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.diffusion.decoding import Completion, Decoding
+from megatron_dtrpo.runtime import objects
+
+if TYPE_CHECKING:
+    from megatron_dtrpo.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A prompt that gets a slot of ``model`` on the data-parallel process ``replica``. ``seed, key, end_ids``: of
+    `Slots.admit`. ``watched``: every pass of it is reported, not only its finished blocks."""
+
+    job: int
+    model: int
+    replica: int
+    prompt: Sequence[int]
+    options: DecodingOptions
+    seed: int
+    key: tuple[int, int]
+    end_ids: frozenset[int] = frozenset()
+    watched: bool = False
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Of one round: the jobs that lose their slots, and those that get one."""
+
+    released: list[int] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.released or self.admitted)
+
+
+class Progress(NamedTuple):
+    """How far a job is after a pass.
+
+    ``tokens, confidence``: of the blocks that are finished, from the response's first token on; None where this pass
+    finished none. ``completion``: the whole of it, once it is finished. ``block``: of a watched job, its unfinished
+    block: the place of its first token in the response and per place (token, confidence), None where it is masked.
+    """
+
+    job: int
+    passes: int
+    tokens: list[int] | None = None
+    confidence: list[float] | None = None
+    completion: Completion | None = None
+    block: tuple[int, list[tuple[int, float] | None]] | None = None
+
+
+class Worker:
+    """This process's part in serving ``engines``. All processes make the same calls."""
+
+    def __init__(self, engines: Sequence[Engine], options: Sequence[DecodingOptions], count: int, positions: list[int]):
+        """``options``: of each engine, see `BlockDecoder.slots`. ``count``: slots on each data-parallel process.
+        ``positions``: tokens of a slot, of each engine."""
+        self.slots = [
+            engine.decoder().slots(count, length, one)
+            for engine, one, length in zip(engines, options, positions, strict=True)
+        ]
+        self.replica, self.replicas = engines[0].replica, engines[0].replicas
+        self._speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+        self._speaks &= parallel_state.get_pipeline_model_parallel_rank() == 0
+        self._model: dict[int, int] = {}  # of the jobs that are here
+        self._watched: dict[int, int] = {}  # where the unfinished block of a watched job begins
+        self.seconds = 0.0  # spent in passes
+
+    def run(self, commands: Commands | None) -> list[Progress]:
+        """On rank zero: one round on all processes, and what it wrote. None lets the others go."""
+        objects.broadcast(commands)
+        return [] if commands is None else self._round(commands)
+
+    def follow(self) -> None:
+        """On the other processes: takes part until rank zero lets go."""
+        while (commands := objects.broadcast(None)) is not None:
+            self._round(commands)
+
+    def _round(self, commands: Commands) -> list[Progress]:
+        for job in commands.released:
+            self._release(job)
+        for one in commands.admitted:
+            self._admit(one)
+        started = time.perf_counter()
+        mine = [progress for slots in self.slots if slots for progress in self._step(slots)]
+        self.seconds += time.perf_counter() - started
+        if self.replicas == 1:
+            return mine
+        return [progress for part in objects.gather(mine if self._speaks else []) for progress in part]
+
+    def _admit(self, one: Admission) -> None:
+        if one.replica != self.replica:
+            return
+        slots = self.slots[one.model]
+        slots.admit(one.job, one.prompt, one.options, one.seed, one.key, one.end_ids)
+        self._model[one.job] = one.model
+        if one.watched:
+            decoding = slots.decoding(one.job)
+            self._watched[one.job] = max(decoding.block, decoding.prompt_length)
+
+    def _release(self, job: int) -> None:
+        model = self._model.pop(job, None)  # that of another replica, or finished by itself
+        self._watched.pop(job, None)
+        if model is not None:
+            self.slots[model].release(job)
+
+    def _step(self, slots) -> list[Progress]:
+        reached = {slot.name: slot.decoding for slot in slots.step()}
+        found = [self._progress(job, decoding) for job, decoding in reached.items()]
+        for job in [job for job, decoding in reached.items() if decoding.finished]:
+            self._release(job)
+        watched = [job for job in self._watched if job in slots and job not in reached]
+        return found + [self._view(job, slots.decoding(job)) for job in watched]
+
+    def _progress(self, job: int, decoding: Decoding) -> Progress:
+        if decoding.finished:
+            completion = decoding.completion()
+            confidence = completion.confidence[: len(completion.answer)]
+            return Progress(job, decoding.passes, completion.answer, confidence, completion)
+        written = slice(decoding.prompt_length, decoding.block)
+        if job in self._watched:
+            self._watched[job] = max(decoding.block, decoding.prompt_length)
+        return Progress(job, decoding.passes, decoding.tokens[written], decoding.confidence[written])
+
+    def _view(self, job: int, decoding: Decoding) -> Progress:
+        first = self._watched[job]
+        places = range(first, min(len(decoding.tokens), decoding.limit))
+        block = [
+            None if decoding.steps[place] is None else (decoding.tokens[place], decoding.confidence[place])
+            for place in places
+        ]
+        return Progress(job, decoding.passes, block=(first - decoding.prompt_length, block))

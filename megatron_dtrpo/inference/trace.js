@@ -1,36 +1,15 @@
 // Replays the traces in #data. One step is shown at a time; everything on the page follows from `chosen` and `step`.
-"use strict";
-const $ = id => document.getElementById(id);
 const make = (tag, attributes) => {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const name in attributes) element.setAttribute(name, attributes[name]);
   return element;
 };
-const percent = x => x > 0.999 && x < 1 ? ">99.9%" : (100 * x).toFixed(1) + "%";
 const traces = JSON.parse($("data").textContent);
 for (const each of traces) {  // rounding of a softmax
   each.confidence = each.confidence.map(c => Math.min(c, 1));
   for (const token of each.discarded) token.confidence = Math.min(token.confidence, 1);
 }
 let trace, spans, ghosts, bars, counts, means, opens, last, chosen = 0, step = 0, timer = 0, pointed = null;
-
-// What a token that shows nothing by itself is drawn as.
-function signOf(text, ends) {
-  if (text === "") return ends ? "end" : "\u00b7";
-  return /[\n\r]/.test(text) && !text.trim() ? "\u21b5" : null;
-}
-
-function tokenSpan(text, ends, sureness) {
-  const span = document.createElement("span"), sign = signOf(text, ends);
-  span.className = "token masked";
-  span.dataset.text = text;
-  if (sign) span.dataset.sign = sign;
-  span.classList.toggle("breaks", /[\n\r]/.test(text));
-  if (sign === "end") span.classList.add("end");
-  span.style.setProperty("--sureness", sureness);
-  span.tabIndex = 0;
-  return span;
-}
 
 function choose(index, at) {
   chosen = index;

@@ -13,12 +13,13 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion, Discarded
 from megatron_dtrpo.errors import UserError
 
-_SOURCES = {name: Path(__file__).with_name(f"trace.{name}") for name in ("html", "css", "js")}
+_SOURCES = {"html": "trace.html", "css": "trace.css", "tokens": "tokens.js", "js": "trace.js"}
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,23 @@ def trace_page(traces: Sequence[Trace], title: str) -> str:
         raise UserError("traces: none given; decode at least one prompt")
     for number, trace in enumerate(traces, start=1):
         _check(trace, f"trace {number}")
+    return filled(page_sources(), title, [asdict(trace) for trace in traces])
+
+
+def page_sources() -> dict[str, str]:
+    """The texts that the page is made of: ``html``, ``css``, ``tokens`` (how a token is drawn) and ``js``."""
+    return {name: Path(__file__).with_name(file).read_text(encoding="utf-8") for name, file in _SOURCES.items()}
+
+
+def filled(sources: dict[str, str], title: str, data: Any) -> str:
+    """``sources["html"]`` with the other sources, ``title`` and ``data``, as JSON, in their places ``{{name}}``."""
     # Only ASCII is left, lone surrogates and control characters are escaped, and no tag can begin or end in it.
-    data = json.dumps([asdict(trace) for trace in traces], allow_nan=False, separators=(",", ":"))
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    sources = {name: path.read_text(encoding="utf-8") for name, path in _SOURCES.items()}
-    values = {**sources, "title": html.escape(_printable(title)), "data": data}
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    values = {**sources, "title": html.escape(_printable(title)), "data": text}
     # In one pass: no value is searched for another's place.
-    return re.sub(r"\{\{(title|css|data|js)\}\}", lambda place: values[place[1]], sources["html"])
+    return re.sub(r"\{\{(title|css|tokens|data|js)\}\}", lambda place: values[place[1]], sources["html"])
 
 
 def _check(trace: Trace, where: str) -> None:

@@ -1,6 +1,7 @@
 """OpenAI's requests: what of them this server does, and what it refuses.
 
-A field that would change nothing here is read and has no effect. One that would change the text, and cannot, is refused.
+A field that would change nothing here is read, and has no effect. One that would change the text, and
+cannot, is refused.
 """
 
 from __future__ import annotations

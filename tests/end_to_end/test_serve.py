@@ -1,0 +1,282 @@
+"""`megatron-dtrpo serve`: its answers are those of `generate`, for real clients, many at once, and for bad ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megatron_dtrpo.cli import generate, serve, train
+from tests.support.chat_tokenizer import save_chat_tokenizer
+from tests.support.launch import TINY_MODEL, flags, uneven_pairs, write_lines
+from tests.support.server import Server, events, serving
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
+
+POSITIONS, NEW, SLOTS, WAITING = 256, 40, 4, 70
+PROMPTS = ["Tom has 3 apples. ", "x", "sixteen letters!", "A prompt that is longer than two blocks of eight. ", "Why?"]
+SAMPLED = {"temperature": 1.0, "top_p": 0.9}
+MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "How many apples?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint of random weights with a chat template, sure enough of some tokens to write several at once."""
+    folder = tmp_path_factory.mktemp("serve")
+    tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": save_chat_tokenizer(folder / "words")}
+    model = {**TINY_MODEL, **tokenizer, "max_position_embeddings": POSITIONS, "init_method_std": 0.5}
+    data = uneven_pairs(folder / "pairs.jsonl", 4)
+    run = {"seq_length": 2048, "global_batch_size": 4, "train_iters": 1, "lr": 1e-9}
+    assert train.main(flags({**model, **run, "data_path": data, "save": folder / "run"})) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder) -> Iterator[Server]:
+    limits = {"batch_size": SLOTS, "max_waiting": WAITING, "max_request_bytes": 20_000}
+    with serving(folder / "serve.log", checkpoint=folder / "run", max_new_tokens=NEW, **limits) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def generated(folder) -> list[dict]:
+    """What `generate` writes for the prompts with seed 7."""
+    write_lines(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    files = {"checkpoint": folder / "run", "prompts": folder / "prompts.jsonl", "output": folder / "out.jsonl"}
+    how = {"max_new_tokens": NEW, "seed": 7, "record_trajectory": True, **SAMPLED}
+    assert generate.main(flags({**files, **how})) == 0
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def text_of(answer: tuple[int, dict]) -> str:
+    status, body = answer
+    assert status == 200, body
+    return body["choices"][0]["text"]
+
+
+def test_the_same_seed_writes_the_same_text_whatever_else_is_served(server, generated):
+    def other(number: int) -> None:
+        how = {"temperature": [0, 0.5, 1.5][number % 3], "top_p": 0.8, "seed": number, "max_tokens": 5 + number}
+        assert server.post("/v1/completions", prompt=PROMPTS[number % 5] * (number % 4 + 1), **how)[0] == 200
+
+    with ThreadPoolExecutor(12) as pool:
+        others = [pool.submit(other, number) for number in range(24)]
+        status, body = server.post("/v1/completions", prompt=PROMPTS, seed=7, logprobs=1, **SAMPLED)
+        assert [one.result() for one in others] == [None] * 24
+    assert status == 200
+    assert len({row["completion"] for row in generated}) == len(PROMPTS)
+    for choice, row in zip(body["choices"], generated, strict=True):
+        assert choice["text"] == row["completion"]
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        assert [math.exp(one) for one in choice["logprobs"]["token_logprobs"]] == pytest.approx(
+            row["completion_confidence"], rel=1e-3
+        )
+        assert choice["finish_reason"] == ("length" if len(row["completion_ids"]) == NEW else "stop")
+    assert body["usage"]["completion_tokens"] == sum(len(row["completion_ids"]) for row in generated)
+    assert body["usage"]["passes"] == sum(row["completion_passes"] for row in generated)
+
+
+def test_a_stream_has_a_chunk_for_each_finished_block_and_joins_to_the_whole(server, generated):
+    _, text = server.post("/v1/completions", prompt=PROMPTS, seed=7, stream=True, logprobs=1, **SAMPLED)
+    assert text.endswith("data: [DONE]\n\n")
+    for index, row in enumerate(generated):
+        mine = [one["choices"][0] for one in events(text) if one["choices"][0]["index"] == index]
+        assert "".join(one["text"] for one in mine) == row["completion"]
+        assert (
+            sum((one["logprobs"]["tokens"] for one in mine), [])
+            == list(row["completion"]) + [""] * (len(row["completion_ids"]) - len(row["completion"]))
+            or not row["completion"].isascii()
+        )
+        assert [one["finish_reason"] is not None for one in mine] == [False] * (len(mine) - 1) + [True]
+    longest = max(generated, key=lambda row: len(row["completion_ids"]))
+    index = generated.index(longest)
+    chunks = [one for one in events(text) if one["choices"][0]["index"] == index]
+    assert len(chunks) >= len(longest["completion_ids"]) // TINY_MODEL["block_size"] - 2
+
+
+def test_a_stop_string_ends_the_text_and_is_never_shown(server, generated):
+    row = max(generated, key=lambda row: len(row["completion"]))
+    place, whole = generated.index(row), row["completion"]
+    stop = whole[12:14]
+    asked = {"prompt": PROMPTS[: place + 1], "seed": 7, "stop": ["not in it", stop], "logprobs": 0, **SAMPLED}
+    choice = server.post("/v1/completions", **asked)[1]["choices"][place]
+    assert (choice["text"], choice["finish_reason"]) == (whole.split(stop)[0], "stop")
+    assert len(choice["logprobs"]["tokens"]) < len(row["completion_ids"])
+    _, text = server.post("/v1/completions", **asked, stream=True)
+    mine = [one["choices"][0] for one in events(text) if one["choices"][0]["index"] == place]
+    assert "".join(one["text"] for one in mine) == choice["text"]
+    server.wait_until_idle()
+
+
+def test_the_openai_package(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["run"]
+    asked = {"model": "run", "messages": MESSAGES, "seed": 3, "temperature": 1.0, "n": 3}
+    whole = client.chat.completions.create(**asked, logprobs=True, max_completion_tokens=20)
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3 and whole.usage.completion_tokens <= 60
+    for choice in whole.choices:
+        assert "".join(one.token for one in choice.logprobs.content) == choice.message.content
+        assert all(one.logprob <= 0 for one in choice.logprobs.content)
+    streamed, usage = ["", "", ""], None
+    with client.chat.completions.create(
+        **asked, max_tokens=20, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.delta.content or ""
+            usage = chunk.usage or usage
+    assert streamed == texts and usage == whole.usage
+    for error, change in (
+        (openai.NotFoundError, {"model": "gpt-4o"}),
+        (openai.BadRequestError, {"temperature": -1}),
+        (openai.BadRequestError, {"presence_penalty": 0.5}),
+        (openai.BadRequestError, {"max_tokens": POSITIONS}),
+        (openai.BadRequestError, {"extra_body": {"top_k": 4}}),
+    ):
+        with pytest.raises(error) as raised:
+            client.chat.completions.create(**{**asked, **change})
+        assert raised.value.body["message"] and raised.value.body["type"] == "invalid_request_error"
+
+
+def test_sixty_four_clients_get_their_own_streams_whole_and_in_order(server):
+    def client(number: int) -> None:
+        asked = {"prompt": f"{PROMPTS[number % 5]}{number}", "seed": number, "max_tokens": 24, **SAMPLED}
+        _, text = server.post("/v1/completions", stream=True, **asked)
+        streamed = "".join(one["choices"][0]["text"] for one in events(text))
+        assert streamed == text_of(server.post("/v1/completions", **asked))
+
+    with ThreadPoolExecutor(64) as pool:
+        for done in [pool.submit(client, number) for number in range(64)]:
+            done.result()
+    server.wait_until_idle()
+
+
+def test_clients_that_are_gone_leave_no_slot_behind(server):
+    before = server.metrics()["responses_cancelled_total"]
+    for number in range(40):
+        asked = {"prompt": PROMPTS[number % 5], "max_tokens": 200, "seed": number, "temperature": 1.9, "n": 2}
+        connection, answer = server.stream("/v1/completions", **asked)
+        if number % 2:
+            answer.readline()
+        connection.sock and connection.sock.close()
+        answer.close()
+        connection.close()
+    server.wait_until_idle()
+    assert server.metrics()["responses_cancelled_total"] > before
+    assert text_of(server.post("/v1/completions", prompt="x"))
+
+
+def test_a_full_queue_refuses_and_forgets_nothing(server):
+    asked = {"prompt": "x", "n": 60, "temperature": 1.9, "max_tokens": 200}
+    connection, answer = server.stream("/v1/completions", **asked)
+    status, body = server.post("/v1/completions", **asked)
+    assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+    assert server.get("/health") == (200, {"status": "ok"})
+    connection.close()
+    answer.close()
+    server.wait_until_idle()
+
+
+REFUSED = {
+    "not JSON": ("POST", "/v1/completions", b"{", 400),
+    "no prompt": ("POST", "/v1/completions", b"{}", 400),
+    "half a character": ("POST", "/v1/completions", b'{"prompt": "\\ud800", "\\ud801": 1}', 400),
+    "the mask": ("POST", "/v1/completions", b'{"prompt": [259]}', 400),
+    "no such token": ("POST", "/v1/completions", b'{"prompt": [70000]}', 400),
+    "too many": ("POST", "/v1/completions", b'{"prompt": "x", "n": 100}', 400),
+    "empty": ("POST", "/v1/completions", b'{"prompt": ""}', 400),
+    "a role": ("POST", "/v1/chat/completions", b'{"messages": [{"role": "dog", "content": "x"}]}', 400),
+    "too long": ("POST", "/v1/completions", b" " * 30_000, 413),
+    "no such page": ("GET", "/v2", None, 404),
+    "wrong method": ("GET", "/v1/completions", None, 405),
+    "no such model": ("GET", "/v1/models/x", None, 404),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_have_openais_form(server, name):
+    method, path, body, expected = REFUSED[name]
+    status, answer = server.request(method, path, body)
+    assert status == expected, answer
+    assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
+
+
+def test_lm_evaluation_harness(server, folder, generated):
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity", reason='pip install "lm-eval[api]"')
+    from lm_eval.tasks import TaskManager
+
+    from tests.end_to_end.test_evaluate import write_task
+
+    (folder / "tasks").mkdir()
+    questions = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    answers = [
+        server.post("/v1/chat/completions", messages=one, max_tokens=12, temperature=0)[1]["choices"][0]["message"]
+        for one in questions
+    ]
+    rows = [{"question": p, "answer": a["content"]} for p, a in zip(PROMPTS, answers, strict=True)]
+    write_task(
+        folder,
+        "served",
+        [*rows, {"question": "y", "answer": "something else"}],
+        "exact_match",
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": ["<|im_end|>"], "max_gen_toks": 12, "do_sample": False},
+    )
+    url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    results = lm_eval.simple_evaluate(
+        model="local-chat-completions",
+        model_args=f"model=run,base_url={url},num_concurrent=4,max_retries=1",
+        tasks=["served"],
+        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
+        apply_chat_template=True,
+    )
+    assert results["results"]["served"]["exact_match,none"] == pytest.approx(len(PROMPTS) / (len(PROMPTS) + 1))
+
+
+@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}])
+def test_layouts_write_the_same_and_stop_in_order(folder, generated, layout, tmp_path):
+    settings = {"checkpoint": folder / "run", "compare": folder / "words/../run", "max_new_tokens": NEW}
+    settings.pop("compare")
+    with serving(tmp_path / "serve.log", processes=2, **settings, batch_size=2, api_key="secret", **layout) as server:
+        assert server.post("/v1/completions", prompt="x")[0] == 401
+        mine = {"Authorization": "Bearer secret"}
+        _, body = server.post("/v1/completions", mine, prompt=PROMPTS, seed=7, **SAMPLED)
+        assert [choice["text"] for choice in body["choices"]] == [row["completion"] for row in generated]
+        with ThreadPoolExecutor(1) as pool:
+            asked = {"prompt": "x", "max_tokens": 150, "temperature": 1.9, "seed": 1}
+            whole = text_of(server.post("/v1/completions", mine, **asked))
+            late = pool.submit(server.post, "/v1/completions", mine, **asked)
+            time.sleep(0.1)
+            server.job.process.send_signal(signal.SIGTERM)
+            assert text_of(late.result()) == whole
+        assert server.job.wait(60).status in (0, 1)  # torchrun's, of a signal
+
+
+MISTAKES = {
+    "port": ({"port": 70000}, "--port 70000: it must be at most 65535"),
+    "same": ({"compare": "run"}, "it is --checkpoint itself"),
+    "positions": ({"inference_max_seq_length": 300}, "the model's max_position_embeddings are 256"),
+    "folder": ({"compare": "nothing"}, "no such folder"),
+    "address": ({"host": "300.1.1.1"}, "cannot be listened on"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(folder, name, capsys):
+    change, message = MISTAKES[name]
+    change = {key: folder / value if key == "compare" else value for key, value in change.items()}
+    assert serve.main(flags({"checkpoint": folder / "run", "port": 0, **change})) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line

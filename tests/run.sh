@@ -22,6 +22,10 @@ lm_eval lm-eval>=0.4.13,<0.5
 trl trl>=1.16,<2
 math_verify math-verify>=0.9,<1
 playwright playwright
+fastapi fastapi
+uvicorn uvicorn
+openai openai
+tenacity lm-eval[api]>=0.4.13,<0.5
 PACKAGES
 
 # Tests start several processes; each with a thread per core they would only get in each other's way.

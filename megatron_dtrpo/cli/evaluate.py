@@ -54,7 +54,12 @@ def build_parser() -> Parser:
     parser = command_parser("megatron-dtrpo evaluate", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
     add_adapter_flag(parser)
-    parser.add_argument("--tasks", required=True, metavar="NAMES", help="Tasks, separated by commas.")
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAMES",
+        help="Tasks, separated by commas; paper: those of the paper's table that the harness has.",
+    )
     parser.add_argument("--include-path", metavar="DIR", help="Folder with YAML files of your own tasks.")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples in the prompt. Default: the task's.")
     parser.add_argument(
@@ -78,6 +83,12 @@ def build_parser() -> Parser:
         "--system-instruction", metavar="TEXT", help="The system's message, or what prompts begin with."
     )
     parser.add_argument("--output", metavar="FILE.json", help="Results as the harness has them.")
+    parser.add_argument(
+        "--table",
+        metavar="FILE.md",
+        help="Markdown table in the paper's column order, with tokens per pass: writes this checkpoint's row. Other "
+        "rows, and cells that were not measured now, stay.",
+    )
     parser.add_argument("--log-samples", action="store_true", help="Results include every prompt and answer.")
     parser.add_argument(
         "--confirm-run-unsafe-code",
@@ -126,9 +137,9 @@ def _check(arguments: argparse.Namespace) -> None:
             arguments.include_path is None or Path(arguments.include_path).is_dir(),
             f"--include-path {arguments.include_path}: no such folder",
         ),
-        (
-            arguments.output is None or Path(arguments.output).resolve().parent.is_dir(),
-            f"--output {arguments.output}: its folder does not exist",
+        *(
+            (path is None or Path(path).resolve().parent.is_dir(), f"--{flag} {path}: its folder does not exist")
+            for flag, path in (("output", arguments.output), ("table", arguments.table))
         ),
         (Path(arguments.checkpoint).is_dir(), f"--checkpoint {arguments.checkpoint}: no such folder"),
     ):
@@ -143,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(argv: list[str]) -> None:
     arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
+    if arguments.table:
+        _table(arguments, {})  # before hours of decoding
     overrides = _take_overrides(arguments)
     config.data.seq_length, config.optimizer.seed = arguments.seq_length, arguments.seed
 
@@ -195,7 +208,10 @@ def _load_tasks(arguments: argparse.Namespace) -> dict:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"megatron-dtrpo evaluate needs the lm-evaluation-harness ({error}): {INSTALL}") from None
-    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    from megatron_dtrpo.evaluation.table import TASKS
+
+    asked = TASKS if arguments.tasks.strip() == "paper" else arguments.tasks
+    names = [name.strip() for name in asked.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty: name a task, e.g. gsm8k")
     # The harness's own tasks are 14,000 files: they are not read where the given folder has all that is asked for.
@@ -253,6 +269,7 @@ def _report(results: dict, completions: list, source, options, arguments: argpar
 
     from megatron_dtrpo.evaluation.generation import efficiency
     from megatron_dtrpo.evaluation.harness import MODEL_NAME
+    from megatron_dtrpo.evaluation.table import cells_of
     from megatron_dtrpo.files import write_atomically
 
     names = ("estimator", "num_views", "steps_per_block", "block_start")
@@ -267,8 +284,32 @@ def _report(results: dict, completions: list, source, options, arguments: argpar
             write_atomically(path, json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
         except OSError as error:
             raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    if arguments.table:
+        _write_row(arguments, cells_of(results))
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     for name, value in results.get("efficiency", {}).items():
         print(f"{name:<28} {value:.3f}")
+
+
+def _table(arguments: argparse.Namespace, cells: dict[str, str]) -> str:
+    """The file of --table with this checkpoint's ``cells``. Raises UserError where it is another table."""
+    from megatron_dtrpo.evaluation.table import with_row
+
+    path = Path(arguments.table)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--table {path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    model = " + ".join(str(Path(folder)) for folder in (arguments.checkpoint, arguments.load_adapter) if folder)
+    return with_row(text, model, cells, f"--table {path}")
+
+
+def _write_row(arguments: argparse.Namespace, cells: dict[str, str]) -> None:
+    from megatron_dtrpo.files import write_atomically
+
+    try:
+        write_atomically(Path(arguments.table), _table(arguments, cells))
+    except OSError as error:
+        raise UserError(f"--table {arguments.table}: cannot be written ({error.strerror})") from None

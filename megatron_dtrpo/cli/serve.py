@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
+from megatron_dtrpo.cli.decoding_flags import add_adapter_flag, add_decoding_flags, decoding_options
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser
 from megatron_dtrpo.config.decoding import DecodingOptions
@@ -38,6 +38,7 @@ HERE = ("127.0.0.1", "localhost", "::1")
 def build_parser() -> Parser:
     parser = command_parser("megatron-dtrpo serve", __doc__, EXAMPLES)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Checkpoint, run or Hugging Face folder.")
+    add_adapter_flag(parser)
     parser.add_argument("--compare", metavar="DIR", help="A second one, to be seen beside it on the page.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: %(default)s, this machine.")
     parser.add_argument(
@@ -120,7 +121,11 @@ def _serve(argv: list[str]) -> None:
     with ExitStack() as stack:
         where = listen(arguments.host, arguments.port) if rank() == 0 else None
         configs = [copy.deepcopy(config) for _ in folders]
-        sources = [stack.enter_context(locate_checkpoint(*each)) for each in zip(folders, configs, strict=True)]
+        adapters = [arguments.load_adapter, None][: len(folders)]
+        sources = [
+            stack.enter_context(locate_checkpoint(folder, each, adapter=adapter))
+            for folder, each, adapter in zip(folders, configs, adapters, strict=True)
+        ]
         models = [_served(arguments, *each) for each in zip(_names(folders), range(len(folders)), sources, strict=True)]
         engines = [stack.enter_context(sources[0].open()), *(source.load() for source in sources[1:])]
         worker = Worker(
@@ -131,6 +136,7 @@ def _serve(argv: list[str]) -> None:
             return
         scheduler = Scheduler(worker, len(models), arguments.batch_size, arguments.max_waiting)
         app = create_app(Service(models, scheduler), key, arguments.max_request_bytes)
+        where.listen()  # who connects from here on waits for the server
         _announce(arguments, models, where.getsockname()[1], key)
         serve(app, scheduler, where)
 

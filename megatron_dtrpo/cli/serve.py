@@ -126,7 +126,8 @@ def _serve(argv: list[str]) -> None:
             stack.enter_context(locate_checkpoint(folder, each, adapter=adapter))
             for folder, each, adapter in zip(folders, configs, adapters, strict=True)
         ]
-        models = [_served(arguments, *each) for each in zip(_names(folders), range(len(folders)), sources, strict=True)]
+        names = _names([arguments.load_adapter or arguments.checkpoint, *folders[1:]])
+        models = [_served(arguments, *each) for each in zip(names, range(len(names)), sources, strict=True)]
         engines = [stack.enter_context(sources[0].open()), *(source.load() for source in sources[1:])]
         worker = Worker(
             engines, [model.defaults for model in models], arguments.batch_size, [model.positions for model in models]

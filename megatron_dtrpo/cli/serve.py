@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -146,6 +147,7 @@ def _follow(worker) -> None:
     """On the processes that talk to nobody: a request to stop reaches them through rank zero."""
     from megatron_dtrpo.runtime import stop
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C meets the whole process group
     with stop.listening():
         worker.follow()
 

@@ -172,9 +172,6 @@ async def _reply(
     if isinstance(body, ChatRequest) and body.top_logprobs and not body.logprobs:
         raise UserError("top_logprobs are a part of logprobs: ask for these too")
     admissions = service.admissions(served, body)
-    most = service.scheduler.most
-    if len(admissions) > most:
-        raise UserError(f"{len(admissions)} responses in one request: at most {most}; ask for fewer prompts or n")
     reply = kind(served.name)
     prompt_tokens = sum(len(one.prompt) for one in admissions if one.key[1] == 0)
     answers = [Answer(served.tokenizer, body.stops(), body.is_scored) for _ in admissions]

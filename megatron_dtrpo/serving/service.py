@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.data.prompts import make_prompt
@@ -116,8 +116,11 @@ class Service:
 
     def admissions(self, served: Served, request: CompletionRequest | ChatRequest) -> list[Admission]:
         """Of each prompt its ``n`` samples. The same seed gives the same samples as those of `generate`'s."""
+        prompts, samples, most = request.prompts(), request.n or 1, self.scheduler.most
+        if len(prompts) * samples > most:
+            raise UserError(f"{len(prompts) * samples} responses in one request, at most {most}: fewer prompts, or n")
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        return [
+        found = [
             served.admission(
                 _row(prompt),
                 "messages" if isinstance(request, ChatRequest) else f"prompt {number + 1}",
@@ -125,12 +128,12 @@ class Service:
                 temperature=request.temperature,
                 top_p=request.top_p,
                 seed=seed,
-                key=(number, sample),
+                key=(number, 0),
                 stops=request.stops(),
             )
-            for number, prompt in enumerate(request.prompts())
-            for sample in range(request.n or 1)
+            for number, prompt in enumerate(prompts)
         ]
+        return [replace(one, key=(one.key[0], sample)) for one in found for sample in range(samples)]
 
 
 def _row(prompt: str | list) -> dict:

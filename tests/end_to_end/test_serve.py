@@ -120,6 +120,7 @@ def test_the_openai_package(server):
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["run"]
     asked = {"model": "run", "messages": MESSAGES, "seed": 3, "temperature": 1.0, "n": 3}
+    asked |= {"top_p": 0.95, "frequency_penalty": 0, "presence_penalty": 0, "timeout": 60}  # as LiveCodeBench asks
     whole = client.chat.completions.create(**asked, logprobs=True, max_completion_tokens=20)
     texts = [choice.message.content for choice in whole.choices]
     assert len(set(texts)) == 3 and whole.usage.completion_tokens <= 60

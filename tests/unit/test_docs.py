@@ -28,6 +28,11 @@ NOT_OURS = {
     "families/pebble.py",
     "dense.py",
     "until_enough.py",
+    "lcb_runner/lm_styles.py",
+    "gen_answer.py",
+    "gen_api_answer.py",
+    "gen_judgment.py",
+    "show_result.py",
     "__init__.py",
 }
 ROOMS = ("megatron_dtrpo", "tools", "examples")

@@ -127,7 +127,16 @@ def run_tool(folder: Path, name: str, **settings) -> dict:
 def results(folder) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RANK", raising=False)
-        return run_tool(folder, "alone")
+        return run_tool(folder, "alone", table=folder / "table.md")
+
+
+def test_the_row_of_the_papers_table(folder, results):
+    head, _, row = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
+    row = dict(zip(*cells, strict=True))
+    assert row.pop("model") == str(folder / "run")
+    assert row.pop("tokens per pass") == f"{results['efficiency']['completions/tokens_per_pass']:.2f}"
+    assert set(row.values()) == {"–"} and "GSM8K" in row
 
 
 def answers_of(results: dict, task: str) -> list:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies
 
 from megatron_dtrpo.cli import generate, serve, train
 from tests.support.chat_tokenizer import save_chat_tokenizer
@@ -18,6 +19,8 @@ from tests.support.launch import TINY_MODEL, flags, uneven_pairs, write_lines
 from tests.support.server import Server, events, serving
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+from megatron_dtrpo.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
+
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
 POSITIONS, NEW, SLOTS, WAITING = 256, 40, 4, 70
@@ -211,6 +214,40 @@ def test_refusals_have_openais_form(server, name):
     assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
 
 
+ANYTHING = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers(-(2**70), 2**70)
+    | strategies.floats()
+    | strategies.text(strategies.characters(), max_size=20),
+    lambda inner: (
+        strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "\ud800"})
+VALID = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 4},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 4},
+    "/watch": {"prompt": "x", "max_tokens": 4},
+}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    path=strategies.sampled_from(sorted(VALID)),
+    change=strategies.dictionaries(strategies.sampled_from(FIELDS), ANYTHING, max_size=3),
+)
+@example(path="/v1/completions", change={"temperature": 1e-300, "top_p": 1e-300})
+@example(path="/v1/completions", change={"temperature": 1e-4, "top_p": 1e-9, "seed": -(2**63)})
+@example(path="/v1/completions", change={"stop": ["\ud800", "a"]})
+@example(path="/v1/chat/completions", change={"n": 3, "logprobs": True, "stop": "<|im_end|>"})
+def test_no_request_is_an_error_of_the_servers(server, path, change):
+    status, body = server.request("POST", path, json.dumps(VALID[path] | change).encode())
+    assert status in (200, 400, 404), (status, body)
+    assert status == 200 or body["error"]["message"]
+
+
 def test_lm_evaluation_harness(server, folder, generated):
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("tenacity", reason='pip install "lm-eval[api]"')
@@ -248,8 +285,8 @@ def test_lm_evaluation_harness(server, folder, generated):
 
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {}], ids=["tensor", "data"])
 def test_layouts_write_the_same_and_stop_in_order(folder, generated, layout, tmp_path):
-    settings = {"checkpoint": folder / "run", "max_new_tokens": NEW}
-    with serving(tmp_path / "serve.log", processes=2, **settings, batch_size=2, api_key="secret", **layout) as server:
+    served = {"checkpoint": folder / "run", "max_new_tokens": NEW}
+    with serving(tmp_path / "serve.log", processes=2, **served, batch_size=2, api_key="secret", **layout) as server:
         assert server.post("/v1/completions", prompt="x")[0] == 401
         mine = {"Authorization": "Bearer secret"}
         _, body = server.post("/v1/completions", mine, prompt=PROMPTS, seed=7, **SAMPLED)

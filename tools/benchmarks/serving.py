@@ -33,6 +33,7 @@ def build_parser() -> Parser:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="Run folder.")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL file of text prompts.")
     parser.add_argument("--clients", type=int, default=64, help="At once. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=int, default=16, help="Of serve and of generate. Default: %(default)s.")
     parser.add_argument("--seconds", type=float, default=60, help="How long they ask. Default: %(default)s.")
     parser.add_argument(
         "--given-up", type=int, default=0, metavar="N", help="Requests to give up. Default: %(default)s."
@@ -96,7 +97,7 @@ def _main(argv: list[str]) -> None:
     arguments = parse_flags(build_parser(), argv)
     rows = [json.loads(line) for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines()]
     prompts = [row["prompt"] for row in rows]
-    shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.clients)]
+    shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.batch_size)]
     shared += ["--max-new-tokens", str(arguments.max_new_tokens), "--temperature", str(arguments.temperature)]
     with tempfile.TemporaryDirectory() as folder:
         served = _serve(shared, prompts, arguments, Path(folder))

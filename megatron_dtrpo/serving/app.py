@@ -109,7 +109,7 @@ class BodyLimit:
 def create_app(service: Service, api_key: str | None, most_bytes: int) -> FastAPI:
     """Routes over ``service``. ``api_key``: what clients send as a bearer token; None: nothing is asked for."""
 
-    def authorized(request: Request) -> None:
+    async def authorized(request: Request) -> None:  # not a plain function, which FastAPI runs on another thread
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             raise HTTPException(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'")

@@ -139,9 +139,8 @@ def _taken(port: int) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
-    return ", ".join(
-        line.removeprefix("megatron_dtrpo_") for line in lines if "cancelled" in line or "_running " in line
-    )
+    found = (line.removeprefix("megatron_dtrpo_") for line in lines if not line.startswith("#"))
+    return ", ".join(line for line in found if "cancelled" in line or "running" in line)
 
 
 def _generate(shared: list[str], count: int, prompts: list[str], folder: Path) -> float:

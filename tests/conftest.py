@@ -13,8 +13,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # long one that started last would leave one of them idle.
 LONGEST = """
     test_examples_7b test_conversion_commands test_resume test_decoding test_benchmarks test_gpu_check test_real_input
-    test_periodic_evaluation test_reference_cache test_overlap test_context_parallel test_stopping test_reference
-    test_evaluate test_invariance test_bad_input test_doctor_command test_failures test_interleaving test_generate
+    test_periodic_evaluation test_reference_cache test_overlap test_context_parallel test_stopping test_serve
+    test_reference test_evaluate test_invariance test_bad_input test_doctor_command test_failures test_interleaving
+    test_generate
 """.split()
 
 

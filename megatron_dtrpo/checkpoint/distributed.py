@@ -61,7 +61,7 @@ def _by_key(model) -> dict:
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{n}": chunk for n, chunk in enumerate(chunks)}
 
 
-def _sharded_state(model, optimizer, sharding: dict, is_loading: bool, adapters: bool) -> dict:
+def _sharded_state(model, optimizer, sharding: dict, is_loading: bool, adapters: bool = False) -> dict:
     """``adapters``: the weights of adapters alone; else all others."""
     state = {}
     for key, chunk in _by_key(model).items():
@@ -246,7 +246,7 @@ def _require_tensors(folder: Path, absent: set[str]) -> None:
         )
 
 
-def _load_stage(chunk, state: dict, adapters: bool) -> None:
+def _load_stage(chunk, state: dict, adapters: bool = False) -> None:
     """Loads a stage's state, of the adapters or of all else; what may be missing, or there in vain, is Transformer
     Engine's extra state alone."""
     mismatch = chunk.load_state_dict(state, strict=False)

@@ -38,7 +38,7 @@ def run_folder(folder: str) -> Iterator[None]:
         yield
 
 
-def write_run_folder(config: Config, tokenizer: Tokenizer, base: str | None) -> list[str]:
+def write_run_folder(config: Config, tokenizer: Tokenizer, base: str | None = None) -> list[str]:
     """Makes the run folder self-contained; rank 0 only. Returns what changed since the run's last start. ``base``: of a
     run that trains adapters, the fingerprint of the weights that they belong to."""
     folder = Path(config.run.save)

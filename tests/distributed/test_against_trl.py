@@ -187,7 +187,7 @@ def even(row: dict, text: str) -> bool:
 def test_pairs_are_recorded_with_their_exact_likelihoods(ours, folder, verb):
     """What was decoded is scored as it was decoded, and trained on."""
     files = {"checkpoint": folder / "sigmoid", "prompts": folder / "pairs.jsonl", "output": folder / "own.jsonl"}
-    verb("pairs", **files, samples=4, max_new_tokens=10, verifier=f"{__name__}:even")
+    verb("pairs", **files, samples=8, max_new_tokens=24, verifier=f"{__name__}:even")
     rows = read_rows(folder / "own.jsonl")
     assert all(row["chosen_steps"] == list(range(len(row["chosen_ids"]))) for row in rows)
     printed = verb("score", checkpoint=folder / "sigmoid", data=folder / "own.jsonl")

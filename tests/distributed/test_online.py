@@ -88,7 +88,9 @@ def compared(rows: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.same_as])
 def test_metrics_do_not_depend_on_the_layout(metrics_of, name):
-    assert disagreements(compared(metrics_of(name)), compared(metrics_of(LAYOUTS[name].same_as))) == []
+    # A loss is a sum of gains of either sign, of about 1 each, which fp32 knows to some 1e-7.
+    ours, theirs = compared(metrics_of(name)), compared(metrics_of(LAYOUTS[name].same_as))
+    assert disagreements(ours, theirs, floors={"loss": 1e-7}) == []
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -280,8 +280,11 @@ def layout_metrics(train: Callable, folder: Path, layouts: dict, **shared) -> Ca
     return metrics
 
 
-def disagreements(rows: list[dict], expected: list[dict], tolerance: float = 1e-4) -> list[str]:
-    """Where two runs' metrics differ by more than ``tolerance``, relatively; rates are not compared.
+def disagreements(
+    rows: list[dict], expected: list[dict], tolerance: float = 1e-4, floors: Mapping[str, float] = {}
+) -> list[str]:
+    """Where two runs' metrics differ by more than ``tolerance``, relatively; rates are not compared. ``floors``: differences
+    that are allowed in any case, by name.
 
     Rewards and margins are differences of log-probabilities, which fp32 knows to some 1e-6 of their size. Near zero
     they have no relative precision of their own, so they may differ by that much.
@@ -296,7 +299,7 @@ def disagreements(rows: list[dict], expected: list[dict], tolerance: float = 1e-
         for key, value in other.items():
             if key.endswith("_per_second"):
                 continue
-            floor = 1e-6 * size if key.startswith("rewards/") else 0.0
+            floor = 1e-6 * size if key.startswith("rewards/") else floors.get(key, 0.0)
             if not abs(row[key] - value) <= max(tolerance * abs(value), floor):
                 found.append(f"iteration {row['iteration']}: {key} is {row[key]!r}, expected {value!r}")
     return found

@@ -62,7 +62,7 @@ class AdapterRecord(LoraSettings):
         if self.base_fingerprint != fingerprint:
             raise UserError(
                 f"{folder}: an adapter of other weights than those in {weights}: it belongs to those that were in "
-                f"{self.base} (fingerprint {self.base_fingerprint[:12]}, not {fingerprint[:12]})"
+                f"{self.base} (fingerprint {self.base_fingerprint[:12]}, not {fingerprint[:12]}): give these"
             )
 
 
@@ -77,7 +77,8 @@ def base_and_adapter(folder: str | Path, adapter: str | Path | None) -> tuple[Pa
     if not is_adapter_folder(folder):
         return folder, None if adapter is None else Path(adapter)
     if adapter is not None:
-        raise UserError(f"{folder}: holds an adapter and no other weights: give the weights that it belongs to")
+        base = AdapterRecord.read(folder).base or "the weights that it belongs to"
+        raise UserError(f"{folder}: holds an adapter and no other weights: give {base} in its place")
     base = AdapterRecord.read(folder).base
     if base is None or not Path(base).is_dir():
         raise UserError(

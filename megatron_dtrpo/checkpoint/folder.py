@@ -44,7 +44,9 @@ def save_model_config(directory: str | Path, model: ModelSettings) -> None:
 def load_model_config(directory: str | Path) -> ModelSettings:
     path = Path(directory) / MODEL_CONFIG
     if not path.exists():
-        raise UserError(f"{directory}: not a checkpoint folder of this project: {MODEL_CONFIG} is missing")
+        foreign = (Path(directory) / "config.json").is_file()
+        advice = "; turn the Hugging Face folder into one with megatron-dtrpo convert import" * foreign
+        raise UserError(f"{directory}: not a checkpoint folder of this project: {MODEL_CONFIG} is missing{advice}")
     names = {f.name for f in dataclasses.fields(ModelSettings)}
     values = read_yaml(path)
     for key in values:

@@ -82,8 +82,16 @@ def require_latest(directory: str | Path) -> int:
         advice = "turn it into a checkpoint with megatron-dtrpo convert import"
         raise UserError(f"{directory}: a Hugging Face folder: {advice}")
     if iteration is None:
-        raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing")
+        advice = _advice_on_rounds(Path(directory))
+        raise UserError(f"{directory}: no checkpoint to load: {TRACKER} is missing{advice}")
     return iteration
+
+
+def _advice_on_rounds(directory: Path) -> str:
+    """Where ``directory`` is that of rounds: the folder of the last one that has a checkpoint."""
+    numbers = [folder.name.partition("-")[2] for folder in directory.glob("round-*") if (folder / TRACKER).is_file()]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=None)
+    return "" if last is None else f"; it holds rounds, the last of which is {directory / f'round-{last}'}"
 
 
 def complete_iterations(directory: str | Path) -> list[int]:

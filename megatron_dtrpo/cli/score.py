@@ -75,8 +75,10 @@ def _score(argv: list[str]) -> None:
 def _find_run(config, checkpoint: str) -> Path:
     """The folder of the run that is scored: the checkpoint's, or that of the adapter beside it."""
     from megatron_dtrpo.checkpoint.adapter import base_and_adapter
+    from megatron_dtrpo.checkpoint.iterations import require_latest
 
     base, adapter = base_and_adapter(checkpoint, config.run.load_adapter)
+    require_latest(base)
     config.run.load, config.run.load_adapter = str(base), adapter and str(adapter)
     return adapter or base
 

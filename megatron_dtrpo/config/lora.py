@@ -30,7 +30,7 @@ class LoraSettings:
         32.0, "What an adapter adds is multiplied by lora_alpha / lora_rank (use_rslora: by its root).", at_least=0
     )
     lora_dropout: float = setting(
-        0.0, "Share of the adapters' input that training drops, the same under every layout.", at_least=0, at_most=1
+        0.0, "Share of the adapters' input that training drops, the same under every layout.", at_least=0
     )
     lora_target_modules: list[str] | None = setting(
         None,

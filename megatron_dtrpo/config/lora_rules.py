@@ -32,7 +32,7 @@ def check_lora(config: Config) -> None:
             "or wildcards",
         )
     _demand(lora.lora_alpha > 0, "lora_alpha is 0: the adapters would add nothing")
-    _demand(lora.lora_dropout < 1, "lora_dropout is 1: the adapters would see nothing")
+    _demand(lora.lora_dropout < 1, f"lora_dropout is {lora.lora_dropout}: it must be below 1")
     _check_company(config)
 
 

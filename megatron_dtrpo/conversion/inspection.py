@@ -14,7 +14,7 @@ from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion import mapping
 from megatron_dtrpo.conversion.adapters import StoredAdapter
 from megatron_dtrpo.conversion.dtypes import dtype_name
-from megatron_dtrpo.conversion.hf_config import CONFIG, architecture, model_settings, read_config
+from megatron_dtrpo.conversion.hf_config import ADAPTER, CONFIG, architecture, model_settings, read_config, read_json
 from megatron_dtrpo.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dtrpo.conversion.template import find_template
 from megatron_dtrpo.conversion.torch_dist_reader import TorchDistReader
@@ -30,6 +30,8 @@ def inspect(folder: str | Path) -> dict[str, str]:
         return _megatron(folder)
     if (folder / CONFIG).is_file():
         return _huggingface(folder)
+    if (folder / ADAPTER).is_file():
+        return _peft(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     raise UserError(
@@ -68,6 +70,17 @@ def _adapter(folder: Path, model: ModelSettings, iteration: int) -> dict[str, st
         "weights": f"{record.base} (fingerprint {record.base_fingerprint[:12]})",
         "dtype": ", ".join(sorted(map(dtype_name, dtypes))),
         "iteration": str(iteration),
+    }
+
+
+def _peft(folder: Path) -> dict[str, str]:
+    config = read_json(folder / ADAPTER)
+    targets = config.get("target_modules") or []
+    return {
+        "kind": f"PEFT adapter, {config.get('peft_type')} (import it with --base)",
+        "adapter": f"rank {config.get('r')}, alpha {config.get('lora_alpha')}, of "
+        f"{targets if isinstance(targets, str) else ' '.join(sorted(targets))}",
+        "weights": str(config.get("base_model_name_or_path")),
     }
 
 

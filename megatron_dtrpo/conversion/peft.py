@@ -97,6 +97,10 @@ def import_peft(hf_path: Path, megatron_path: Path, base: Path, overwrite: bool 
     if is_adapter_folder(base):
         raise UserError(f"--base {base}: holds an adapter: give the weights that it belongs to")
     model, where = checkpoint_folder.load_model_config(base), hf_path / ADAPTER
+    if not where.is_file():
+        raise UserError(
+            f"{hf_path}: not a folder that PEFT saved: {ADAPTER} is missing; for a model's own folder leave --base out"
+        )
     config = read_json(where)
     for key, plain in _PLAIN.items():
         if config.get(key, plain[0]) not in plain:

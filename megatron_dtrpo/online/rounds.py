@@ -98,7 +98,8 @@ class Rounds:
         finally:
             self.workers.close()
         if number > self.total:
-            self._say(f"done: {round_folder(self.config.run.save, self.total)} is the run of the last round")
+            last = round_folder(self.config.run.save, self.total)
+            self._say(f"done: {last} is the run of the last round; a larger --rounds adds some")
         else:
             self._say(f"round {number} of {self.total} is not finished: start the same command again")
 

@@ -165,7 +165,12 @@ def _check_pinned(config: Config, first: dict) -> None:
     for key in (*_PINNED, *ESTIMATORS[now["estimator"]].options):
         theirs = first.get(key, FIELDS[key].default)  # a run may be older than the setting
         if now[key] != theirs:
-            raise UserError(f"{config.run.save}: this run has {key} {theirs}, not {now[key]}")
+            what = f"this run has {key} {_told(theirs)}, not {_told(now[key])}"
+            raise UserError(f"{config.run.save}: {what}: give the same, or another --save")
+
+
+def _told(value) -> str:
+    return "none" if value is None else str(value)
 
 
 def _resolved(config: Config, first: dict) -> dict:

@@ -152,7 +152,8 @@ class Run:
         if changes and resume_from is not None:
             self.log.say(f"changed since this run's last start: {', '.join(changes)}")
         if self.iteration >= self.train_iters:
-            self.log.say(f"nothing to do: iteration {self.iteration} is reached; raise --train-iters to go on")
+            way_on = "a larger --train-iters or --num-epochs goes on"
+            self.log.say(f"nothing to do: iteration {self.iteration} is reached; {way_on}")
         for line in [*notes(self.config), *self.remarks()]:
             self.log.say(line)
 
@@ -173,6 +174,9 @@ class Run:
             self.writer.finish()
         except StopRequest as request:
             self._stop(request)
+        except KeyboardInterrupt:
+            self._say(f"interrupted after iteration {self.iteration}: {self._kept()}; SIGTERM saves first")
+            raise
         finally:
             if self.log is not None:
                 self.log.close()
@@ -268,6 +272,9 @@ class Run:
     def _last_checkpoint(self) -> str:
         """What is left of a run that ends here; completes a checkpoint that is being written; collective."""
         self.writer.finish()
+        return self._kept()
+
+    def _kept(self) -> str:
         last = iterations.latest_iteration(self.config.run.save)
         return f"the checkpoint of iteration {last} is kept" if last is not None else "no checkpoint was written yet"
 

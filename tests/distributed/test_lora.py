@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dtrpo.checkpoint.adapter import AdapterRecord
+from megatron_dtrpo.checkpoint.adapter import AdapterRecord, base_and_adapter
 from megatron_dtrpo.cli import convert
 from megatron_dtrpo.conversion.inspection import inspect
 from megatron_dtrpo.conversion.peft import WEIGHTS, import_peft
@@ -294,6 +294,13 @@ def test_what_cannot_be_is_refused_in_a_line(folder, server, ours):
         UserError, match="a PEFT folder: turn it into one with megatron-dtrpo convert import --base BASE"
     ):
         AdapterRecord.read(folder / "peft")
+    with pytest.raises(UserError, match=f"give {folder / 'base'} in its place"):
+        base_and_adapter(folder / "one", folder / "adapter")
+    with pytest.raises(UserError, match="adapter_config.json is missing; for a model's own folder leave --base out"):
+        import_peft(folder / "hf_other", folder / "no", folder / "base")
+    with pytest.raises(UserError, match="turn the Hugging Face folder into one with megatron-dtrpo convert import"):
+        import_peft(folder / "peft", folder / "no", folder / "hf_other")
+    assert inspect(folder / "peft")["kind"].startswith("PEFT adapter, LORA")
     line = refused(server, folder, lora_rank=2, reference=folder / "one")
     assert "holds an adapter and no other weights: merge it into its weights first" in line
     # Going on with another adapter is another run.

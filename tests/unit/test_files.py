@@ -110,6 +110,15 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
             pass
 
 
+def test_a_folder_of_rounds_names_the_last_one(tmp_path):
+    for name in ("round-2", "round-10", "round-x", "round-11"):
+        (tmp_path / name).mkdir()
+    for name in ("round-2", "round-10", "round-x"):
+        (tmp_path / name / iterations.TRACKER).touch()
+    with pytest.raises(UserError, match=f"it holds rounds, the last of which is {tmp_path}/round-10"):
+        iterations.require_latest(tmp_path)
+
+
 def test_a_hugging_face_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="latest_checkpointed_iteration.txt is missing"):
         iterations.require_latest(tmp_path)

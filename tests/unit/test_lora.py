@@ -333,7 +333,7 @@ def config_of(**changes):
         ({"lora_alpha": 8.0}, "lora_alpha goes with lora_rank: give --lora-rank N"),
         ({"use_rslora": True}, "use_rslora goes with lora_rank"),
         ({"lora_rank": 4, "lora_alpha": 0.0}, "lora_alpha is 0"),
-        ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout is 1"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout is 1.0: it must be below 1"),
         ({"lora_rank": 4, "lora_target_modules": ["mlp", "q_proj"]}, "lora_target_modules: 'q_proj' matches no linear"),
         ({"lora_rank": 4, "lora_target_modules": ["layers.4"]}, "lora_target_modules: 'layers.4' matches no linear"),
         ({"lora_rank": 4, "trainable_modules": ["mlp"]}, "trainable_modules with lora_rank"),

@@ -265,7 +265,7 @@ def test_a_run_keeps_its_format():
         del first[key]
     resume._check_pinned(now, first)
     now.parallel.fp8_format = "hybrid"
-    with pytest.raises(UserError, match="this run has fp8_format None, not hybrid"):
+    with pytest.raises(UserError, match="this run has fp8_format none, not hybrid"):
         resume._check_pinned(now, first)
     with pytest.raises(UserError, match="this run has fp8_reference False, not True"):
         resume._check_pinned(now, first | {"fp8_format": "hybrid", "fp8_reference": False})

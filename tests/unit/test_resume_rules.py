@@ -97,7 +97,8 @@ def test_its_block_size_says_its_estimator(run):
 )
 def test_what_it_is_stays(run, key, value, first):
     changes = {key: value} if key != "objective" else {key: value, "estimator": None}
-    with pytest.raises(UserError, match=re.escape(f"{run}: this run has {key} {first}, not {value}")):
+    then = "none" if first is None else first
+    with pytest.raises(UserError, match=re.escape(f"{run}: this run has {key} {then}, not {value}: give the same,")):
         again(run, **changes)
 
 

@@ -187,7 +187,7 @@ def test_a_resumed_run_and_a_reference_keep_the_shift(tmp_path):
     first = config_of(load="base")
     validate(first, 1)
     resume._check_pinned(Config(), first.to_flat())
-    with pytest.raises(UserError, match="this run has block_start None, not clean"):
+    with pytest.raises(UserError, match="this run has block_start none, not clean"):
         resume._check_pinned(Config.from_flat({"block_start": "clean"}), first.to_flat())
     for family in ("a2d_qwen3", "qwen3"):
         folder = tmp_path / family

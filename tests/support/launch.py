@@ -283,8 +283,8 @@ def layout_metrics(train: Callable, folder: Path, layouts: dict, **shared) -> Ca
 def disagreements(
     rows: list[dict], expected: list[dict], tolerance: float = 1e-4, floors: Mapping[str, float] = {}
 ) -> list[str]:
-    """Where two runs' metrics differ by more than ``tolerance``, relatively; rates are not compared. ``floors``: differences
-    that are allowed in any case, by name.
+    """Where two runs' metrics differ by more than ``tolerance``, relatively; rates are not compared. ``floors``: what
+    is allowed in any case, by name.
 
     Rewards and margins are differences of log-probabilities, which fp32 knows to some 1e-6 of their size. Near zero
     they have no relative precision of their own, so they may differ by that much.

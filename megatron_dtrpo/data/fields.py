@@ -92,7 +92,9 @@ def messages_advice(row: dict[str, Any], name: str) -> str:
 
 
 def present_columns(row: dict[str, Any]) -> str:
-    return ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
+    """Their names in one line, which a name of line breaks or other controls would break."""
+    names = sorted(name for name, value in row.items() if value is not None)
+    return ", ".join(name if name.isprintable() else repr(name) for name in names) or "nothing"
 
 
 def read_prompt(value: Any) -> str | Messages:

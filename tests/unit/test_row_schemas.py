@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dtrpo.data.fields import require_columns
 from megatron_dtrpo.data.prompts import make_prompt
 from megatron_dtrpo.data.token_store import build_token_store
 from megatron_dtrpo.data.tokenizer import build_tokenizer
@@ -303,3 +304,8 @@ def test_thousands_of_rows_of_any_schema(tmp_path_factory, tokenizer):
     rows, used = _fuzz(tmp_path_factory, tokenizer, 300, 8, ["jsonl", "json", "parquet"])
     print(f"{rows} rows, {used} examples")
     assert rows > 2000 and used > 200
+
+
+def test_the_name_of_a_column_breaks_no_line():
+    with pytest.raises(UserError, match=r"missing field 'prompt'; the row has 'a\\nb', plain$"):
+        require_columns({"a\nb": 1, "plain": 2}, ("prompt",))

@@ -12,7 +12,7 @@ import torch
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from tests.support import conversion_folders as folders
-from tests.support.launch import uneven_pairs, write_lines
+from tests.support.launch import read_rows, uneven_pairs, verb_runner, write_lines
 
 pytest.importorskip("trl", minversion="1.16")
 pytestmark = pytest.mark.distributed
@@ -133,18 +133,7 @@ def test_sft_learns_the_mean_over_all_response_tokens(folder, server, theirs):
 
 @pytest.fixture(scope="module")
 def verb(server, folder):
-    """(name, settings): runs a verb to its end, and returns what it printed."""
-
-    def run(name: str, **settings) -> str:
-        statuses, output = server.run(settings, folder / f"{name}.log", verb=name)
-        assert statuses == [0], output
-        return output
-
-    return run
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return verb_runner(server, folder)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_check
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
 from megatron_dtrpo.errors import UserError
 from tests.support import conversion_folders as folders
-from tests.support.launch import uneven_pairs
+from tests.support.launch import read_rows, uneven_pairs, verb_runner
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.distributed
@@ -161,18 +161,7 @@ def test_three_steps_are_pefts_under_every_layout(folder, ours, theirs, layout):
 
 @pytest.fixture(scope="module")
 def verb(server, folder):
-    """(name, settings): runs a verb to its end, and returns what it printed."""
-
-    def run(name: str, **settings) -> str:
-        statuses, output = server.run(settings, folder / f"{name}.log", verb=name)
-        assert statuses == [0], output
-        return output
-
-    return run
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return verb_runner(server, folder)
 
 
 @torch.no_grad()

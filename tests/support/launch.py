@@ -261,6 +261,22 @@ class Layout:
     same_as: str | None = "one process"
 
 
+def verb_runner(server, folder: Path) -> Callable[..., str]:
+    """(name, settings): runs a verb to its end on a fork server, and returns what it printed."""
+
+    def run(name: str, **settings) -> str:
+        statuses, output = server.run(settings, folder / f"{name}.log", verb=name)
+        assert statuses == [0], output
+        return output
+
+    return run
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def layout_metrics(train: Callable, folder: Path, layouts: dict, **shared) -> Callable[[str], list[dict]]:
     """Name of a layout -> the metrics of its steps; every layout runs once.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.parser import add_settings, parse_command
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_of
-from megatron_dtrpo.runtime.environment import rank
+from megatron_dtrpo.runtime.environment import leave_a_core, rank
 
 EXAMPLES = """
   megatron-dtrpo serve --checkpoint RUN --port 8000
@@ -107,14 +108,15 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(argv: list[str]) -> None:
     arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
+    leave_a_core()  # to the process that talks to clients
     try:
-        from megatron_dtrpo.serving.server import listen, serve
+        from megatron_dtrpo.serving.front import front, listen
+        from megatron_dtrpo.serving.server import talk
     except ImportError as error:
         raise UserError(f'megatron-dtrpo serve: {error}: pip install "megatron-dtrpo[serve]"') from None
     from megatron_dtrpo.evaluation.session import locate_checkpoint
     from megatron_dtrpo.serving.app import create_app
     from megatron_dtrpo.serving.scheduler import Scheduler
-    from megatron_dtrpo.serving.service import Service
     from megatron_dtrpo.serving.worker import Worker
 
     folders = [folder for folder in (arguments.checkpoint, arguments.compare) if folder]
@@ -129,6 +131,11 @@ def _serve(argv: list[str]) -> None:
         ]
         names = _names([arguments.load_adapter or arguments.checkpoint, *folders[1:]])
         models = [_served(arguments, *each) for each in zip(names, range(len(names)), sources, strict=True)]
+        if where is not None:
+            places = arguments.batch_size * sources[0].replicas
+            app = functools.partial(create_app, models, key, arguments.max_request_bytes)
+            limits = {"places": places, "waiting": arguments.max_waiting}
+            clients = stack.enter_context(front(functools.partial(talk, **limits, make_app=app), where))
         engines = [stack.enter_context(sources[0].open()), *(source.load() for source in sources[1:])]
         worker = Worker(
             engines, [model.defaults for model in models], arguments.batch_size, [model.positions for model in models]
@@ -136,11 +143,9 @@ def _serve(argv: list[str]) -> None:
         if where is None:
             _follow(worker)
             return
-        scheduler = Scheduler(worker, len(models), arguments.batch_size, arguments.max_waiting)
-        app = create_app(Service(models, scheduler), key, arguments.max_request_bytes)
         where.listen()  # who connects from here on waits for the server
         _announce(arguments, models, where.getsockname()[1], key)
-        serve(app, scheduler, where)
+        clients.run(Scheduler(worker, len(models), arguments.batch_size, clients))
 
 
 def _follow(worker) -> None:
@@ -157,13 +162,7 @@ def _served(arguments: argparse.Namespace, name: str, number: int, source):
     from megatron_dtrpo.serving.service import Served
 
     model = source.config.model
-
-    def choose(max_new_tokens: int, temperature: float, top_p: float) -> DecodingOptions:
-        asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        return decoding_options(
-            argparse.Namespace(**{**vars(arguments), **asked}), model.block_size, family_of(model).rule
-        )
-
+    choose = functools.partial(_choose, arguments, model.block_size, family_of(model).rule)
     most = model.max_position_embeddings
     length = arguments.inference_max_seq_length or min(most, POSITIONS)
     if length > most:
@@ -178,6 +177,13 @@ def _served(arguments: argparse.Namespace, name: str, number: int, source):
         frozenset(token_ids(source.tokenizer, arguments.stop_token)),
         int(time.time()),
     )
+
+
+def _choose(
+    arguments: argparse.Namespace, block_size: int, rule: str, max_new_tokens: int, temperature: float, top_p: float
+) -> DecodingOptions:
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    return decoding_options(argparse.Namespace(**{**vars(arguments), **asked}), block_size, rule)
 
 
 def _names(folders: list[str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 The cache has a slot per sequence that is being decoded. A pass writes the keys and values of its tokens at their
 positions and attends what its slots hold up to a length each; a noisy block's entries are overwritten by its next pass
-and, once the block is full, by the clean one. No entry is ever copied or thrown away. Under full attention there is a
-cache only where decoding approximates by one (`config.decoding.CACHES`).
+and, once the block is full, by the clean one. Entries are copied only where a slot takes another one's place. Under
+full attention there is a cache only where decoding approximates by one (`config.decoding.CACHES`).
 
 Legend: s packed tokens of a pass, n slots in it, q tokens per slot, L the longest visible length, g key/value groups.
 """
@@ -48,11 +48,11 @@ class KeyValueCache:
         keys, values = self._layers[layer]
         return keys[slots, :, :length], values[slots, :, :length]
 
-    def move(self, source: int, target: int) -> None:
-        """Makes slot ``target`` a copy of slot ``source``."""
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first ``length`` positions of slot ``source`` to slot ``target``."""
         for keys, values in self._layers.values():
-            keys[target] = keys[source]
-            values[target] = values[source]
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
 
 
 @dataclass

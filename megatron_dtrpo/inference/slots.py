@@ -78,7 +78,7 @@ class Slots:
         last = self._active.pop()
         if number < len(self._active):  # active slots stay the first ones of the cache
             self._active[number] = last
-            self._cache.move(len(self._active), number)
+            self._cache.move(len(self._active), number, len(last.decoding.tokens))
 
     def decoding(self, name: Hashable) -> Decoding:
         return next(slot.decoding for slot in self._active if slot.name == name)

@@ -42,7 +42,16 @@ def defaults(given: Mapping[str, str], cores: int) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in given}
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_defaults() -> None:
     """Before torch is imported."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.update(defaults(os.environ, cores))
+    os.environ.update(defaults(os.environ, _cores()))
+
+
+def leave_a_core() -> None:
+    """To a process beside this one. torch's threads wait for each other without sleeping: one that has to share its
+    core keeps all others waiting. Before torch is imported; torchrun or the user may have said how many there are."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() - 1)))

@@ -19,10 +19,10 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.inference.trace import trace_of
 from megatron_dtrpo.serving import replies
 from megatron_dtrpo.serving.answer import Answer
+from megatron_dtrpo.serving.desk import Desk, QueueFull, Stopping, Ticket
 from megatron_dtrpo.serving.page import page
 from megatron_dtrpo.serving.protocol import ChatRequest, CompletionRequest, WatchRequest
-from megatron_dtrpo.serving.scheduler import QueueFull, Scheduler, Stopping
-from megatron_dtrpo.serving.service import Served, Service, Ticket, TooLong, UnknownModel, written
+from megatron_dtrpo.serving.service import Served, Service, TooLong, UnknownModel, written
 
 T = TypeVar("T")
 
@@ -106,8 +106,10 @@ class BodyLimit:
         return Json(replies.error(self._words()), 413, headers={"Connection": "close"})
 
 
-def create_app(service: Service, api_key: str | None, most_bytes: int) -> FastAPI:
-    """Routes over ``service``. ``api_key``: what clients send as a bearer token; None: nothing is asked for."""
+def create_app(served: Sequence[Served], api_key: str | None, most_bytes: int, desk: Desk) -> FastAPI:
+    """Routes to ``served``, the first one the default. ``api_key``: what clients send as a bearer token; None: nothing
+    is asked for."""
+    service = Service(served, desk)
 
     async def authorized(request: Request) -> None:  # not a plain function, which FastAPI runs on another thread
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -142,12 +144,12 @@ def create_app(service: Service, api_key: str | None, most_bytes: int) -> FastAP
 
     @app.get("/health")
     async def health() -> Any:
-        stopping = service.scheduler.stopping
+        stopping = service.desk.stopping
         return Json({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
 
     @app.get("/metrics", dependencies=locked)
     async def metrics() -> Any:
-        return PlainTextResponse(replies.metrics(_measured(service.scheduler)), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(replies.metrics(await _measured(service)), media_type="text/plain; version=0.0.4")
 
     @app.get("/")
     async def root() -> Any:
@@ -175,7 +177,7 @@ async def _reply(
     reply = kind(served.name)
     prompt_tokens = sum(len(one.prompt) for one in admissions if one.key[1] == 0)
     answers = [Answer(served.tokenizer, body.stops(), body.is_scored) for _ in admissions]
-    ticket = Ticket(service.scheduler, admissions)
+    ticket = service.desk.submit(admissions)
     if body.stream:
         counted = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_events(ticket, answers, reply, prompt_tokens if counted else None), ticket)
@@ -197,19 +199,22 @@ async def _events(
     ticket: Ticket, answers: Sequence[Answer], reply: replies.Reply, prompt_tokens: int | None
 ) -> AsyncIterator[str]:
     """``prompt_tokens``: for a last chunk with the usage; None: there is none."""
+    held = [replies.event(chunk) for index in range(len(answers)) for chunk in reply.opening(index)]
     try:
-        for index in range(len(answers)):
-            for chunk in reply.opening(index):
-                yield replies.event(chunk)
         async for index, text, scores in written(ticket, answers):
             finish = answers[index].finish
-            if text or scores or finish:
-                yield replies.event(reply.chunk(index, text, scores if answers[index].scored else None, finish))
+            if not (text or scores or finish):
+                continue
+            held.append(replies.event(reply.chunk(index, text, scores if answers[index].scored else None, finish)))
+            if all(answer.finish for answer in answers):  # the rest of the stream goes with it
+                break
+            yield "".join(held)
+            held = []
         if prompt_tokens is not None:
-            yield replies.event(reply.usage_chunk(answers, prompt_tokens))
+            held.append(replies.event(reply.usage_chunk(answers, prompt_tokens)))
     except Stopping:
-        yield replies.event(replies.error("the server stops", "server_error", code="stopping"))
-    yield replies.event("[DONE]")
+        held.append(replies.event(replies.error("the server stops", "server_error", code="stopping")))
+    yield "".join([*held, replies.event("[DONE]")])
 
 
 def _watch(service: Service, body: WatchRequest) -> EventStream:
@@ -225,7 +230,7 @@ def _watch(service: Service, body: WatchRequest) -> EventStream:
         key=(0, 0),
         watched=True,
     )
-    ticket = Ticket(service.scheduler, [admission])
+    ticket = service.desk.submit([admission])
     return EventStream(_watched(ticket, served, body.prompt, admission.end_ids), ticket)
 
 
@@ -255,19 +260,19 @@ async def _watched(ticket: Ticket, served: Served, prompt: str, end_ids: frozens
         yield replies.event(replies.error("the server stops", "server_error", code="stopping"))
 
 
-def _measured(scheduler: Scheduler) -> list:
-    counters = scheduler.counters
+async def _measured(service: Service) -> list[tuple[str, str, str, float]]:
+    desk, counted = service.desk, await service.desk.counters()
     return [
-        ("requests_running", "gauge", "Responses that are being decoded.", lambda: scheduler.running),
-        ("requests_waiting", "gauge", "Responses that wait for a slot.", lambda: scheduler.waiting),
-        ("slots", "gauge", "Responses that can be decoded at once.", lambda: scheduler.places),
-        ("responses_total", "counter", "Responses that were finished.", lambda: counters.finished),
-        ("responses_cancelled_total", "counter", "Responses given up by their clients.", lambda: counters.cancelled),
-        ("responses_refused_total", "counter", "Responses refused by a full queue.", lambda: counters.refused),
-        ("tokens_total", "counter", "Tokens of finished responses.", lambda: counters.tokens),
-        ("response_passes_total", "counter", "Passes that finished responses took part in.", lambda: counters.passes),
-        ("rounds_total", "counter", "Passes of the whole batch.", lambda: counters.rounds),
-        ("pass_seconds_total", "counter", "Seconds of these, on rank zero.", lambda: scheduler.worker.seconds),
+        ("requests_running", "gauge", "Responses that are being decoded.", counted.running),
+        ("requests_waiting", "gauge", "Responses that wait for a slot.", counted.waiting),
+        ("slots", "gauge", "Responses that can be decoded at once.", len(service.models) * desk.places),
+        ("responses_total", "counter", "Responses that were finished.", counted.finished),
+        ("responses_cancelled_total", "counter", "Responses given up by their clients.", counted.cancelled),
+        ("responses_refused_total", "counter", "Responses refused by a full queue.", desk.refused),
+        ("tokens_total", "counter", "Tokens of finished responses.", counted.tokens),
+        ("response_passes_total", "counter", "Passes that finished responses took part in.", counted.passes),
+        ("rounds_total", "counter", "Passes of the whole batch.", counted.rounds),
+        ("pass_seconds_total", "counter", "Seconds of these, on rank zero.", counted.seconds),
     ]
 
 

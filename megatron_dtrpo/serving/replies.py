@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_dtrpo.serving.answer import Answer, TokenScore
@@ -117,10 +117,10 @@ def _rows(scores: Sequence[TokenScore] | None) -> dict | None:
     return {"content": rows, "refusal": None}
 
 
-def metrics(rows: Sequence[tuple[str, str, str, Callable[[], float]]]) -> str:
+def metrics(rows: Sequence[tuple[str, str, str, float]]) -> str:
     """Prometheus' text format. ``rows``: name, type, help, value."""
     lines = []
     for name, kind, words, value in rows:
         full = f"megatron_dtrpo_{name}"
-        lines += [f"# HELP {full} {words}", f"# TYPE {full} {kind}", f"{full} {value():.15g}"]
+        lines += [f"# HELP {full} {words}", f"# TYPE {full} {kind}", f"{full} {value:.15g}"]
     return "\n".join(lines) + "\n"

@@ -1,67 +1,53 @@
-"""Runs the HTTP server beside the scheduler's loop, until it is asked to stop."""
+"""The process that talks to clients. It has no device and no process group: jobs go to rank zero over a socket."""
 
 from __future__ import annotations
 
 import signal
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import stop
-from megatron_dtrpo.serving.scheduler import Scheduler
+from megatron_dtrpo.serving.desk import Desk
+from megatron_dtrpo.serving.front import CLOSING
 
-GRACE = 20.0  # seconds for what is being written; torchrun kills half a minute after it asks
-CLOSING = 5.0  # seconds for open connections after that
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Takes the port. Nobody is answered before `serve`. Raises UserError where it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((host, port))
-    except (OSError, OverflowError) as error:
-        found.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--host {host} --port {port}: cannot be listened on ({reason}); give another") from None
-    return found
+UVICORN: dict[str, Any] = {
+    "lifespan": "off",
+    "log_level": "warning",
+    "access_log": False,
+    "proxy_headers": False,  # nobody asks where a client is
+    "timeout_graceful_shutdown": int(CLOSING),
+}
 
 
-def serve(app, scheduler: Scheduler, where: socket.socket) -> None:
-    """Serves until SIGTERM, SIGUSR1 or Ctrl-C; then waits `GRACE` for responses that are being written."""
-    config = uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=int(CLOSING))
-    server = uvicorn.Server(config)
-    with stop.listening(), _interrupted() as interrupted:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [where]}, name="http")
-        thread.start()
+def talk(
+    where: socket.socket, scheduler: socket.socket, places: int, waiting: int, make_app: Callable[[Desk], ASGIApp]
+) -> None:
+    """Answers clients on ``where`` from the scheduler's first word on until it is gone.
 
-        def asked_to_stop() -> bool:
-            return interrupted.is_set() or stop.requested() is not None or not thread.is_alive()
-
-        try:
-            scheduler.run(asked_to_stop, GRACE)
-        finally:
-            server.should_exit = True
-            thread.join(2 * CLOSING)
-            where.close()
+    Args:
+        scheduler: the socket to it; places, waiting: of `Desk`.
+        make_app: the application, of the desk that it gives its jobs to.
+    """
+    # multiprocessing unblocks signals at its first spawn, and uvicorn would stop at them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *stop.SIGNALS))
+    desk = Desk(places, waiting)
+    _Server(uvicorn.Config(make_app(desk), **UVICORN), desk, scheduler).run(sockets=[where])
 
 
-@contextmanager
-def _interrupted() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C; a second one is a KeyboardInterrupt."""
-    event = threading.Event()
+class _Server(uvicorn.Server):
+    """Serves as long as the desk has somebody to hear."""
 
-    def handler(number, frame) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def __init__(self, config: uvicorn.Config, desk: Desk, scheduler: socket.socket):
+        super().__init__(config)
+        self._desk, self._scheduler = desk, scheduler
 
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if await self._desk.open(self._scheduler, self._close):
+            await super().startup(sockets)
+
+    def _close(self) -> None:
+        self.should_exit = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,9 @@ from megatron_dtrpo.data.prompts import make_prompt
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.serving.answer import Answer
+from megatron_dtrpo.serving.desk import Desk, Ticket
+from megatron_dtrpo.serving.messages import Admission
 from megatron_dtrpo.serving.protocol import ChatRequest, CompletionRequest
-from megatron_dtrpo.serving.scheduler import Scheduler
-from megatron_dtrpo.serving.worker import Admission, Progress
 
 GREEDY = 1e-5  # temperatures below it are 0: dividing by them would overflow
 
@@ -73,39 +72,13 @@ class Served:
         return Admission(-1, self.number, 0, ids, options, seed, key, self.end_ids | special, watched)
 
 
-class Ticket:
-    """Jobs of one request, and what is heard of them. Of the event loop's thread."""
-
-    def __init__(self, scheduler: Scheduler, admissions: Sequence[Admission]):
-        """Raises QueueFull and Stopping."""
-        self._scheduler = scheduler
-        self._heard: asyncio.Queue[tuple[int, Progress | Exception]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(place: int, said: Progress | Exception) -> None:
-            loop.call_soon_threadsafe(self._heard.put_nowait, (place, said))
-
-        self._jobs = scheduler.submit(admissions, tell)
-
-    async def next(self) -> tuple[int, Progress]:
-        """The place of a job, and how far it is. Raises Stopping."""
-        place, said = await self._heard.get()
-        if isinstance(said, Exception):
-            raise said
-        return place, said
-
-    def cancel(self, places: Sequence[int] | None = None) -> None:
-        """Gives up the jobs at ``places``, default: all."""
-        self._scheduler.cancel(self._jobs if places is None else [self._jobs[place] for place in places])
-
-
 class Service:
     """Attributes: models, by name, the first one the default."""
 
-    def __init__(self, models: Sequence[Served], scheduler: Scheduler):
+    def __init__(self, models: Sequence[Served], desk: Desk):
         self.models = {model.name: model for model in models}
         self.default = models[0]
-        self.scheduler = scheduler
+        self.desk = desk
 
     def model(self, name: str | None) -> Served:
         if name is None:
@@ -116,7 +89,7 @@ class Service:
 
     def admissions(self, served: Served, request: CompletionRequest | ChatRequest) -> list[Admission]:
         """Of each prompt its ``n`` samples. The same seed gives the same samples as those of `generate`'s."""
-        prompts, samples, most = request.prompts(), request.n or 1, self.scheduler.most
+        prompts, samples, most = request.prompts(), request.n or 1, self.desk.most
         if len(prompts) * samples > most:
             raise UserError(f"{len(prompts) * samples} responses in one request, at most {most}: fewer prompts, or n")
         seed = secrets.randbits(62) if request.seed is None else request.seed

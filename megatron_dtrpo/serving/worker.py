@@ -1,6 +1,6 @@
 """What every process of a server does: a pass of all sequences, and then the next commands of rank zero's.
 
-Rank zero alone talks to clients. Before each pass it tells all processes which prompts come and which slots are given
+Rank zero alone hears of clients. Before each pass it tells all processes which prompts come and which slots are given
 back; after it, it gets what was written.
 """
 
@@ -8,60 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from megatron.core import parallel_state
 
 from megatron_dtrpo.config.decoding import DecodingOptions
-from megatron_dtrpo.diffusion.decoding import Completion, Decoding
+from megatron_dtrpo.diffusion.decoding import Decoding
 from megatron_dtrpo.runtime import objects
+from megatron_dtrpo.serving.messages import Admission, Commands, Progress
 
 if TYPE_CHECKING:
     from megatron_dtrpo.training.engine import Engine
-
-
-@dataclass(frozen=True)
-class Admission:
-    """A prompt that gets a slot of ``model`` on the data-parallel process ``replica``. ``seed, key, end_ids``: of
-    `Slots.admit`. ``watched``: every pass of it is reported, not only its finished blocks."""
-
-    job: int
-    model: int
-    replica: int
-    prompt: Sequence[int]
-    options: DecodingOptions
-    seed: int
-    key: tuple[int, int]
-    end_ids: frozenset[int] = frozenset()
-    watched: bool = False
-
-
-@dataclass(frozen=True)
-class Commands:
-    """Of one round: the jobs that lose their slots, and those that get one."""
-
-    released: list[int] = field(default_factory=list)
-    admitted: list[Admission] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.released or self.admitted)
-
-
-class Progress(NamedTuple):
-    """How far a job is after a pass.
-
-    ``tokens, confidence``: of the blocks that are finished, from the response's first token on; None where this pass
-    finished none. ``completion``: the whole of it, once it is finished. ``block``: of a watched job, its unfinished
-    block: the place of its first token in the response and per place (token, confidence), None where it is masked.
-    """
-
-    job: int
-    passes: int
-    tokens: list[int] | None = None
-    confidence: list[float] | None = None
-    completion: Completion | None = None
-    block: tuple[int, list[tuple[int, float] | None]] | None = None
 
 
 class Worker:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
@@ -299,6 +300,28 @@ def test_layouts_write_the_same_and_stop_in_order(folder, generated, layout, tmp
             server.job.process.send_signal(signal.SIGTERM)
             assert text_of(late.result()) == whole
         assert server.job.wait(60).status in (0, 1)  # torchrun's, of a signal
+
+
+def clients_process(server: Server) -> psutil.Process:
+    (found,) = [one for one in psutil.Process(server.job.process.pid).children() if "spawn_main" in str(one.cmdline())]
+    return found
+
+
+def test_a_server_whose_clients_process_dies_ends_with_an_error(folder, tmp_path):
+    with serving(tmp_path / "serve.log", checkpoint=folder / "run", max_new_tokens=NEW) as server:
+        clients_process(server).kill()
+        ended = server.job.wait(30)
+    assert ended.status == 1
+    assert "the process that talks to clients ended by itself (status -9)" in (tmp_path / "serve.log").read_text()
+
+
+def test_a_server_that_is_killed_leaves_no_process_and_no_stream_open(folder, tmp_path):
+    with serving(tmp_path / "serve.log", checkpoint=folder / "run", max_new_tokens=NEW) as server:
+        child = clients_process(server)
+        connection, answer = server.stream("/v1/completions", prompt="x", max_tokens=200, n=20, temperature=1.9)
+        server.job.process.kill()
+        assert events(answer.read().decode())[-1]["error"]["code"] == "stopping"
+        child.wait(30)
 
 
 MISTAKES = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
-import threading
+import socket
 
 import pytest
 
@@ -14,8 +15,10 @@ from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.serving import replies
 from megatron_dtrpo.serving.answer import LEAST, Answer
-from megatron_dtrpo.serving.scheduler import QueueFull, Scheduler, Stopping
-from megatron_dtrpo.serving.worker import Admission, Commands, Progress
+from megatron_dtrpo.serving.desk import Desk, QueueFull, Stopping
+from megatron_dtrpo.serving.messages import Admission, Commands, Counters, Progress, Report, Request
+from megatron_dtrpo.serving.scheduler import Scheduler
+from megatron_dtrpo.serving.wire import Frames, framed
 
 BYTES = build_tokenizer("ByteLevelTokenizer")
 
@@ -69,56 +72,135 @@ class Loop:
             return []
         done = [job for job in self.active if job not in commands.released]
         self.active = [one.job for one in commands.admitted]
-        return [Progress(job, 3, [1], [1.0], Completion([1], [0], [1.0], [0], 3, True, [])) for job in done]
+        return [finished(job) for job in done]
 
 
-def admission(**settings) -> Admission:
-    return Admission(-1, 0, 0, [1], DecodingOptions(), 0, (0, 0), **settings)
+class Script:
+    """Clients that ask ``requests``, one after the other, and keep what they hear."""
+
+    def __init__(self, *requests: Request | None):
+        self.script, self.reports = list(requests), []
+
+    def requests(self, seconds: float) -> list[Request]:
+        found = self.script.pop(0) if self.script else None
+        return [] if found is None else [found]
+
+    def report(self, report: Report) -> None:
+        self.reports.append(report)
+
+    def heard_of(self) -> list[int]:
+        return [one.job for report in self.reports for one in report.progress]
+
+
+def finished(job: int) -> Progress:
+    return Progress(job, 3, [1], [1.0], Completion([1], [0], [1.0], [0], 3, True, []))
+
+
+def admission(job: int = -1, **settings) -> Admission:
+    return Admission(job, 0, 0, [1], DecodingOptions(), 0, (0, 0), **settings)
+
+
+def run(clients: Script, rounds: int = 8) -> tuple[Loop, Scheduler]:
+    """Runs until the script is over and nothing is left to do."""
+    worker = Loop()
+    scheduler = Scheduler(worker, models=1, slots=1, clients=clients)
+    left = iter(range(rounds))
+    scheduler.run(lambda: next(left, None) is None, grace=5)
+    return worker, scheduler
 
 
 def test_jobs_get_slots_in_turn_and_give_them_back():
-    worker = Loop()
-    scheduler = Scheduler(worker, models=1, slots=1, limit=2)
-    said: list[tuple[int, object]] = []
-    jobs = scheduler.submit([admission()] * 4, lambda place, what: said.append((place, what)))
-    with pytest.raises(QueueFull):
-        scheduler.submit([admission()], lambda *_: None)
-    scheduler.cancel([jobs[1]])
-    rounds = iter([False] * 8)
-    scheduler.run(lambda: next(rounds, True), grace=5)
+    clients = Script(Request([admission(job) for job in range(4)], cancelled=[1]), None, Request(measure=True))
+    worker, scheduler = run(clients)
     admitted = [(one.job, one.replica) for each in worker.heard if each for one in each.admitted]
-    assert admitted == [(jobs[0], 0), (jobs[2], 1), (jobs[3], 0)]
-    assert [place for place, _ in said] == [0, 2, 3] and worker.heard[-1] is None
-    assert (scheduler.running, scheduler.waiting, scheduler.counters.cancelled) == (0, 0, 1)
-    with pytest.raises(Stopping):
-        scheduler.submit([admission()], lambda *_: None)
+    assert admitted == [(0, 0), (2, 1), (3, 0)]
+    assert clients.heard_of() == [0, 2, 3] and worker.heard[-1] is None
+    (counted,) = [report.counters for report in clients.reports if report.counters]
+    assert (counted.running, counted.waiting, counted.cancelled, counted.finished) == (0, 1, 1, 2)
+    assert (scheduler.counters.finished, scheduler.counters.passes, scheduler.counters.tokens) == (3, 9, 3)
 
 
 def test_a_cancelled_job_is_released_on_all_processes_and_heard_of_no_more():
-    worker = Loop()
-    scheduler = Scheduler(worker, models=1, slots=1, limit=9)
-    said, jobs = [], []
-    jobs += scheduler.submit([admission()], lambda place, what: said.append(what))
-    once = threading.Event()
-
-    def asked() -> bool:
-        if scheduler.running and not once.is_set():
-            once.set()
-            scheduler.cancel(jobs)
-        return once.is_set() and len(worker.heard) > 1
-
-    scheduler.run(asked, grace=5)
-    assert [each.released for each in worker.heard[:2]] == [[], jobs] and said == []
+    clients = Script(Request([admission(5)]), Request(cancelled=[5]), Request(cancelled=[5]))
+    worker, scheduler = run(clients)
+    assert [each.released for each in worker.heard if each] == [[], [5]]
+    assert clients.heard_of() == [] and scheduler.counters.cancelled == 1
 
 
-def test_who_waits_when_the_server_stops_is_told():
-    scheduler = Scheduler(Loop(), models=1, slots=1, limit=9)
-    said = []
-    scheduler.submit([admission()] * 2, lambda place, what: said.append(what))
-    scheduler.run(lambda: True, grace=5)
-    assert [type(one) for one in said] == [Stopping, Stopping]
+def test_who_waits_when_the_server_stops_is_told_and_who_runs_is_finished():
+    clients = Script(Request([admission(job) for job in range(3)]), Request([admission(3)]))
+    run(clients, rounds=1)
+    told = [report.refused for report in clients.reports if report.stopping]
+    assert told[:2] == [[2], [3]] and clients.heard_of() == [0, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 10_000])
+def test_messages_arrive_whole_however_they_are_cut(size):
+    messages = [Report([finished(3)]), Request([admission(1)], cancelled=[2]), None, "x" * 5000]
+    data, frames = b"".join(map(framed, messages)), Frames()
+    found = [one for start in range(0, len(data), size) for one in frames.feed(data[start : start + size])]
+    assert found == messages
+
+
+class Wired:
+    """A desk on an event loop, and the scheduler's end of its socket."""
+
+    def __init__(self, places: int, limit: int):
+        self.desk = Desk(places, limit)
+        self.far, self.near = socket.socketpair()
+        self.closed = asyncio.Event()
+        self.frames = Frames()
+
+    async def open(self) -> bool:
+        self.far.sendall(framed(Report()))
+        return await self.desk.open(self.near, self.closed.set)
+
+    async def asked(self) -> list[Request]:
+        await asyncio.sleep(0.01)
+        return self.frames.feed(self.far.recv(2**16))
+
+
+def test_the_desk_hands_jobs_on_and_their_tickets_what_is_said():
+    async def check():
+        wired = Wired(places=1, limit=2)
+        assert await wired.open()
+        first, second = wired.desk.submit([admission()]), wired.desk.submit([admission(), admission()])
+        with pytest.raises(QueueFull):
+            wired.desk.submit([admission()])
+        assert [[one.job for one in request.admissions] for request in await wired.asked()] == [[0], [1, 2]]
+        second.cancel([0])
+        assert await wired.asked() == [Request(cancelled=[1])]
+        third = wired.desk.submit([admission()])
+        wired.far.sendall(framed(Report([Progress(0, 1), finished(0), finished(1), finished(2)])))
+        assert [await first.next(), await first.next()] == [(0, Progress(0, 1)), (0, finished(0))]
+        assert await second.next() == (1, finished(2))
+        assert wired.desk.refused == 1
+        asked = asyncio.ensure_future(wired.desk.counters())
+        assert Request(measure=True) in await wired.asked()
+        wired.far.sendall(framed(Report(counters=Counters(running=7))))
+        assert (await asked).running == 7
+        unanswered = asyncio.ensure_future(wired.desk.counters())
+        await asyncio.sleep(0)
+        wired.far.close()
+        await wired.closed.wait()
+        for what in (third.next(), unanswered, wired.desk.counters()):
+            with pytest.raises(Stopping):
+                await what
+        with pytest.raises(Stopping):
+            wired.desk.submit([admission()])
+
+    asyncio.run(check())
+
+
+def test_a_scheduler_that_never_begins_opens_no_desk():
+    async def check():
+        wired = Wired(places=1, limit=2)
+        wired.far.close()
+        assert not await wired.desk.open(wired.near, wired.closed.set) and wired.closed.is_set()
+
+    asyncio.run(check())
 
 
 def test_metrics_are_prometheus_text():
-    text = replies.metrics([("x_total", "counter", "Words.", lambda: 3), ("y", "gauge", "More.", lambda: 0.5)])
+    text = replies.metrics([("x_total", "counter", "Words.", 3), ("y", "gauge", "More.", 0.5)])
     assert re.fullmatch(r"(# HELP \w+ [\w.]+\n# TYPE \w+ (counter|gauge)\n\w+ [\d.]+\n){2}", text)

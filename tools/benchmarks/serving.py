@@ -1,9 +1,9 @@
 """Times a server under many streaming clients beside `generate` on the same prompts, and looks for what it loses.
 
-Starts `serve` and then `generate` with the same options, on the same machine. Every client streams one prompt after
-the other, with a seed of its own number; every text is compared with the one that the same seed gave before. A share of
-the requests is given up in the middle. Prints tokens per second of both, memory at the start and the end, slots that
-are not free at the end (0), and texts that differ (0).
+Runs `generate`, `serve` and `generate` again with the same options. Every client streams one prompt after the other,
+with a seed of its own number; every text is compared with the one that the same seed gave before. A share of the
+requests is given up in the middle. Prints tokens per second of both, memory of both processes of the server meanwhile,
+slots that are not free at the end (0), and texts that differ (0).
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--given-up", type=int, default=0, metavar="N", help="Requests to give up. Default: %(default)s."
     )
+    parser.add_argument(
+        "--responses", type=int, default=4096, help="Of generate, once before and once after. Default: %(default)s."
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Of a response. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Default: %(default)s.")
     return parser
@@ -55,21 +58,23 @@ class Clients:
         self.until = time.monotonic() + arguments.seconds
 
     def run(self, number: int) -> None:
-        rng = random.Random(number)
+        rng, connection = random.Random(number), http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         while time.monotonic() < self.until:
             with self.lock:
                 gives_up = self.given_up > 0
                 self.given_up -= gives_up
             try:
-                self._ask(rng.randrange(len(self.prompts)), gives_up)
+                self._ask(connection, rng.randrange(len(self.prompts)), gives_up)
             except (OSError, http.client.HTTPException, ValueError, KeyError):
+                connection.close()
                 with self.lock:
                     self.failed += 1
 
-    def _ask(self, number: int, gives_up: bool) -> None:
+    def _ask(self, connection: http.client.HTTPConnection, number: int, gives_up: bool) -> None:
         asked = {"prompt": self.prompts[number], "seed": number, "stream": True}
         asked["stream_options"] = {"include_usage": True}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        if gives_up:
+            asked["temperature"] = 2.0  # a long response
         connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if gives_up:
@@ -78,7 +83,6 @@ class Clients:
             connection.close()
             return
         lines = answer.read().decode().splitlines()
-        connection.close()
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         if lines[-2:] != ["data: [DONE]", ""]:
             raise ValueError("the stream is not whole")
@@ -100,11 +104,12 @@ def _main(argv: list[str]) -> None:
     shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.batch_size)]
     shared += ["--max-new-tokens", str(arguments.max_new_tokens), "--temperature", str(arguments.temperature)]
     with tempfile.TemporaryDirectory() as folder:
+        before = _generate(shared, arguments.responses, prompts, Path(folder))
         served = _serve(shared, prompts, arguments, Path(folder))
-        alone = _generate(shared, served.requests, prompts, Path(folder))
+        after = _generate(shared, arguments.responses, prompts, Path(folder))
     rate = served.tokens / arguments.seconds
     print(f"serve     {rate:.1f} tokens per second, {served.requests} responses, {arguments.clients} clients")
-    print(f"generate  {alone:.1f} tokens per second; serve has {rate / alone:.2f} of it")
+    print(f"generate  {before:.1f} and {after:.1f}; serve has {2 * rate / (before + after):.2f} of their mean")
     print(f"texts that differ {served.differ}, requests that failed {served.failed}")
 
 
@@ -125,7 +130,7 @@ def _serve(shared: list[str], prompts: list[str], arguments: argparse.Namespace,
         memory = []
         while any(thread.is_alive() for thread in threads):
             time.sleep(max(1.0, arguments.seconds / 10))
-            memory.append(process.memory_info().rss / 2**20)
+            memory.append(sum(one.memory_info().rss for one in (process, *process.children())) / 2**20)
         print("memory    " + ", ".join(f"{size:.0f}" for size in memory) + " MiB")
         print("slots     " + _taken(clients.port))
         return clients

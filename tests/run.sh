@@ -20,10 +20,12 @@ done <<'PACKAGES'
 datasets datasets
 lm_eval lm-eval>=0.4.13,<0.5
 trl trl>=1.16,<2
-math_verify math-verify>=0.9,<1
+langdetect lm-eval[math,ifeval]>=0.4.13,<0.5
 playwright playwright
 fastapi fastapi
 uvicorn uvicorn
+httptools httptools
+uvloop uvloop
 openai openai
 tenacity lm-eval[api]>=0.4.13,<0.5
 PACKAGES

@@ -15,6 +15,7 @@ import argparse
 import difflib
 import json
 import os
+import random
 from functools import partial
 from pathlib import Path
 
@@ -210,6 +211,7 @@ def _load_tasks(arguments: argparse.Namespace) -> dict:
         raise UserError(f"megatron-dtrpo evaluate needs the lm-evaluation-harness ({error}): {INSTALL}") from None
     from megatron_dtrpo.evaluation.table import TASKS
 
+    random.seed(0)  # the harness's own default: GPQA shuffles its choices while it is loaded
     asked = TASKS if arguments.tasks.strip() == "paper" else arguments.tasks
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if not names:

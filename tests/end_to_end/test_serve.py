@@ -284,7 +284,11 @@ def test_lm_evaluation_harness(server, folder, generated):
     assert results["results"]["served"]["exact_match,none"] == pytest.approx(len(PROMPTS) / (len(PROMPTS) + 1))
 
 
-@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {}], ids=["tensor", "data"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}],
+    ids=["tensor", "pipeline", "data"],
+)
 def test_layouts_write_the_same_and_stop_in_order(folder, generated, layout, tmp_path):
     served = {"checkpoint": folder / "run", "max_new_tokens": NEW}
     with serving(tmp_path / "serve.log", processes=2, **served, batch_size=2, api_key="secret", **layout) as server:

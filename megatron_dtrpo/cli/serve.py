@@ -145,6 +145,7 @@ def _serve(argv: list[str]) -> None:
             return
         where.listen()  # who connects from here on waits for the server
         _announce(arguments, models, where.getsockname()[1], key)
+        where.close()  # here; the clients' process has it
         clients.run(Scheduler(worker, len(models), arguments.batch_size, clients))
 
 

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ class Front:
         self._process, self._wire = process, wire
         self._frames, self._ready = Frames(), select.poll()
         self._ready.register(wire, select.POLLIN)
-        self._is_gone = False
+        self._is_gone = self.began = False
 
     def requests(self, seconds: float) -> list[Request]:
         """What was asked since the last call; waits so long for it."""
@@ -73,6 +74,7 @@ class Front:
         """Clients are answered from here on: until SIGTERM, SIGUSR1 or Ctrl-C, and then `GRACE` for the responses that
         are being written. Raises RuntimeError where the clients' process ended by itself."""
         with stop.listening(), _interrupted() as interrupted:
+            self.began = True
             self.report(Report())
             scheduler.run(lambda: self._is_gone or interrupted.is_set() or stop.requested() is not None, GRACE)
         if self._is_gone:
@@ -87,21 +89,23 @@ def front(talk: Callable[[socket.socket, socket.socket], None], where: socket.so
     context = multiprocessing.get_context("spawn")
     mine, theirs = socket.socketpair()
     process = context.Process(target=talk, args=(where, theirs), name="http", daemon=True)
-    # What it inherits: it is asked to stop by the end of ``theirs``, not by signals to the process group.
+    # What it inherits: it is asked to stop by the end of ``theirs``, not by signals to the process group. The tracker,
+    # which multiprocessing would start with it, unblocks them.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *stop.SIGNALS))
     try:
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
+    found = Front(process, mine)
     try:
-        yield Front(process, mine)
+        yield found
     finally:
         with contextlib.suppress(OSError):  # it may be gone
             mine.shutdown(socket.SHUT_WR)
-        process.join(2 * CLOSING)
-        if process.is_alive():
-            process.kill()
+        process.join(2 * CLOSING if found.began else 0)
+        process.kill()
         mine.close()
 
 

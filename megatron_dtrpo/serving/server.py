@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from megatron_dtrpo.runtime import stop
 from megatron_dtrpo.serving.desk import Desk
 from megatron_dtrpo.serving.front import CLOSING
 
@@ -32,8 +30,6 @@ def talk(
         scheduler: the socket to it; places, waiting: of `Desk`.
         make_app: the application, of the desk that it gives its jobs to.
     """
-    # multiprocessing unblocks signals at its first spawn, and uvicorn would stop at them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *stop.SIGNALS))
     desk = Desk(places, waiting)
     _Server(uvicorn.Config(make_app(desk), **UVICORN), desk, scheduler).run(sockets=[where])
 

@@ -14,7 +14,7 @@ from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.cli.decoding_flags import add_decoding_flags, decoding_options
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.rules import validate
-from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import Config, ModelSettings
 from megatron_dtrpo.conversion.inspection import inspect
 from megatron_dtrpo.conversion.to_huggingface import ExportOptions, export_checkpoint
 from megatron_dtrpo.conversion.to_megatron import ImportOptions, import_checkpoint
@@ -26,7 +26,7 @@ from megatron_dtrpo.diffusion.layout import CLEAN, concatenate
 from megatron_dtrpo.errors import UserError
 from tests.support import conversion_folders as folders
 from tests.support import oracles
-from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
+from tests.support.same_weights import with_weights_of
 
 QUIET = dict(progress=False)
 QWEN2 = ModelSettings(
@@ -128,9 +128,6 @@ def test_options_of_blocks_are_refused_where_a_block_is_a_token(words):
 @pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
 def both(request, alone):
     """transformers' model, ours with its weights, and our settings; float64."""
-    from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.model.provider import build_model
-
     peer, settings = {
         "qwen2": (oracles.qwen2, QWEN2),
         "qwen3": (oracles.qwen3, QWEN3),
@@ -140,13 +137,7 @@ def both(request, alone):
     with torch.no_grad():
         peer.lm_head.weight.mul_(2.0)
         peer.lm_head.weight[END].mul_(1.5)  # which ends a response, sometimes
-    model = build_model(settings, ParallelSettings()).double()
-    model.config.params_dtype = torch.float64
-    theirs = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
-    with torch.no_grad():
-        for name, parameter in global_parameter_names(model).items():
-            parameter.copy_(theirs[name])
-    return peer, model, settings
+    return peer, with_weights_of(peer, settings), settings
 
 
 def noising_of(settings: ModelSettings, objective: str) -> Noising:

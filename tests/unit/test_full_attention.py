@@ -19,7 +19,7 @@ from megatron_dtrpo.config.blocks import FULL
 from megatron_dtrpo.config.decoding import CACHES, RULES, DecodingOptions
 from megatron_dtrpo.config.estimators import ESTIMATORS, EstimatorOptions
 from megatron_dtrpo.config.rules import validate
-from megatron_dtrpo.config.settings import Config, ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import Config, ModelSettings
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings, read_config
 from megatron_dtrpo.conversion.inspection import inspect
 from megatron_dtrpo.conversion.roundtrip import roundtrip
@@ -38,9 +38,9 @@ from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.families.registry import family_named, family_of
 from tests.support import conversion_folders as folders
 from tests.support import oracles
+from tests.support.same_weights import with_weights_of
 from tests.unit.test_attention import NARROW, WIDE, attend, random_qkv
 from tests.unit.test_sharding import assigned, attend_as
-from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -398,22 +398,11 @@ def _names(model: ModelSettings) -> set[str]:
 @pytest.fixture(scope="module")
 def pairs(alone):
     """Transformers' models and the same weights on megatron-core, both in float64, by family."""
-    from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.model.provider import build_model
-
     made = {}
     for family, peer in (("llada", oracles.llama(seed=4)), ("dream", oracles.qwen2(seed=4))):
         with torch.no_grad():
             peer.lm_head.weight.mul_(3.0)  # sure of some tokens and not of others
-        model = build_model(ModelSettings(**MODELS[family]), ParallelSettings()).double()
-        model.config.params_dtype = torch.float64
-        theirs = megatron_from_qwen2(peer.state_dict(), 4, MODELS[family]["num_query_groups"], tied=False)
-        ours = global_parameter_names(model)
-        assert ours.keys() == theirs.keys()
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(theirs[name])
-        made[family] = (peer, model)
+        made[family] = (peer, with_weights_of(peer, ModelSettings(**MODELS[family])))
     return made
 
 

@@ -11,7 +11,7 @@ import torch
 from megatron_dtrpo.checkpoint import folder as checkpoint_folder
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.estimators import EstimatorOptions
-from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings
 from megatron_dtrpo.conversion.hf_config import CONFIG, model_settings
 from megatron_dtrpo.conversion.inspection import inspect
 from megatron_dtrpo.conversion.roundtrip import roundtrip
@@ -23,7 +23,7 @@ from megatron_dtrpo.data.tokenizer import load_tokenizer
 from megatron_dtrpo.diffusion.layout import concatenate
 from tests.support import conversion_folders as folders
 from tests.support import oracles
-from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
+from tests.support.same_weights import with_weights_of
 
 QUIET = dict(progress=False)
 B, MASK, END = 4, 60, 59
@@ -82,8 +82,6 @@ def test_a_model_from_before_there_were_groups_of_heads():
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def both(request, alone):
     """transformers' Llama with groups of heads, ours with its weights, and our settings; float64."""
-    from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.model.provider import build_model
 
     peer = oracles.llama(groups=2, tied=request.param, seed=3)
     with torch.no_grad():
@@ -104,15 +102,7 @@ def both(request, alone):
         untie_embeddings_and_output_weights=not request.param,
         block_size=B,
     )
-    model = build_model(settings, ParallelSettings()).double()
-    model.config.params_dtype = torch.float64
-    theirs = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=request.param)
-    ours = global_parameter_names(model)
-    assert ours.keys() == theirs.keys()
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(theirs[name])
-    return peer, model, settings
+    return peer, with_weights_of(peer, settings), settings
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from megatron_dtrpo.data.tokenizer import NO_MASK
 from megatron_dtrpo.diffusion.dropout import kept, token_numbers
 from megatron_dtrpo.diffusion.layout import Coordinates, concatenate
 from tests.support import oracles
-from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
+from tests.support.same_weights import with_weights_of
 
 MODEL = ModelSettings(
     num_layers=2,
@@ -88,17 +88,7 @@ def ours_from_peft(weights: dict[str, torch.Tensor], groups: int = 2) -> dict[st
 
 
 def build(peer, impl: str = "local", **settings):
-    """Our model with the weights of transformers' ``peer``, in float64."""
-    from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.model.provider import build_model
-
-    model = build_model(MODEL, ParallelSettings(transformer_impl=impl, **settings)).double()
-    model.config.params_dtype = torch.float64
-    theirs = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
-    with torch.no_grad():
-        for name, parameter in global_parameter_names(model).items():
-            parameter.copy_(theirs[name])
-    return model
+    return with_weights_of(peer, MODEL, transformer_impl=impl, **settings)
 
 
 def trained(model) -> dict[str, torch.nn.Parameter]:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.config.estimators import EstimatorOptions
-from megatron_dtrpo.config.settings import ModelSettings, ObjectiveSettings, ParallelSettings
+from megatron_dtrpo.config.settings import ModelSettings, ObjectiveSettings
 from megatron_dtrpo.data.batches import Decoded, Noising
 from megatron_dtrpo.data.micro_batch import Sample
 from megatron_dtrpo.diffusion import estimators
@@ -21,6 +21,7 @@ from megatron_dtrpo.diffusion.layout import concatenate
 from megatron_dtrpo.objectives.policy_gradient import Rollout, clipped_ratios, policy_gradient_objective, shares
 from megatron_dtrpo.objectives.targets import Targets
 from tests.support import oracles
+from tests.support.same_weights import with_weights_of
 from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
 
 VOCAB, MASK, END = 61, 60, 59
@@ -56,19 +57,6 @@ class Rolled(NamedTuple):
     block: int
 
 
-def same_weights(peer, settings):
-    from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.model.provider import build_model
-
-    model = build_model(settings, ParallelSettings()).double()
-    model.config.params_dtype = torch.float64
-    theirs = megatron_from_qwen2(peer.state_dict(), 4, 2, tied=False)
-    with torch.no_grad():
-        for name, parameter in global_parameter_names(model).items():
-            parameter.copy_(theirs[name])
-    return model
-
-
 @pytest.fixture(scope="module", params=itertools.product(FAMILIES, (4, 8)), ids=lambda case: f"{case[0]}-B{case[1]}")
 def rolled(request, alone) -> Rolled:
     """Sampled groups, with early ends, tokens that were thrown away, two equal responses and one of one token."""
@@ -84,7 +72,7 @@ def rolled(request, alone) -> Rolled:
         for number, parameter in enumerate(peers[1].parameters()):  # a policy a few steps earlier
             parameter.mul_(1 + 0.01 * math.sin(number))
     settings = ModelSettings(**SIZES, **shape, block_size=block)
-    ours = [same_weights(peer, settings) for peer in peers]
+    ours = [with_weights_of(peer, settings) for peer in peers]
     options = DecodingOptions(max_new_tokens=13, threshold=0.2, small_block_size=block, temperature=1.0, top_p=1.0)
     asked = [prompt for prompt in PROMPTS for _ in range(GROUP)]
     keys = [(number, sample) for number in range(len(PROMPTS)) for sample in range(GROUP)]

@@ -31,7 +31,7 @@ from megatron_dtrpo.training import resume
 from megatron_dtrpo.training.setup import check_reference_architecture
 from tests.support import conversion_folders as folders
 from tests.support import oracles
-from tools.benchmarks.peers.qwen2_weights import megatron_from_qwen2
+from tests.support.same_weights import with_weights_of
 
 QUIET = dict(progress=False)
 WIDE = dict(folders.SHAPE, width=6)  # heads wider than hidden size / heads
@@ -213,18 +213,7 @@ def peer():
 @pytest.fixture(scope="module")
 def wide(alone, peer):
     """The peer's weights on megatron-core, in float64."""
-    from megatron_dtrpo.model.initialization import global_parameter_names
-    from megatron_dtrpo.model.provider import build_model
-
-    model = build_model(MODEL, ParallelSettings()).double()
-    model.config.params_dtype = torch.float64
-    theirs = megatron_from_qwen2(peer.state_dict(), heads=4, groups=2, tied=False)
-    ours = global_parameter_names(model)
-    assert ours.keys() == theirs.keys()
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(theirs[name])
-    return model
+    return with_weights_of(peer, MODEL)
 
 
 # (prompt length, response length): within a block, on boundaries and across them.

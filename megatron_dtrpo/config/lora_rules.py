@@ -48,9 +48,8 @@ def _check_company(config: Config) -> None:
         f"lora_rank with model_class {parallel.model_class} was never tried: leave one of the two out",
     )
     _demand(
-        config.rounds.rounds is None,
-        "rounds with lora_rank: a round starts from the weights of the one before, and an adapter's run has none: give "
-        "rounds one by one, with pairs and train --load-adapter",
+        not config.rounds.move_reference,
+        "move_reference with lora_rank: the reference is the model without adapters, in every round: leave it out",
     )
     _demand(
         not parallel.fp8_param_gather,

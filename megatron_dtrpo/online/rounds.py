@@ -37,7 +37,7 @@ PAIRS = "pairs.jsonl"
 ANSWERS = "answers.json"
 # What rounds are: another value makes them others. Not yet made ones may have another length or learning rate.
 _PINNED = (
-    *("seed", "load", "reference", "rewards", "reward_weights", "group_size"),
+    *("seed", "load", "load_adapter", "lora_rank", "reference", "rewards", "reward_weights", "group_size"),
     *("rollout_max_new_tokens", "rollout_temperature", "rollout_rule", "rollout_threshold", "rollout_denoising_steps"),
     *("rollout_small_block_size", "round_prompts", "pairs_per_prompt", "move_reference"),
 )
@@ -47,14 +47,16 @@ def round_folder(save: str | Path, number: int) -> Path:
     return Path(save) / f"round-{number}"
 
 
-def settings_of_round(config: Config, number: int, has_reference: bool) -> Config:
+def settings_of_round(config: Config, number: int, has_reference: bool, adapted: bool) -> Config:
     """The settings with which `megatron-dtrpo train` does the training of round ``number``, from 1. ``has_reference``:
-    of the objective of ``config``."""
+    of the objective of ``config``. ``adapted``: adapters are trained, beside the weights that all rounds have."""
     own, save = copy.deepcopy(config), config.run.save
     own.online, own.rounds = OnlineSettings(), RoundSettings()
     own.run.save = str(round_folder(save, number))
     own.data.data_path, own.data.split, own.data.bad_rows = str(round_folder(save, number) / PAIRS), None, "error"
-    if number > 1:
+    if number > 1 and adapted:
+        own.run.load_adapter = str(round_folder(save, number - 1))
+    elif number > 1:
         own.run.load = str(round_folder(save, number - 1))
         kept = has_reference and not config.rounds.move_reference
         own.run.reference = (config.run.reference or config.run.load) if kept else None
@@ -69,6 +71,7 @@ class Rounds:
         round, or None. Raises UserError for prompts that cannot be used."""
         self.config, self.given, self.evaluation = config, given, evaluation
         self.total, self.has_reference = config.rounds.rounds, whole.objective.has_reference
+        self.adapted = whole.lora.lora_rank is not None
         self.prompts, self.notes = open_prompts(whole, tokenizer)
         self.count = config.rounds.round_prompts or len(self.prompts)
         if self.count > len(self.prompts):
@@ -122,7 +125,7 @@ class Rounds:
         flat, run = self.config.to_flat(), self.config.run
         prompts = f"{len(self.prompts)} of fingerprint {fingerprint(self.prompts)}"
         now = {key: flat[key] for key in _PINNED} | {"prompts": prompts}
-        for key in ("load", "reference"):
+        for key in ("load", "load_adapter", "reference"):
             folder = getattr(run, key)
             now[key] = None if folder is None else str(Path(folder).resolve())
             now[f"{key}_iteration"] = None if folder is None else iterations.require_latest(folder)
@@ -140,7 +143,7 @@ class Rounds:
 
     def _round(self, number: int) -> bool:
         """One round, or what is left of it. Returns whether it is finished."""
-        own = settings_of_round(self.config, number, self.has_reference)
+        own = settings_of_round(self.config, number, self.has_reference, self.adapted)
         objects.stop_together()
         with run_folder(own.run.save):
             tokenizer, replicas = prepare(own, self.given)
@@ -160,8 +163,9 @@ class Rounds:
         """Writes the pairs of round ``number``. Raises SharedError where there are none, and StopRequest."""
         seed = rollout_seed(own.optimizer.seed, number)
         which = "all" if self.count == len(self.prompts) else f"the next {self.count}"
-        self._say(f"round {number} of {self.total}: {own.run.load} answers {which} prompts, with --seed {seed}")
-        engine = Engine.starting(_for_decoding(own), tokenizer)
+        who = own.run.load_adapter or own.run.load
+        self._say(f"round {number} of {self.total}: {who} answers {which} prompts, with --seed {seed}")
+        engine = Engine.starting(_for_decoding(own), tokenizer, own.run.load_adapter)
         with engine.for_evaluation():
             found = self.maker.make(engine, number, (number - 1) * self.count)
         problem = None

@@ -76,14 +76,18 @@ def pairs_of(save: Path) -> list[list[dict]]:
     return [[{k: v for k, v in json.loads(line).items() if "likelihood" not in k} for line in lines] for lines in files]
 
 
-def by_hand(server, save: Path, start: Path, settings: dict, number: int, reference: dict) -> Path:
-    """`pairs` and `train`: one round from ``start``."""
+def by_hand(
+    server, save: Path, start: Path, settings: dict, number: int, options: dict, adapter: dict | None = None
+) -> Path:
+    """`pairs` and `train`: one round from ``start``. ``adapter``: for both, ``options``: for the latter."""
     save.mkdir()
     words = {**DECODING, "checkpoint": start, "prompts": settings["data_path"], "output": save / "pairs.jsonl"}
+    words |= adapter or {}
     words |= {"samples": 4, "pairs_per_prompt": 2, "verifier": ROUNDS["rewards"][0], "seed": rollout_seed(7, number)}
     statuses, output = server.run(words, save / "pairs.log", verb="pairs")
     assert statuses == [0], output
-    server.train({**TRAINING, **reference, "load": start, "data_path": save / "pairs.jsonl", "save": save})
+    options = {**options, **(adapter or {})}
+    server.train({**TRAINING, **options, "load": start, "data_path": save / "pairs.jsonl", "save": save})
     return save
 
 
@@ -100,6 +104,30 @@ def test_rounds_are_pairs_and_train_by_hand(server, folder, settings, alone, sft
         assert disagreements(read_metrics(one), read_metrics(save / name), tolerance=0.0) == []
     start = read_metrics(second)[0]["rewards/margins"]
     assert (start == 0) == moves  # the second round starts at its reference, or away from it
+
+
+LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lr": 1e-2}
+
+
+def test_rounds_of_adapters_go_on_with_the_last_one(server, folder, settings, sft):
+    """By hand; and killed while the second round trains, under another layout."""
+    save = rounds(server, {**settings, **LORA, "save": folder / "adapters"})
+    first = by_hand(server, folder / "adapters by hand 1", sft, settings, 1, LORA)
+    second = by_hand(server, folder / "adapters by hand 2", sft, settings, 2, LORA, {"load_adapter": first})
+    for one, name in zip((first, second), NAMES, strict=True):
+        assert (one / "pairs.jsonl").read_bytes() == (save / name / "pairs.jsonl").read_bytes()
+        assert disagreements(read_metrics(one), read_metrics(save / name), tolerance=0.0) == []
+    assert pairs_of(save)[0] != pairs_of(save)[1]
+    assert read_metrics(second)[0]["rewards/margins"] != 0  # of the weights without an adapter
+
+    killed = {**settings, **LORA, "save": folder / "adapters killed", "save_interval": 1}
+    server.kill(killed, 2, lambda: (killed["save"] / "round-2" / TRACKER).exists(), 0.0)
+    rounds(server, {**killed, **TP2}, 2)
+    assert pairs_of(killed["save"]) == pairs_of(save)
+    for ours, theirs in zip(of_rounds(killed["save"]), of_rounds(save), strict=True):
+        assert disagreements(ours, theirs) == []
+    (status,), output = server.run({**killed, "lora_rank": 4}, folder / "other rank.log")
+    assert status == 2 and "these rounds have lora_rank 3, not 4: give another folder" in output, output
 
 
 def test_every_round_has_answers_of_its_own(alone):
@@ -196,6 +224,7 @@ def test_prompts_of_a_round_are_the_next_ones(server, folder, settings):
 
 
 MISTAKES = {
+    "moved": ({"lora_rank": 3, "move_reference": True}, "move_reference with lora_rank: "),
     "no pairs": (
         {"rewards": ["tests.support.rewards:same"]},
         "round 1 of 2: no prompt has a better and a worse answer (",

@@ -173,7 +173,10 @@ def _evaluate(argv: list[str]) -> None:
             from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
 
             noising = Noising.from_config(config, source.tokenizer.mask_id)
-            options = HarnessOptions(decoding, arguments.batch_size, arguments.seed, arguments.check_greedy)
+            fits_length = arguments.small_block_size is None
+            options = HarnessOptions(
+                decoding, arguments.batch_size, arguments.seed, arguments.check_greedy, fits_length
+            )
             model = HarnessModel(engine, noising, options)
             if not engine.is_main:
                 model.rank_zero.follow()

@@ -32,7 +32,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megatron_dtrpo.config.decoding import DecodingOptions
+from megatron_dtrpo.config.decoding import DecodingOptions, default_small_block
 from megatron_dtrpo.data.batches import Noising
 from megatron_dtrpo.data.tokenizer import Tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion
@@ -48,7 +48,8 @@ _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """``decoding`` holds where a task does not say otherwise. ``check_greedy``: answer the harness's question whether a
+    """``decoding`` holds where a task does not say otherwise. ``fits_length``: its ``small_block_size`` is a
+    default, and another length has its own. ``check_greedy``: answer the harness's question whether a
     continuation is what greedy decoding of as many tokens writes, at the price of that decoding. Otherwise the
     answer is always no, and metrics made of it, as LAMBADA's accuracy, mean nothing."""
 
@@ -56,6 +57,7 @@ class HarnessOptions:
     batch_size: int = 16
     seed: int = 1234
     check_greedy: bool = False
+    fits_length: bool = False
 
 
 class Generation(NamedTuple):
@@ -153,7 +155,7 @@ class HarnessModel(TemplateLM):
         greedy = [
             Generation(
                 continuation.context,
-                replace(self.options.decoding, max_new_tokens=max(1, len(continuation.tokens)), temperature=0.0),
+                self._decoding(max(1, len(continuation.tokens)), temperature=0.0),
                 frozenset(),
                 (),
                 (0, 0),
@@ -178,17 +180,19 @@ class HarnessModel(TemplateLM):
             )
         # Sampling without a temperature is sampling from the model's own distribution.
         temperature = float(settings.get("temperature", 1.0)) if settings["do_sample"] else 0.0
-        options = replace(
-            self.options.decoding,
-            max_new_tokens=new_tokens,
-            temperature=temperature,
-            top_p=float(settings.get("top_p", 1.0)),
-        )
+        options = self._decoding(new_tokens, temperature=temperature, top_p=float(settings.get("top_p", 1.0)))
         until = tuple(text for text in settings["until"] if text)
         # Special tokens have no text that could be cut: they end the response.
         end_ids = frozenset(i for i in map(self.text.token_id, until) if i in self.text.special_ids)
         ids = self._left_truncated(self.text.encode(context) or [self.prefix_token_id], room)
         return Generation(ids, options, end_ids, until, (0, 0))
+
+    def _decoding(self, new_tokens: int, **settings) -> DecodingOptions:
+        options = replace(self.options.decoding, max_new_tokens=new_tokens, **settings)
+        if not self.options.fits_length:
+            return options
+        small = default_small_block(self.engine.config.model.block_size, options.rule, new_tokens)
+        return replace(options, small_block_size=small)
 
     def _continuation(self, context: Sequence[int], ids: Sequence[int]) -> Continuation:
         if len(ids) >= self.max_positions:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -667,3 +668,22 @@ def test_flags_of_decoding(flags, words):
     assert decoding_options(given, 32).sub_block_cache == decoding_options(given, FULL).sub_block_cache == "dual"
     with pytest.raises(UserError, match="^--sub-block-cache has no effect where a sub-block is the block of 4 tokens"):
         decoding_options(given, 4, "dynamic")
+
+
+def test_a_harness_task_of_its_own_length_has_sub_blocks_of_that_length():
+    """As the same length on the command line has; a --small-block-size stays."""
+    pytest.importorskip("lm_eval")
+    from megatron_dtrpo.evaluation.harness import HarnessModel, HarnessOptions
+
+    parser = argparse.ArgumentParser()
+    add_decoding_flags(parser, max_new_tokens=256)
+    model = HarnessModel.__new__(HarnessModel)
+    model.text, model.max_positions = build_tokenizer("ByteLevelTokenizer"), 4096
+    model.truncated, model.unknown = 0, set()
+    model.engine = types.SimpleNamespace(config=Config(model=ModelSettings(block_size=FULL)))
+    for rule, length, expected in (("maskgit_plus", 1280, 1280), ("maskgit_plus", 9, 9), ("static", 1280, 32)):
+        decoding = decoding_options(parser.parse_args([]), FULL, rule)
+        for fits, small in ((True, expected), (False, decoding.small_block_size)):
+            model.options = HarnessOptions(decoding, fits_length=fits)
+            options = model._generation("x", {"until": [], "max_gen_toks": length}).options
+            assert (options.max_new_tokens, options.small_block_size) == (length, small)

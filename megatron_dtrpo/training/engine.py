@@ -78,7 +78,7 @@ class Engine:
         self.base: str | None = None
         self._width = attention_width(self.chunks[0].config)
         self._multiple = token_multiple(config.parallel)
-        self._dropout_seed = config.optimizer.seed if config.lora.lora_dropout > 0 else None
+        self._dropout_seed: int | None = None  # nothing drops out before `prepare_training`
 
     @classmethod
     def new(cls, config: Config, tokenizer: Tokenizer) -> Engine:
@@ -223,6 +223,8 @@ class Engine:
         self._wrapped = wrap_data_parallel(self.chunks, self.config)
         self.optimizer = build_optimizer(self._wrapped, self.config)
         self.scheduler = build_scheduler(self.optimizer, self.config, train_iters)
+        if self.config.lora.lora_dropout > 0:
+            self._dropout_seed = self.config.optimizer.seed
 
     def update(self) -> float | None:
         """One step of the optimizer; returns the gradient's norm. The scheduler is the caller's to step."""

@@ -10,7 +10,7 @@ from megatron_dtrpo.config.estimators import EstimatorOptions
 from megatron_dtrpo.config.lora import LoraSettings
 from megatron_dtrpo.config.settings import ModelSettings, ParallelSettings
 from megatron_dtrpo.data.batches import Noising
-from megatron_dtrpo.data.micro_batch import Sample
+from megatron_dtrpo.data.micro_batch import MicroBatch, Sample
 from megatron_dtrpo.data.tokenizer import NO_MASK
 from megatron_dtrpo.diffusion.dropout import kept, token_numbers
 from megatron_dtrpo.diffusion.layout import Coordinates, concatenate
@@ -368,3 +368,28 @@ def test_a_reference_of_its_own_is_kept_beside_adapters(alone):
     with reference.in_place_of_policy(), without_adapters([model]):
         assert torch.equal(our_log_probs(model, sequence), expected)
     assert torch.equal(our_log_probs(model, sequence), before)
+
+
+def test_likelihoods_of_an_adapter_that_was_trained_with_dropout(alone):
+    """Continuations are no examples of a data set: several in one packed sequence have no noise to drop them by."""
+    from dataclasses import replace
+
+    from megatron_dtrpo.config.settings import Config
+    from megatron_dtrpo.data.tokenizer import build_tokenizer
+    from megatron_dtrpo.evaluation.likelihood import Continuation, score_continuations
+    from megatron_dtrpo.training.engine import Engine
+
+    noising = Noising("exact", EstimatorOptions(), 1, "clean", 1, NO_MASK, 0)
+    continuations = [Continuation((1, 2), (3, 4)), Continuation((5,), (6,)), Continuation((7, 8, 9), (3,))]
+    scores = []
+    for dropout in (0.0, 0.5):
+        config = Config(model=MODEL, lora=replace(LORA, lora_dropout=dropout))
+        engine = Engine(config, build_tokenizer("ByteLevelTokenizer"), [build(oracles.qwen2())])
+        engine.add_adapters()
+        give(engine.chunks[0], ours_from_peft(random_adapter()))
+        scores.append(score_continuations(engine, noising, continuations, 64))
+    assert scores[0] == scores[1]
+    examples = MicroBatch(packed(), [Sample(0, number) for number in range(3)], torch.ones(6, dtype=torch.long))
+    assert engine.prepare(examples).token is None
+    engine.prepare_training(1)
+    assert engine.prepare(examples).token is not None

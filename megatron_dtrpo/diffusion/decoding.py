@@ -61,7 +61,8 @@ class Completion(NamedTuple):
     """A finished response: per token its id, the decoding step that wrote it (from 0; several tokens may share one),
     the confidence with which, and its block. ``passes``: forward passes this sequence took part in, those that fill the
     cache included. ``ended``: by an end token, not by the limit. ``discarded``: the tokens that were thrown away.
-    ``answer_length``: tokens up to the first end token, all of them but under full attention."""
+    ``answer_length``: tokens up to the first end token, all of them but under full attention. ``stopped``: by its
+    caller, see `Decoding.stop`."""
 
     tokens: list[int]
     steps: list[int]
@@ -71,6 +72,7 @@ class Completion(NamedTuple):
     ended: bool
     discarded: list[Discarded]
     answer_length: int | None = None
+    stopped: bool = False
 
     @property
     def answer(self) -> list[int]:
@@ -122,7 +124,7 @@ class Decoding:
         self.step = self.passes = 0
         self.end: int | None = None  # position of the first end token written
         self.discarded: list[Discarded] = []
-        self.finished = False
+        self.finished = self.stopped = False
         # Where the clean tokens begin that the cache does not hold yet; None: it holds all before the block.
         self._clean_start = 0 if self.block > 0 else None
         self._asked: list[int] = []
@@ -221,7 +223,7 @@ class Decoding:
 
     def stop(self) -> None:
         """Ends the response with the blocks that are finished; only where it is `finished_blocks`."""
-        self.limit, self.finished = self.block, True
+        self.limit, self.finished, self.stopped = self.block, True, True
 
     def completion(self) -> Completion:
         stop = self.limit if self.end is None else self.end + 1
@@ -237,6 +239,7 @@ class Decoding:
             ended=bool(ends),
             discarded=self.discarded,
             answer_length=ends[0] + 1 if ends else len(tokens),
+            stopped=self.stopped,
         )
 
     def _masked(self) -> list[int]:

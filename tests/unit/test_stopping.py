@@ -6,6 +6,7 @@ import torch
 
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.diffusion.decoding import Decoding
+from megatron_dtrpo.evaluation.generation import efficiency
 
 BLOCK, MASK = 4, 99
 
@@ -27,6 +28,7 @@ def test_settled_after_each_block_but_the_last_and_stopped_there():
     assert state.finished
     done = state.completion()
     assert (done.tokens, done.ended, done.blocks) == ([7] * 7, False, [0] * 3 + [1] * 4)
+    assert efficiency([done, done._replace(stopped=False)])["completions/clipped_ratio"] == 0.5
 
 
 def test_nothing_is_settled_while_the_prompt_is_read_or_when_all_is_written():

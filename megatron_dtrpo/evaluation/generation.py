@@ -86,9 +86,10 @@ def efficiency(completions: Sequence[Completion]) -> dict[str, float]:
     """The cost of a response, on average; docs/decoding.md explains the names. ``completions``: one or more."""
     tokens = sum(len(completion.tokens) for completion in completions)
     passes = sum(completion.passes for completion in completions)
+    answered = sum(len(completion.answer) for completion in completions)
     clipped = sum(not (completion.ended or completion.stopped) for completion in completions)
     return {
-        "completions/mean_length": tokens / len(completions),
+        "completions/mean_length": answered / len(completions),
         "completions/mean_passes": passes / len(completions),
         "completions/tokens_per_pass": tokens / passes,
         "completions/clipped_ratio": clipped / len(completions),

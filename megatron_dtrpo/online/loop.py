@@ -206,7 +206,7 @@ class OnlineTrainer(Run):
             "reward/failed": len(rollouts.failures),
             "groups/dropped": len(groups) - len(rollouts.groups),
             "groups/trained": len(rollouts.groups),
-            "response/length": tokens / len(completions),
+            "response/length": sum(len(one.answer) for one in completions) / len(completions),
             "tokens_per_pass": tokens / passes,
             "grad_norm": updates[-1].grad_norm if updates else 0.0,
             "lr": lr,

@@ -15,8 +15,9 @@ from megatron_dtrpo.evaluation.verifiers import VERIFIERS, load_verifier, missin
 
 
 class Answer(NamedTuple):
-    """An answer and what decoding it cost: the prompt's ``row``, its ``text``, ``tokens``, forward ``passes``, whether
-    an end token ``ended`` it, and the longest that it could have been."""
+    """An answer and what decoding it cost: the prompt's ``row``, its ``text`` and ``tokens``, forward ``passes``,
+    whether an end token ``ended`` it, the longest that it could have been, and all tokens that were ``written``: under
+    full attention those behind its end too."""
 
     row: dict[str, Any]
     text: str
@@ -24,6 +25,7 @@ class Answer(NamedTuple):
     passes: int
     ended: bool
     longest: int
+    written: int
 
 
 Reward = Callable[[Answer], float]
@@ -42,7 +44,7 @@ def short(answer: Answer) -> float:
 
 def fast(answer: Answer) -> float:
     """Tokens that a forward pass wrote, on average (LightningRL)."""
-    return answer.tokens / max(answer.passes, 1)
+    return answer.written / max(answer.passes, 1)
 
 
 REWARDS: dict[str, Reward] = {"format": well_formed, "length": short, "speed": fast}

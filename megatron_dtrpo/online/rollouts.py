@@ -132,7 +132,15 @@ class RolloutMaker:
         decoded = time.perf_counter()
         texts = [[engine.tokenizer.decode(one.answer) for one in each] for each in completions]
         answers = [
-            Answer(prompt.row, text, len(one.tokens), one.passes, one.ended, self.options.max_new_tokens)
+            Answer(
+                prompt.row,
+                text,
+                tokens=len(one.answer),
+                passes=one.passes,
+                ended=one.ended,
+                longest=self.options.max_new_tokens,
+                written=len(one.tokens),
+            )
             for prompt, each, words in zip(prompts, completions, texts, strict=True)
             for one, text in zip(each, words, strict=True)
         ]

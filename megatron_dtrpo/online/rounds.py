@@ -214,7 +214,7 @@ class Rounds:
             "reward/std": float(total.std()),
             "reward/accuracy": float((total > 0).mean()),
             "reward/failed": len(found.failures),
-            "response/length": tokens / len(completions),
+            "response/length": sum(len(one.answer) for one in completions) / len(completions),
             "tokens_per_pass": tokens / sum(one.passes for one in completions),
             "pairs": len(pairs.lines),
             "prompts/paired": pairs.paired,

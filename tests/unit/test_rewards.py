@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megatron_dtrpo.config.settings import Config
+from megatron_dtrpo.data.prompts import Prompt
+from megatron_dtrpo.data.sampler import SampleOrder
+from megatron_dtrpo.data.tokenizer import build_tokenizer
+from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.errors import StopRequest, UserError
+from megatron_dtrpo.evaluation.generation import efficiency
 from megatron_dtrpo.online.advantages import group_advantages, has_spread
 from megatron_dtrpo.online.reward_workers import RewardWorkers
 from megatron_dtrpo.online.rewards import Answer, load_reward, reward_of
+from megatron_dtrpo.online.rollouts import RolloutMaker
 from megatron_dtrpo.runtime import stop
 
 USERS = """
@@ -25,8 +33,8 @@ def odd(row, text):
 """
 
 
-def answer(text="", tokens=4, passes=2, ended=True, longest=8, **row) -> Answer:
-    return Answer(row, text, tokens, passes, ended, longest)
+def answer(text="", tokens=4, passes=2, ended=True, longest=8, written=4, **row) -> Answer:
+    return Answer(row, text, tokens, passes, ended, longest, written)
 
 
 def test_built_in_rewards():
@@ -35,6 +43,8 @@ def test_built_in_rewards():
     assert reward_of(rewards, answer("so #### 42", answer="42")) == [1, 1, -0.5, 2]
     assert reward_of(rewards, answer("\\boxed{7}", answer="8", passes=4, ended=False)) == [0, 0, -0.5, 1]
     assert reward_of({"format": rewards["format"]}, answer("no result")) == [0]
+    short = answer("so #### 42", answer="42", tokens=2)
+    assert reward_of(rewards, short) == [1, 1, -0.25, 2]
 
 
 @pytest.mark.parametrize("name", ["exact", "nowhere:function", "os:nothing", "os:getcwd"])
@@ -124,3 +134,28 @@ def test_spread():
     assert not has_spread(equal, [1, 1], True) and not has_spread(equal, [1, 1], False)
     assert has_spread(other, [1, 1], True) and not has_spread(other, [1, 1], False)
     assert not has_spread(np.array([[1.0, 0.0], [1.0, 1.0]]), [1, 0], True)
+
+
+def test_under_full_attention_an_answer_is_as_long_as_its_text():
+    """All places are written, and those behind the end token are no part of the answer."""
+    config = Config.from_flat({"family": "llada", "block_size": 0, "rollout_max_new_tokens": 8, "rewards": ["length"]})
+    config.online.rollout_prompts, config.online.group_size = 1, 2
+    asked = []
+
+    def decode(engine, prompts, options, **settings):
+        lengths = (2, 5)
+        return [[Completion([65] * 8, [0] * 8, [1.0] * 8, [0] * 8, 4, True, [], length) for length in lengths]]
+
+    def score(answers):
+        asked.extend(answers)
+        return [reward_of({"length": load_reward("length")}, one) for one in answers]
+
+    prompt = Prompt({"prompt": "x"}, "row 1", "x", [120], "x")
+    order, workers = SampleOrder(np.arange(1), 0, False), SimpleNamespace(score=score)
+    maker = RolloutMaker(config, [prompt], order, workers, decode)
+    engine = SimpleNamespace(tokenizer=build_tokenizer("ByteLevelTokenizer"))
+    (group,) = maker.make(engine, 0, 0).groups
+    assert group.texts == ["AA", "AAAAA"] and group.total.tolist() == [-2 / 8, -5 / 8]
+    assert [(one.tokens, one.written) for one in asked] == [(2, 8), (5, 8)]
+    found = efficiency(group.completions)
+    assert (found["completions/mean_length"], found["completions/tokens_per_pass"]) == (3.5, 2.0)

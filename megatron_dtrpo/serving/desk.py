@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_dtrpo.serving.messages import Admission, Counters, Progress, Report, Request
+from megatron_dtrpo.serving.messages import Admission, Counters, Ended, Progress, Report, Request
 from megatron_dtrpo.serving.wire import Frames, framed
 
 
@@ -46,6 +46,10 @@ class Ticket:
     def cancel(self, places: Sequence[int] | None = None) -> None:
         """Gives up the jobs at ``places``, default: all."""
         self._desk.cancel(self.jobs if places is None else [self.jobs[place] for place in places])
+
+    def end(self, place: int, tokens: int, passes: int) -> None:
+        """The job at ``place`` is finished as it is: a stop string is among its ``tokens``."""
+        self._desk.end(Ended(self.jobs[place], tokens, passes))
 
 
 class Desk:
@@ -136,6 +140,11 @@ class Desk:
             self._forget(job)
         if gone:
             self._send(Request(cancelled=gone))
+
+    def end(self, one: Ended) -> None:
+        if one.job in self._tickets:
+            self._forget(one.job)
+            self._send(Request(ended=[one]))
 
     def _send(self, request: Request) -> None:
         if not self._wire.is_closing():

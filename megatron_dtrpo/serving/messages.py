@@ -1,6 +1,6 @@
 """What the process that talks to clients, and those that have the model, tell each other.
 
-Clients' process: Admissions, and jobs to forget. Rank zero: Reports. Rank zero to the other ranks: Commands.
+Clients' process: Admissions, and jobs that end early. Rank zero: Reports. Rank zero to the other ranks: Commands.
 """
 
 from __future__ import annotations
@@ -56,12 +56,21 @@ class Progress(NamedTuple):
     block: tuple[int, list[tuple[int, float] | None]] | None = None
 
 
+class Ended(NamedTuple):
+    """A job that a stop string ended, with what was written of it until then."""
+
+    job: int
+    tokens: int
+    passes: int
+
+
 class Request(NamedTuple):
     """From the clients' process. ``measure``: asks for a report of `Counters`."""
 
     admissions: Sequence[Admission] = ()
     cancelled: Sequence[int] = ()
     measure: bool = False
+    ended: Sequence[Ended] = ()
 
 
 @dataclass

@@ -62,6 +62,10 @@ class Scheduler:
             self._waiting[one.model].append(one)
         if request.cancelled:
             self._cancel(set(request.cancelled))
+        for job, tokens, passes in request.ended:
+            if job in self._running:
+                self._release(job)
+                self._count(tokens, passes)
         if self._stopping:
             self._refuse_waiting()
         if request.measure:
@@ -74,9 +78,18 @@ class Scheduler:
             self._waiting[model] = deque(one for one in queue if one.job not in gone)
             self.counters.cancelled += len(queue) - len(self._waiting[model])
         for job in [job for job in gone if job in self._running]:
-            self._give_back(job)
-            self._released.append(job)
+            self._release(job)
             self.counters.cancelled += 1
+
+    def _release(self, job: int) -> None:
+        self._give_back(job)
+        self._released.append(job)
+
+    def _count(self, tokens: int, passes: int) -> None:
+        """A finished response."""
+        self.counters.finished += 1
+        self.counters.passes += passes
+        self.counters.tokens += tokens
 
     def _refuse_waiting(self) -> None:
         self._stopping = True
@@ -101,9 +114,7 @@ class Scheduler:
         for progress in found:
             if progress.completion is not None:
                 self._give_back(progress.job)
-                self.counters.finished += 1
-                self.counters.passes += progress.passes
-                self.counters.tokens += len(progress.completion.tokens)
+                self._count(len(progress.completion.tokens), progress.passes)
         self.counters.rounds += 1
         if found:
             self.clients.report(Report(found))

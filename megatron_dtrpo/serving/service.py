@@ -128,5 +128,5 @@ async def written(ticket: Ticket, answers: Sequence[Answer]) -> AsyncIterator[tu
         if answers[place].finish is not None:
             unfinished.discard(place)
             if completion is None:  # a stop string ended it
-                ticket.cancel([place])
+                ticket.end(place, answers[place].count, answers[place].passes)
         yield place, text, scores

@@ -110,8 +110,13 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(server, generated):
     place, whole = generated.index(row), row["completion"]
     stop = whole[12:14]
     asked = {"prompt": PROMPTS[: place + 1], "seed": 7, "stop": ["not in it", stop], "logprobs": 0, **SAMPLED}
-    choice = server.post("/v1/completions", **asked)[1]["choices"][place]
+    before = server.metrics()
+    _, reply = server.post("/v1/completions", **asked)
+    choice, after = reply["choices"][place], server.metrics()
     assert (choice["text"], choice["finish_reason"]) == (whole.split(stop)[0], "stop")
+    counted = {name: after[name] - before[name] for name in after if name.endswith("_total")}
+    assert (counted["responses_total"], counted["responses_cancelled_total"]) == (place + 1, 0)
+    assert counted["tokens_total"] >= reply["usage"]["completion_tokens"]  # more where it ended by itself meanwhile
     assert len(choice["logprobs"]["tokens"]) < len(row["completion_ids"])
     _, text = server.post("/v1/completions", **asked, stream=True)
     mine = [one["choices"][0] for one in events(text) if one["choices"][0]["index"] == place]

@@ -16,7 +16,7 @@ from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.serving import replies
 from megatron_dtrpo.serving.answer import LEAST, Answer
 from megatron_dtrpo.serving.desk import Desk, QueueFull, Stopping
-from megatron_dtrpo.serving.messages import Admission, Commands, Counters, Progress, Report, Request
+from megatron_dtrpo.serving.messages import Admission, Commands, Counters, Ended, Progress, Report, Request
 from megatron_dtrpo.serving.scheduler import Scheduler
 from megatron_dtrpo.serving.wire import Frames, framed
 
@@ -127,6 +127,16 @@ def test_a_cancelled_job_is_released_on_all_processes_and_heard_of_no_more():
     assert clients.heard_of() == [] and scheduler.counters.cancelled == 1
 
 
+def test_what_a_stop_string_ended_is_finished_and_counts():
+    """Not given up by its client; and once, where it ended by itself before the scheduler heard of it."""
+    clients = Script(Request([admission(5), admission(6)]), Request(ended=[Ended(5, 8, 2), Ended(6, 8, 2)]))
+    clients.script += [None, Request(ended=[Ended(5, 8, 2)])]
+    worker, scheduler = run(clients)
+    assert [each.released for each in worker.heard if each] == [[], [5, 6]]
+    counted = scheduler.counters
+    assert (counted.finished, counted.tokens, counted.passes, counted.cancelled) == (2, 16, 4, 0)
+
+
 def test_who_waits_when_the_server_stops_is_told_and_who_runs_is_finished():
     clients = Script(Request([admission(job) for job in range(3)]), Request([admission(3)]))
     run(clients, rounds=1)
@@ -170,6 +180,10 @@ def test_the_desk_hands_jobs_on_and_their_tickets_what_is_said():
         assert [[one.job for one in request.admissions] for request in await wired.asked()] == [[0], [1, 2]]
         second.cancel([0])
         assert await wired.asked() == [Request(cancelled=[1])]
+        cut = wired.desk.submit([admission()])
+        cut.end(0, tokens=9, passes=2)
+        cut.cancel()
+        assert [request.ended for request in await wired.asked()] == [(), [Ended(3, 9, 2)]]
         third = wired.desk.submit([admission()])
         wired.far.sendall(framed(Report([Progress(0, 1), finished(0), finished(1), finished(2)])))
         assert [await first.next(), await first.next()] == [(0, Progress(0, 1)), (0, finished(0))]

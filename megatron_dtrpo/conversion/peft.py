@@ -51,6 +51,12 @@ _PLAIN: dict[str, tuple] = {
     "megatron_config": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
     # The others change the weights that the adapter stands beside.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }

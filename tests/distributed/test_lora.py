@@ -336,6 +336,7 @@ def test_an_adapter_of_query_and_value_alone_has_a_zero_key(folder, tmp_path, ca
         ({"bias": "all"}, "bias is 'all', which"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens is \\[3, 4\\], which adapters here do not have"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"r": 0}, "r is 0: it must be a positive number"),

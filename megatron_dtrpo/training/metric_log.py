@@ -26,7 +26,7 @@ def drop_later_lines(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["iteration"] <= iteration:
                 kept.append(line + "\n")

@@ -102,6 +102,8 @@ class AnswerEvaluation:
             right += judge(problem.row, problem.location, text) is True
         if len(judge.failures) == len(self.problems):
             raise UserError(f"eval_verifier judged no answer: {judge.failures[0]}")
+        if engine.is_main:
+            judge.report("count as wrong")
         return {"exact_match": right / len(self.problems), **efficiency([samples[0] for samples in decoded])}
 
 

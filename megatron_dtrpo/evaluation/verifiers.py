@@ -133,12 +133,13 @@ class Judge:
             return None
         return bool(verdict)
 
-    def report(self) -> None:
+    def report(self, what_becomes_of_them: str = "are left out") -> None:
         """Says on standard error what could not be judged: the first failures by name, and how many there are."""
         for failure in self.failures[:NAMED_FAILURES]:
             print(f"warning: {failure}", file=sys.stderr)
         if self.failures:
-            print(f"warning: {len(self.failures)} responses could not be judged and are left out", file=sys.stderr)
+            count = len(self.failures)
+            print(f"warning: {count} responses could not be judged and {what_becomes_of_them}", file=sys.stderr)
 
 
 def _short(error: Exception) -> str:

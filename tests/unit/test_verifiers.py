@@ -324,3 +324,25 @@ def test_users_verifier_is_found_and_its_exceptions_are_counted(tmp_path, monkey
 def test_unusable_verifiers(name, message):
     with pytest.raises(UserError, match=message):
         load_verifier(name)
+
+
+def test_an_evaluation_says_what_it_could_not_judge(monkeypatch, capsys):
+    """It counts as wrong, as any answer that is not accepted."""
+    from types import SimpleNamespace
+
+    from megatron_dtrpo.config.settings import Config
+    from megatron_dtrpo.data.prompts import Prompt
+    from megatron_dtrpo.data.tokenizer import build_tokenizer
+    from megatron_dtrpo.diffusion.decoding import Completion
+    from megatron_dtrpo.evaluation import periodic
+
+    rows = [{"answer": "two"}, {"answer": 2}]
+    problems = [Prompt(row, f"row {number}", "x", [120], "x") for number, row in enumerate(rows)]
+    completion = Completion(list(b"2"), [0], [1.0], [0], 1, False, [])
+    monkeypatch.setattr(periodic, "decode_prompts", lambda *args, **settings: [[completion]] * 2)
+    evaluation = periodic.AnswerEvaluation(Config(), build_tokenizer("ByteLevelTokenizer"), problems)
+    for is_main in (True, False):
+        assert evaluation._decoded(SimpleNamespace(is_main=is_main))["exact_match"] == 0.5
+        said = capsys.readouterr().err
+        assert ("row 0: its 'answer' is not one number" in said) == is_main
+        assert said.endswith("1 responses could not be judged and count as wrong\n" * is_main)

@@ -32,7 +32,9 @@ class Worker:
             for engine, one, length in zip(engines, options, positions, strict=True)
         ]
         self.replica, self.replicas = engines[0].replica, engines[0].replicas
+        # Of the processes that hold the same, which are tensor-, context- and pipeline-parallel, one.
         self._speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+        self._speaks &= parallel_state.get_context_parallel_rank() == 0
         self._speaks &= parallel_state.get_pipeline_model_parallel_rank() == 0
         self._model: dict[int, int] = {}  # of the jobs that are here
         self._watched: dict[int, int] = {}  # where the unfinished block of a watched job begins

@@ -290,13 +290,18 @@ def test_lm_evaluation_harness(server, folder, generated):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}],
-    ids=["tensor", "pipeline", "data"],
+    ("processes", "layout"),
+    [
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {}),
+        (4, {"context_parallel_size": 2}),
+    ],
+    ids=["tensor", "pipeline", "data", "context and data"],
 )
-def test_layouts_write_the_same_and_stop_in_order(folder, generated, layout, tmp_path):
+def test_layouts_write_the_same_and_stop_in_order(folder, generated, processes, layout, tmp_path):
     served = {"checkpoint": folder / "run", "max_new_tokens": NEW}
-    with serving(tmp_path / "serve.log", processes=2, **served, batch_size=2, api_key="secret", **layout) as server:
+    with serving(tmp_path / "serve.log", processes, **served, batch_size=2, api_key="secret", **layout) as server:
         assert server.post("/v1/completions", prompt="x")[0] == 401
         mine = {"Authorization": "Bearer secret"}
         _, body = server.post("/v1/completions", mine, prompt=PROMPTS, seed=7, **SAMPLED)

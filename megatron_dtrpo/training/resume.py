@@ -109,7 +109,10 @@ def _return_to_adapter(config: Config, first: dict) -> None:
         raise UserError(f"{run.save}: this run started from {theirs or 'no adapter'}, not from {now}")
     run.load_adapter = theirs
     if theirs is not None and lora.lora_rank is None:  # as at the first start, the adapter says what it is
-        config.lora = LoraSettings(**{f.name: first[f.name] for f in dataclasses.fields(LoraSettings)})
+        mine = {f.name: (getattr(lora, f.name), f.default) for f in dataclasses.fields(LoraSettings)}
+        config.lora = LoraSettings(
+            **{name: first[name] if value == default else value for name, (value, default) in mine.items()}
+        )
     elif lora.lora_rank is not None and lora.lora_target_modules is None:
         lora.lora_target_modules = list(DEFAULT_TARGETS)
 

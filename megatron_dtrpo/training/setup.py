@@ -42,7 +42,7 @@ def resolve_start(config: Config, given: set[str]) -> None:
     """Fills in what the starting checkpoint decides, except the keys that were ``given``, which must agree with it."""
     run = config.run
     resume.return_to_first_start(config)
-    _take_adapter_settings(config)
+    take_adapter_settings(config, given)
     if run.load is None:
         return
     _refuse_adapter(run.load, "load")
@@ -54,8 +54,9 @@ def resolve_start(config: Config, given: set[str]) -> None:
     checkpoint_folder.check_same_architecture(config.model, saved, run.load)
 
 
-def _take_adapter_settings(config: Config) -> None:
-    """The adapter of ``load_adapter`` says which one it is. Raises UserError where the settings say otherwise."""
+def take_adapter_settings(config: Config, given: set[str]) -> None:
+    """The adapter of ``load_adapter`` says which one it is. Raises UserError where the ``given`` settings say
+    otherwise."""
     folder, lora = config.run.load_adapter, config.lora
     if folder is None or resume.is_resumed(config.run):
         return
@@ -64,7 +65,7 @@ def _take_adapter_settings(config: Config) -> None:
     record = AdapterRecord.read(folder).settings()
     for f in dataclasses.fields(record):
         mine, theirs = getattr(lora, f.name), getattr(record, f.name)
-        if mine not in (f.default, theirs) and f.name != "lora_dropout":
+        if f.name in given and mine != theirs and f.name != "lora_dropout":
             raise UserError(f"{folder}: an adapter of {f.name} {theirs}, not {mine}: leave it out")
     config.lora = dataclasses.replace(record, lora_dropout=lora.lora_dropout)
 

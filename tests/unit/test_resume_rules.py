@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import yaml
 
+from megatron_dtrpo.checkpoint.adapter import AdapterRecord
 from megatron_dtrpo.checkpoint.folder import RUN_CONFIG
 from megatron_dtrpo.config.rules import fill_objective_defaults, validate
 from megatron_dtrpo.config.settings import Config
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.training.resume import changes_since, check_data, data_record, return_to_first_start
+from megatron_dtrpo.training.setup import take_adapter_settings
 
 FIRST = {"load": "base", "data_path": "pairs.jsonl", "train_iters": 10, "estimator": "dtrpo", "lr": 1e-4}
 
@@ -186,3 +189,27 @@ def test_a_score_compares_with_the_runs_reference_unless_told_otherwise(run, alo
     config = Config.from_flat({**MODEL, **asked})
     follow_run(config, set(asked), run)
     assert config.run.reference == reference
+
+
+def test_settings_of_an_adapter_are_its_own_and_others_are_refused(run, tmp_path):
+    """At the first start and later, a given default among them: nothing that was asked for is ignored."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    AdapterRecord(4, 8.0, lora_target_modules=["mlp"], base_fingerprint="f").write(adapter)
+    asked = {"load": "base", "load_adapter": str(adapter), "lora_dropout": 0.1}
+    begun = Config.from_flat(asked)
+    take_adapter_settings(begun, set(asked))
+    assert (begun.lora.lora_rank, begun.lora.lora_alpha, begun.lora.lora_dropout) == (4, 8.0, 0.1)
+    for key, value in (("lora_alpha", 32.0), ("lora_alpha", 3.0), ("lora_rank", 5)):
+        other = Config.from_flat({**asked, key: value})
+        with pytest.raises(UserError, match=f"an adapter of {key} .*, not {value}: leave it out"):
+            take_adapter_settings(other, {*asked, key})
+
+    first = yaml.safe_load((run / RUN_CONFIG).read_text())
+    first |= {**dataclasses.asdict(begun.lora), "load_adapter": str(adapter)}
+    (run / RUN_CONFIG).write_text(yaml.safe_dump(first))
+    resumed = {key: asked[key] for key in ("load_adapter", "lora_dropout")}
+    assert again(run, **resumed).lora == again(run, load_adapter=str(adapter)).lora == begun.lora
+    for key, value in (("lora_dropout", 0.2), ("lora_alpha", 3.0), ("use_rslora", True)):
+        with pytest.raises(UserError, match=f"this run has {key} .*, not {value}: give the same"):
+            again(run, **{**resumed, key: value})

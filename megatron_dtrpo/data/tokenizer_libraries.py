@@ -60,7 +60,8 @@ class HuggingFace:
         return self.library(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def decode(self, ids: list[int]) -> str:
-        return self.library.decode(ids, skip_special_tokens=True)
+        # transformers 4 tidies spaces where a folder says so, as Llama 3's: no text of tokens would be final.
+        return self.library.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import random
 import socket
 import sys
@@ -12,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from megatron_dtrpo.data.tokenizer import build_tokenizer, load_tokenizer
 from megatron_dtrpo.errors import UserError
+from tests.support.chat_tokenizer import save_chat_tokenizer
 
 TEXTS = ["Hello  world", " leading", "trailing \n", "\u00e9\u4e2d\U0001f600", "37+58+6=101", "a<|im_end|>b", ""]
 USER = [{"role": "user", "content": "What is 2+2?"}]
@@ -287,3 +289,15 @@ def test_a_character_belongs_to_the_token_that_completes_it(real, spacious_model
     spacious = build_tokenizer("SentencePieceTokenizer", spacious_model)
     assert spacious.token_texts(spacious.encode("\u4e2d"))[-3:] == ["", "", "\u4e2d"]
     assert spacious.token_texts(spacious.encode("12 plus"))[0].startswith("1")
+
+
+def test_no_space_is_tidied_away(tmp_path):
+    """Llama 3's settings ask for it, and transformers 4 does it: a space before a sign or a quote would go, perhaps one
+    that a client of the server has read already."""
+    folder = save_chat_tokenizer(tmp_path)
+    file = folder / "tokenizer_config.json"
+    asked = {"clean_up_tokenization_spaces": True}
+    asked["clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"] = True  # as transformers 4
+    file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+    tokenizer, text = build_tokenizer("HuggingFaceTokenizer", folder), "print 'some' , it 's not"
+    assert tokenizer.decode(tokenizer.encode(text)) == text

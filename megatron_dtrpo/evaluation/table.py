@@ -17,21 +17,22 @@ MODEL, RATE = "model", "tokens per pass"
 
 class Benchmark(NamedTuple):
     """``task``: the harness's, or one whose name begins so; None: it has none. ``metrics``: of it, the first one that
-    it has is taken."""
+    it has is taken. ``others``: beginnings of names of tasks of other problems, or of a part of them."""
 
     title: str
     task: str | None = None
     metrics: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 BENCHMARKS = (
     Benchmark("GPQA", "gpqa_diamond_cot_zeroshot", ("exact_match,flexible-extract", "exact_match,strict-match")),
-    Benchmark("GSM8K", "gsm8k", ("exact_match,flexible-extract", "exact_match,strict-match")),
-    Benchmark("MATH", "minerva_math", ("math_verify,none", "exact_match,none")),
+    Benchmark("GSM8K", "gsm8k", ("exact_match,flexible-extract", "exact_match,strict-match"), ("gsm8k_platinum",)),
+    Benchmark("MATH", "minerva_math", ("math_verify,none", "exact_match,none"), ("minerva_math_",)),
     Benchmark("LiveCodeBench v6"),
     Benchmark("MBPP+", "mbpp_plus", ("pass_at_1,none", "pass_at_1,extract_code")),
     Benchmark("HumanEval+", "humaneval_plus", ("pass@1,create_test",)),
-    Benchmark("IFEval", "ifeval", ("prompt_level_strict_acc,none",)),
+    Benchmark("IFEval", "ifeval", ("prompt_level_strict_acc,none",), ("ifeval_ca", "ifeval_es")),
     Benchmark("Arena-Hard v2"),
     Benchmark("MT-Bench"),
 )
@@ -43,7 +44,7 @@ def cells_of(results: Mapping[str, Any]) -> dict[str, str]:
     """What the harness's ``results`` say of the columns: percentages, and tokens per pass."""
     found = {}
     for one in BENCHMARKS:
-        scores = _scores(results["results"], one.task)
+        scores = _scores(results["results"], one)
         value = next((scores[metric] for metric in one.metrics if isinstance(scores.get(metric), (int, float))), None)
         if value is not None:
             found[one.title] = f"{100 * value:.1f}"
@@ -52,11 +53,13 @@ def cells_of(results: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _scores(results: Mapping[str, Mapping[str, Any]], task: str | None) -> Mapping[str, Any]:
-    names = [name for name in results if task and (name == task or name.startswith(task + "_"))]
-    if task in names:
-        return results[task]
-    return results[names[0]] if len(names) == 1 else {}  # several are parts of it
+def _scores(results: Mapping[str, Mapping[str, Any]], one: Benchmark) -> Mapping[str, Any]:
+    if one.task is None:
+        return {}
+    if one.task in results:
+        return results[one.task]
+    names = [name for name in results if name.startswith(one.task + "_") and not name.startswith(one.others)]
+    return results[names[0]] if len(names) == 1 else {}  # nobody says which of several
 
 
 def with_row(text: str, model: str, cells: Mapping[str, str], where: str = "the table") -> str:

@@ -27,6 +27,13 @@ def test_numbers_of_the_harness_by_column():
     assert cells_of({"results": {}}) == {}
 
 
+def test_a_part_or_other_problems_fill_no_column():
+    score = {"exact_match,flexible-extract": 0.5, "exact_match,none": 0.5, "prompt_level_strict_acc,none": 0.5}
+    for name in ("minerva_math_algebra", "gsm8k_platinum", "gsm8k_platinum_cot", "ifeval_es"):
+        assert cells_of({"results": {name: score}}) == {}, name
+    assert cells_of({"results": {"gsm8k_cot": score, "gsm8k_platinum": score}}) == {"GSM8K": "50.0"}
+
+
 def test_columns_are_the_papers():
     assert COLUMNS[1:-1] == tuple(
         "GPQA,GSM8K,MATH,LiveCodeBench v6,MBPP+,HumanEval+,IFEval,Arena-Hard v2,MT-Bench".split(",")

@@ -90,11 +90,14 @@ def export_peft(adapter: StoredAdapter, model: ModelSettings, hf_path: Path, ove
 
 
 def _modules(adapter: StoredAdapter, model: ModelSettings) -> list[str]:
-    """Names of Hugging Face's modules: short ones where every layer has an adapter."""
+    """Names of Hugging Face's modules: short ones where every layer has an adapter, and no other module their names, as
+    LLaDA's head has."""
     names = [source.removesuffix(".weight") for weight in adapter.weights for source in sources(weight)]
-    if common_targets(adapter.weights, model)[0] in DEFAULT_TARGETS:
-        return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return names
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    every = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
+    meant = [name for name in every if name.removesuffix(".weight").rpartition(".")[2] in short]
+    is_whole = common_targets(adapter.weights, model)[0] in DEFAULT_TARGETS
+    return short if is_whole and len(meant) == len(names) else names
 
 
 def import_peft(hf_path: Path, megatron_path: Path, base: Path, overwrite: bool = False) -> list[str]:

@@ -393,3 +393,28 @@ def test_likelihoods_of_an_adapter_that_was_trained_with_dropout(alone):
     assert engine.prepare(examples).token is None
     engine.prepare_training(1)
     assert engine.prepare(examples).token is not None
+
+
+def test_names_for_peft_mean_the_layers_that_have_an_adapter():
+    """LLaDA's head is called as a projection of its layers: a short name would put a new adapter beside it."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from megatron_dtrpo.conversion import mapping
+    from megatron_dtrpo.conversion.adapters import sources, target_weights
+    from megatron_dtrpo.conversion.peft import _modules
+
+    peft = pytest.importorskip("peft.tuners.tuners_utils")
+    llada = replace(MODEL, family="llada", num_query_groups=4, block_size=0, add_qkv_bias=False)
+    for model in (MODEL, replace(llada, untie_embeddings_and_output_weights=True)):
+        every = mapping.huggingface_tensors(mapping.megatron_tensors(model, model.vocab_size))
+        for targets in (["linear_fc2"], LORA.lora_target_modules, ["layers.0.mlp"]):
+            weights = target_weights(model, targets)
+            config = SimpleNamespace(
+                target_modules=_modules(SimpleNamespace(weights=weights), model),
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+            )
+            found = [name for name in every if peft.check_target_module_exists(config, name.removesuffix(".weight"))]
+            assert sorted(found) == sorted(name for weight in weights for name in sources(weight))

@@ -327,7 +327,10 @@ def config_of(**changes):
         ({"lora_rank": 4, "lora_target_modules": ["mlp", "q_proj"]}, "lora_target_modules: 'q_proj' matches no linear"),
         ({"lora_rank": 4, "lora_target_modules": ["layers.4"]}, "lora_target_modules: 'layers.4' matches no linear"),
         ({"lora_rank": 4, "trainable_modules": ["mlp"]}, "trainable_modules with lora_rank"),
-        ({"lora_rank": 4, "rounds": 2, "load": "base", "rewards": ["numeric"]}, "rounds with lora_rank"),
+        (
+            {"lora_rank": 4, "rounds": 2, "load": "base", "rewards": ["numeric"], "move_reference": True},
+            "move_reference with lora_rank",
+        ),
         ({"lora_rank": 4, "model_class": "hybrid"}, "lora_rank with model_class hybrid"),
         (
             {"lora_rank": 4, "lora_dropout": 0.1, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},

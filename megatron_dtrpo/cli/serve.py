@@ -93,6 +93,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    if arguments.api_key == "":
+        raise UserError("--api-key is empty: give a key, or leave it out")
     if arguments.port > 65535:
         raise UserError(f"--port {arguments.port}: it must be at most 65535")
     for flag in ("checkpoint", "compare"):
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_serve, argv)
 
 
-def _serve(argv: list[str]) -> None:
+def _serve(argv: list[str]) -> int | None:
     arguments, config, _ = parse_command(build_parser(), argv)
     _check(arguments)
     leave_a_core()  # to the process that talks to clients
@@ -142,11 +144,14 @@ def _serve(argv: list[str]) -> None:
         )
         if where is None:
             _follow(worker)
-            return
+            return None
         where.listen()  # who connects from here on waits for the server
         _announce(arguments, models, where.getsockname()[1], key)
         where.close()  # here; the clients' process has it
-        clients.run(Scheduler(worker, len(models), arguments.batch_size, clients))
+        wrong = clients.run(Scheduler(worker, len(models), arguments.batch_size, clients))
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+    return 1 if wrong else None
 
 
 def _follow(worker) -> None:

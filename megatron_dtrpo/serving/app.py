@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import json
-import time
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from megatron_dtrpo.serving.service import Served, Service, TooLong, UnknownMode
 T = TypeVar("T")
 
 CLIENT_GONE = 499  # nginx's; nobody reads it
+SHORT = 16_384  # bytes of a request that is read in a few milliseconds
 
 
 class Json(JSONResponse):
@@ -97,7 +99,20 @@ class BodyLimit:
                 raise HTTPException(413, self._words())
             return message
 
-        await self.app(scope, counted, send)
+        begun = False
+
+        async def sent(message):
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted, sent)
+        except asyncio.CancelledError:  # the server stops, and this request has had its time
+            if not begun:
+                await Json(replies.error("the server stops", "server_error", code="stopping"), 503)(
+                    scope, receive, send
+                )
 
     def _words(self) -> str:
         return f"the request has more than {self.most} bytes: shorten it, or serve with another --max-request-bytes"
@@ -112,7 +127,8 @@ def create_app(served: Sequence[Served], api_key: str | None, most_bytes: int, d
     service = Service(served, desk)
 
     async def authorized(request: Request) -> None:  # not a plain function, which FastAPI runs on another thread
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             raise HTTPException(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'")
 
@@ -139,8 +155,8 @@ def create_app(served: Sequence[Served], api_key: str | None, most_bytes: int, d
         return await _reply(service, body, request, replies.ChatReply)
 
     @app.post("/watch", dependencies=locked)
-    async def watch(body: WatchRequest) -> Any:
-        return _watch(service, body)
+    async def watch(body: WatchRequest, request: Request) -> Any:
+        return await _watch(service, body, request)
 
     @app.get("/health")
     async def health() -> Any:
@@ -173,7 +189,7 @@ async def _reply(
         raise UserError("stream_options are of a stream: leave them out, or ask for stream")
     if isinstance(body, ChatRequest) and body.top_logprobs and not body.logprobs:
         raise UserError("top_logprobs are a part of logprobs: ask for these too")
-    admissions = service.admissions(served, body)
+    admissions = await _read(service, request, functools.partial(service.admissions, served, body))
     reply = kind(served.name)
     prompt_tokens = sum(len(one.prompt) for one in admissions if one.key[1] == 0)
     answers = [Answer(served.tokenizer, body.stops(), body.is_scored) for _ in admissions]
@@ -188,6 +204,14 @@ async def _reply(
     finally:
         ticket.cancel()
     return Json(reply.whole(answers, prompt_tokens))
+
+
+async def _read(service: Service, request: Request, admissions: Callable[[], T]) -> T:
+    """``admissions()``, which tokenizes. Long prompts are read on a thread, one at a time: others need not wait."""
+    size = request.headers.get("content-length", "")
+    if size.isdigit() and int(size) <= SHORT:
+        return admissions()
+    return await asyncio.get_running_loop().run_in_executor(service.reader, admissions)
 
 
 async def _finished(ticket: Ticket, answers: Sequence[Answer]) -> None:
@@ -217,10 +241,11 @@ async def _events(
     yield "".join([*held, replies.event("[DONE]")])
 
 
-def _watch(service: Service, body: WatchRequest) -> EventStream:
+async def _watch(service: Service, body: WatchRequest, request: Request) -> EventStream:
     served = service.model(body.model)
     prompt = [{"role": "user", "content": body.prompt}] if body.chat else body.prompt
-    admission = served.admission(
+    read = functools.partial(
+        served.admission,
         {"prompt": prompt},
         "prompt",
         longest=body.max_tokens,
@@ -230,14 +255,15 @@ def _watch(service: Service, body: WatchRequest) -> EventStream:
         key=(0, 0),
         watched=True,
     )
+    admission = await _read(service, request, read)
     ticket = service.desk.submit([admission])
     return EventStream(_watched(ticket, served, body.prompt, admission.end_ids), ticket)
 
 
 async def _watched(ticket: Ticket, served: Served, prompt: str, end_ids: frozenset[int]) -> AsyncIterator[str]:
-    """Of every pass: how many there were, the seconds so far, and either the response's finished blocks (``written``)
-    or its unfinished one (``block``, from place ``start`` on), null where a token is masked; in the end the `Trace`."""
-    started = time.perf_counter()
+    """Of every pass: how many there were, the seconds that they took, and either the response's finished blocks
+    (``written``) or its unfinished one (``block``, from place ``start`` on), null where a token is masked; in the end
+    the `Trace`."""
 
     def shown(token: int, confidence: float) -> list:
         return [served.tokenizer.decode([token]), round(min(confidence, 1.0), 4)]
@@ -245,7 +271,7 @@ async def _watched(ticket: Ticket, served: Served, prompt: str, end_ids: frozens
     try:
         while True:
             _, progress = await ticket.next()
-            event: dict[str, Any] = {"passes": progress.passes, "seconds": round(time.perf_counter() - started, 4)}
+            event: dict[str, Any] = {"passes": progress.passes, "seconds": round(progress.seconds, 4)}
             if progress.completion is not None:
                 trace = trace_of(prompt, progress.completion, served.tokenizer, end_ids)
                 yield replies.event(event | {"trace": asdict(trace)})
@@ -278,6 +304,9 @@ async def _measured(service: Service) -> list[tuple[str, str, str, float]]:
 
 # Errors, in OpenAI's form.
 
+OTHER_KINDS = ("string_type", "list_type", "int_type")
+FORM = re.compile(r"str|constrained-\w+|list\[.*\]")  # pydantic's names of a field's forms
+
 
 def _refused(status: int, kind: str = "invalid_request_error", code: str | None = None, words: str | None = None):
     async def handler(request: Request, error: Exception) -> Json:
@@ -288,9 +317,17 @@ def _refused(status: int, kind: str = "invalid_request_error", code: str | None 
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Json:
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    more = len(error.errors()) - 1
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return Json(replies.error("the body is not JSON"), 400)
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        return Json(replies.error("the body is not said to be JSON: send 'Content-Type: application/json'"), 400)
+    # Of a field of several forms each has its error: that of a form whose kind was right says most.
+    field = errors[0]["loc"][1:2]
+    same = [one for one in errors if one["loc"][1:2] == field]
+    first = next((one for one in same if one["type"] not in OTHER_KINDS), same[0])
+    param = ".".join(str(part) for part in first["loc"][1:] if not FORM.fullmatch(str(part))) or None
+    more = len({one["loc"][1:2] for one in errors}) - 1
     message = f"{param or 'body'}: {first['msg']}" + (f" (and {more} more)" if more else "")
     return Json(replies.error(message, param=param), 400)
 

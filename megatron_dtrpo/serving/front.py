@@ -45,13 +45,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Front:
-    """Rank zero's end of the clients' process."""
+    """Rank zero's end of the clients' process. ``is_gone``: it ended by itself. ``began``: it answers clients."""
 
     def __init__(self, process: BaseProcess, wire: socket.socket):
         self._process, self._wire = process, wire
         self._frames, self._ready = Frames(), select.poll()
         self._ready.register(wire, select.POLLIN)
-        self._is_gone = self.began = False
+        self.is_gone = self.began = False
 
     def requests(self, seconds: float) -> list[Request]:
         """What was asked since the last call; waits so long for it."""
@@ -61,25 +61,26 @@ class Front:
             data = self._wire.recv(CHUNK)
         except OSError:
             data = b""
-        self._is_gone |= not data
+        self.is_gone |= not data
         return self._frames.feed(data)
 
     def report(self, report: Report) -> None:
         try:
             self._wire.sendall(framed(report))
         except OSError:
-            self._is_gone = True
+            self.is_gone = True
 
-    def run(self, scheduler: Scheduler) -> None:
+    def run(self, scheduler: Scheduler) -> str | None:
         """Clients are answered from here on: until SIGTERM, SIGUSR1 or Ctrl-C, and then `GRACE` for the responses that
-        are being written. Raises RuntimeError where the clients' process ended by itself."""
+        are being written. Returns what went wrong."""
         with stop.listening(), _interrupted() as interrupted:
             self.began = True
             self.report(Report())
-            scheduler.run(lambda: self._is_gone or interrupted.is_set() or stop.requested() is not None, GRACE)
-        if self._is_gone:
-            self._process.join(CLOSING)
-            raise RuntimeError(f"the process that talks to clients ended by itself (status {self._process.exitcode})")
+            scheduler.run(lambda: interrupted.is_set() or stop.requested() is not None, GRACE)
+        if not self.is_gone:
+            return None
+        self._process.join(CLOSING)
+        return f"the process that talks to clients ended by itself (status {self._process.exitcode})"
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Progress(NamedTuple):
     ``tokens, confidence``: of the blocks that are finished, from the response's first token on; None where this pass
     finished none. ``completion``: the whole of it, once it is finished. ``block``: of a watched job, its unfinished
     block: the place of its first token in the response and per place (token, confidence), None where it is masked.
+    ``seconds``: of a watched job, those that passes of its own model took since it was admitted.
     """
 
     job: int
@@ -54,6 +55,7 @@ class Progress(NamedTuple):
     confidence: list[float] | None = None
     completion: Completion | None = None
     block: tuple[int, list[tuple[int, float] | None]] | None = None
+    seconds: float = 0.0
 
 
 class Ended(NamedTuple):

@@ -39,7 +39,8 @@ class Column {
       for await (const event of eventsOf(answer)) this.take(event);
       if (!this.trace) throw new Error("the connection ended early");
     } catch (error) {
-      this.say(signal.aborted ? "stopped" : error.message, !signal.aborted);
+      const words = error instanceof TypeError ? "the server does not answer" : error.message;  // fetch's
+      this.say(signal.aborted ? "stopped" : words, !signal.aborted);
     }
   }
 
@@ -54,7 +55,7 @@ class Column {
     this.part(".passes").textContent = event.passes;
     this.part(".tokens").textContent = this.count;
     this.part(".rate").textContent = (this.count / event.passes).toFixed(2);
-    this.part(".seconds").textContent = event.seconds.toFixed(2);
+    this.part(".seconds").textContent = event.seconds.toFixed(event.seconds < 1 ? 3 : 2);
   }
 
   // While it is written nobody knows the text of what is masked.
@@ -129,7 +130,7 @@ async function write() {
   running?.abort();
   const mine = running = new AbortController();
   const body = { prompt: $("prompt-text").value, chat: $("chat").checked, max_tokens: +$("longest").value,
-                 temperature: +$("temperature").value, seed: +$("seed").value };
+                 temperature: +$("temperature").value, seed: $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : +$("seed").value };
   const headers = { "Content-Type": "application/json" };
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
   $("stop").disabled = false;

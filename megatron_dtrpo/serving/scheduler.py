@@ -16,7 +16,9 @@ HEARTBEAT = 3600.0  # seconds after which idle processes are called, so that no 
 
 
 class Clients(Protocol):
-    """Who asks, and is told."""
+    """Who asks, and is told. ``is_gone``: nobody is there any more."""
+
+    is_gone: bool
 
     def requests(self, seconds: float) -> Sequence[Request]:
         """What was asked since the last call; waits so long for it."""
@@ -37,10 +39,11 @@ class Scheduler:
         self._stopping = False
 
     def run(self, asked_to_stop: Callable[[], bool], grace: float) -> None:
-        """Serves until ``asked_to_stop()``; then what is being written has ``grace`` seconds to be finished."""
+        """Serves until ``asked_to_stop()``; then what is being written has ``grace`` seconds to be finished. Ends at
+        once when the clients are gone."""
         deadline, called = None, time.monotonic()
         try:
-            while True:
+            while not self.clients.is_gone:
                 if deadline is None and asked_to_stop():
                     deadline = time.monotonic() + grace
                     self._refuse_waiting()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from megatron_dtrpo.config.decoding import DecodingOptions
@@ -73,22 +74,28 @@ class Served:
 
 
 class Service:
-    """Attributes: models, by name, the first one the default."""
+    """Attributes:
+    models: by name, the first one the default.
+    reader: a thread to read long prompts on.
+    """
 
     def __init__(self, models: Sequence[Served], desk: Desk):
         self.models = {model.name: model for model in models}
         self.default = models[0]
         self.desk = desk
+        self.reader = ThreadPoolExecutor(1, "long prompts")
 
     def model(self, name: str | None) -> Served:
         if name is None:
             return self.default
         if name not in self.models:
-            raise UnknownModel(f"model {name!r} is not served here: {', '.join(self.models)} is")
+            raise UnknownModel(f"model {name!r} is not served here; these are: {', '.join(self.models)}")
         return self.models[name]
 
     def admissions(self, served: Served, request: CompletionRequest | ChatRequest) -> list[Admission]:
         """Of each prompt its ``n`` samples. The same seed gives the same samples as those of `generate`'s."""
+        if isinstance(request, ChatRequest) and not served.tokenizer.has_chat_template:
+            raise UserError(f"{served.name} has no chat template: ask /v1/completions, with the prompt as text")
         prompts, samples, most = request.prompts(), request.n or 1, self.desk.most
         if len(prompts) * samples > most:
             raise UserError(f"{len(prompts) * samples} responses in one request, at most {most}: fewer prompts, or n")

@@ -38,7 +38,13 @@ class Worker:
         self._speaks &= parallel_state.get_pipeline_model_parallel_rank() == 0
         self._model: dict[int, int] = {}  # of the jobs that are here
         self._watched: dict[int, int] = {}  # where the unfinished block of a watched job begins
-        self.seconds = 0.0  # spent in passes
+        self._spent = [0.0] * len(self.slots)  # seconds in passes of each model
+        self._since: dict[int, float] = {}  # what was spent when a watched job was admitted
+
+    @property
+    def seconds(self) -> float:
+        """Spent in passes."""
+        return sum(self._spent)
 
     def run(self, commands: Commands | None) -> list[Progress]:
         """On rank zero: one round on all processes, and what it wrote. None lets the others go."""
@@ -55,9 +61,7 @@ class Worker:
             self._release(job)
         for one in commands.admitted:
             self._admit(one)
-        started = time.perf_counter()
-        mine = [progress for slots in self.slots if slots for progress in self._step(slots)]
-        self.seconds += time.perf_counter() - started
+        mine = [progress for model, slots in enumerate(self.slots) if slots for progress in self._step(model)]
         if self.replicas == 1:
             return mine
         return [progress for part in objects.gather(mine if self._speaks else []) for progress in part]
@@ -71,20 +75,30 @@ class Worker:
         if one.watched:
             decoding = slots.decoding(one.job)
             self._watched[one.job] = max(decoding.block, decoding.prompt_length)
+            self._since[one.job] = self._spent[one.model]
 
     def _release(self, job: int) -> None:
         model = self._model.pop(job, None)  # that of another replica, or finished by itself
         self._watched.pop(job, None)
+        self._since.pop(job, None)
         if model is not None:
             self.slots[model].release(job)
 
-    def _step(self, slots) -> list[Progress]:
+    def _step(self, model: int) -> list[Progress]:
+        slots, started = self.slots[model], time.perf_counter()
         reached = {slot.name: slot.decoding for slot in slots.step()}
-        found = [self._progress(job, decoding) for job, decoding in reached.items()]
+        self._spent[model] += time.perf_counter() - started
+        found = [self._timed(self._progress(job, decoding)) for job, decoding in reached.items()]
         for job in [job for job, decoding in reached.items() if decoding.finished]:
             self._release(job)
         watched = [job for job in self._watched if job in slots and job not in reached]
-        return found + [self._view(job, slots.decoding(job)) for job in watched]
+        return found + [self._timed(self._view(job, slots.decoding(job))) for job in watched]
+
+    def _timed(self, progress: Progress) -> Progress:
+        job = progress.job
+        if job not in self._since:
+            return progress
+        return progress._replace(seconds=self._spent[self._model[job]] - self._since[job])
 
     def _progress(self, job: int, decoding: Decoding) -> Progress:
         if decoding.finished:

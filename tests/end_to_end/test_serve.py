@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -220,6 +221,36 @@ def test_refusals_have_openais_form(server, name):
     assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
 
 
+WORDS = {
+    "no content type": ({"prompt": "x"}, {"Content-Type": "text/plain"}, "send 'Content-Type: application/json'", None),
+    "too many stops": ({"prompt": "x", "stop": ["a"] * 17}, {}, "stop: List should have at most 16 items", "stop"),
+    "an empty stop": ({"prompt": "x", "stop": [""]}, {}, "stop.0: String should have at least 1 character", "stop.0"),
+    "no prompt of any form": ({"prompt": 5}, {}, "prompt: Input should be a valid string", "prompt"),
+    "no such model": ({"prompt": "x", "model": "y"}, {}, "model 'y' is not served here; these are: run", None),
+    "lower-case key": ({"prompt": "x", "max_tokens": 1}, {"Authorization": "bearer any"}, None, None),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_refusals_say_what_is_wrong(server, name):
+    body, headers, words, param = WORDS[name]
+    status, answer = server.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
+    assert (status == 200) == (words is None), answer
+    assert words is None or words in answer["error"]["message"] and answer["error"]["param"] == param, answer
+
+
+def test_a_client_that_still_sends_does_not_spoil_the_end(folder, tmp_path):
+    with serving(tmp_path / "serve.log", checkpoint=folder / "run", max_new_tokens=NEW) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000"
+            slow.sendall(f"{head}\r\n\r\n{{".encode())
+            assert server.get("/health")[0] == 200
+            server.job.process.send_signal(signal.SIGTERM)
+            assert server.job.wait(60).status == 0
+            assert slow.recv(100).startswith(b"HTTP/1.1 503")
+    assert "Traceback" not in (tmp_path / "serve.log").read_text()
+
+
 ANYTHING = strategies.recursive(
     strategies.none()
     | strategies.booleans()
@@ -326,7 +357,8 @@ def test_a_server_whose_clients_process_dies_ends_with_an_error(folder, tmp_path
         clients_process(server).kill()
         ended = server.job.wait(30)
     assert ended.status == 1
-    assert "the process that talks to clients ended by itself (status -9)" in (tmp_path / "serve.log").read_text()
+    last = (tmp_path / "serve.log").read_text().splitlines()[-1]
+    assert last == "error: the process that talks to clients ended by itself (status -9)"
 
 
 def test_a_server_that_is_killed_leaves_no_process_and_no_stream_open(folder, tmp_path):

@@ -6,15 +6,19 @@ import asyncio
 import math
 import re
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("pydantic")
+pytest.importorskip("fastapi")
 from megatron_dtrpo.config.decoding import DecodingOptions
 from megatron_dtrpo.data.tokenizer import build_tokenizer
 from megatron_dtrpo.diffusion.decoding import Completion
 from megatron_dtrpo.serving import replies
 from megatron_dtrpo.serving.answer import LEAST, Answer
+from megatron_dtrpo.serving.app import SHORT, _read
 from megatron_dtrpo.serving.desk import Desk, QueueFull, Stopping
 from megatron_dtrpo.serving.messages import Admission, Commands, Counters, Ended, Progress, Report, Request
 from megatron_dtrpo.serving.scheduler import Scheduler
@@ -77,6 +81,8 @@ class Loop:
 
 class Script:
     """Clients that ask ``requests``, one after the other, and keep what they hear."""
+
+    is_gone = False
 
     def __init__(self, *requests: Request | None):
         self.script, self.reports = list(requests), []
@@ -142,6 +148,23 @@ def test_who_waits_when_the_server_stops_is_told_and_who_runs_is_finished():
     run(clients, rounds=1)
     told = [report.refused for report in clients.reports if report.stopping]
     assert told[:2] == [[2], [3]] and clients.heard_of() == [0, 1]
+
+
+def test_a_long_prompt_is_read_aside():
+    service, go = SimpleNamespace(reader=ThreadPoolExecutor(1)), threading.Event()
+
+    async def check():
+        long = asyncio.ensure_future(_read(service, request(SHORT + 1), lambda: go.wait(30)))
+        unknown = asyncio.ensure_future(_read(service, request(None), lambda: "after it"))
+        assert await _read(service, request(SHORT), lambda: "at once") == "at once"
+        assert not long.done() and not unknown.done()
+        go.set()
+        assert await long and await unknown == "after it"
+
+    def request(size: int | None):
+        return SimpleNamespace(headers={} if size is None else {"content-length": str(size)})
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("size", [1, 3, 10_000])

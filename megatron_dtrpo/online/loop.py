@@ -21,7 +21,7 @@ from megatron_dtrpo.errors import SharedError
 from megatron_dtrpo.evaluation.generation import decode_prompts
 from megatron_dtrpo.objectives.policy_gradient import Rollout, clipped_ratios
 from megatron_dtrpo.online.documents import Documents, Packed
-from megatron_dtrpo.online.prompts import fingerprint, open_prompts
+from megatron_dtrpo.online.prompts import fingerprint, open_prompts, rows_fingerprint
 from megatron_dtrpo.online.reward_workers import RewardWorkers
 from megatron_dtrpo.online.rollouts import RolloutMaker, Rollouts, report_failures
 from megatron_dtrpo.runtime import objects
@@ -45,6 +45,7 @@ class OnlineTrainer(Run):
         self.equal = 0  # iterations in a row in which no group had a spread
         online, count = config.online, len(self.prompts)
         order = SampleOrder(np.arange(count), config.optimizer.seed, config.data.shuffle)
+        record = resume.data_record(fingerprint(self.prompts), tokenizer.fingerprint(), count)
         rank = parallel_state.get_data_parallel_rank()
         self.documents = Documents(config, tokenizer.mask_id, rank, data_parallel_size)
         super().__init__(
@@ -53,7 +54,7 @@ class OnlineTrainer(Run):
             OBJECTIVES[config.objective.objective](config.objective),
             train_iters=config.optimizer.steps(count, online.rollout_prompts),
             updates=online.updates_per_rollout,
-            data_record=resume.data_record(fingerprint(self.prompts), tokenizer.fingerprint(), count),
+            data_record=record | {"rows": rows_fingerprint(self.prompts)},
             evaluation=evaluation,
         )
         self.workers = RewardWorkers(online.rewards, online.reward_workers, online.reward_timeout)

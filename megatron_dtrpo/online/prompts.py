@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
 
@@ -43,4 +44,12 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         digest.update(struct.pack(f"<q{len(prompt.ids)}q", len(prompt.ids), *prompt.ids))
+    return digest.hexdigest()
+
+
+def rows_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Of the rows, in order: what rewards compare with is in them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()

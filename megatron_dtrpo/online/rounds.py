@@ -24,7 +24,7 @@ from megatron_dtrpo.errors import StopRequest, UserError
 from megatron_dtrpo.evaluation.generation import decode_prompts, speed
 from megatron_dtrpo.files import write_json
 from megatron_dtrpo.online.pairs import Pairs, Rewarded, different
-from megatron_dtrpo.online.prompts import fingerprint, open_prompts
+from megatron_dtrpo.online.prompts import fingerprint, open_prompts, rows_fingerprint
 from megatron_dtrpo.online.reward_workers import RewardWorkers
 from megatron_dtrpo.online.rollouts import RolloutMaker, Rollouts, report_failures, rollout_seed
 from megatron_dtrpo.runtime import initialize, objects
@@ -124,7 +124,8 @@ class Rounds:
     def _compare_record(self, path: Path) -> None:
         flat, run = self.config.to_flat(), self.config.run
         prompts = f"{len(self.prompts)} of fingerprint {fingerprint(self.prompts)}"
-        now = {key: flat[key] for key in _PINNED} | {"prompts": prompts}
+        rows = f"of fingerprint {rows_fingerprint(self.prompts)}"
+        now = {key: flat[key] for key in _PINNED} | {"prompts": prompts, "rows": rows}
         for key in ("load", "load_adapter", "reference"):
             folder = getattr(run, key)
             now[key] = None if folder is None else str(Path(folder).resolve())
@@ -134,7 +135,7 @@ class Rounds:
         except ValueError as error:
             raise UserError(f"{path}: damaged ({error}): delete it if the settings are still the same") from None
         for key, value in now.items():
-            if then.get(key) != value:
+            if then.get(key) != value and (key != "rows" or key in then):  # rounds may be older than that
                 raise UserError(
                     f"{run.save}: these rounds have {key} {then.get(key)}, not {value}: give another folder"
                 )

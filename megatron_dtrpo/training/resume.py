@@ -32,6 +32,7 @@ _FREE = ("data_cache_path", "seq_length", "micro_batch_size", "tokenizer_type", 
 # What a checkpoint records of the data, and how a message says it.
 _DATA_RECORD = {
     "data": "trains on other data",
+    "rows": "compares with other answers, or its rows have other columns",
     "tokenizer": "has another tokenizer",
     "usable_examples": "visits another number of examples an epoch (seq_length decides which are skipped)",
 }
@@ -193,7 +194,7 @@ def data_record(content: str, tokenizer: str, usable_examples: int) -> dict:
 def check_data(directory: str | Path, progress: dict, now: dict) -> None:
     """Raises UserError where ``now`` (see `data_record`) is not what the checkpoint's ``progress`` records."""
     for key, words in _DATA_RECORD.items():
-        if key in progress and progress[key] != now[key]:
+        if key in progress and progress[key] != now.get(key):
             raise UserError(
                 f"{directory}: this run {words}: give what it was started with, or --load {directory} into a new run"
             )

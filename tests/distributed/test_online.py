@@ -139,6 +139,11 @@ def test_a_run_goes_on_under_another_layout_wherever_it_is_killed(metrics_of, se
     assert disagreements(compared(rows), compared(metrics_of("one process"))) == []
     assert [line["iteration"] for line in rollouts_of(save)] == [1, 2, 3]
     assert read_metrics(save) == rows
+    # The same prompts, which are rewarded otherwise, are other data.
+    prompts = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    other = write_lines(folder / "other.jsonl", [{**row, "answer": 1} for row in prompts])
+    statuses, output = server.run({**settings, "data_path": other}, save.with_suffix(".log"))
+    assert statuses == [2] and f"error: {save}: this run compares with other answers, or its rows" in output, output
 
 
 def test_a_sample_of_the_rollouts_is_kept(metrics_of, folder):

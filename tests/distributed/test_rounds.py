@@ -208,6 +208,10 @@ def test_more_rounds_later_and_no_other_ones(server, folder, settings, alone):
     assert len(read_metrics(alone / "round-3")) == 2
     (status,), output = server.run({**settings, "save": alone}, next(log))
     assert status == 2 and f"error: rounds 2: {alone} has 3 already: give as many or more" in output
+    prompts = [json.loads(line) for line in settings["data_path"].read_text().splitlines()]
+    other = write_lines(folder / "other.jsonl", [{**row, "answer": 1} for row in prompts])
+    (status,), output = server.run({**settings, "save": alone, "rounds": 3, "data_path": other}, next(log))
+    assert status == 2 and f"error: {alone}: these rounds have rows of fingerprint" in output, output
 
 
 def test_prompts_of_a_round_are_the_next_ones(server, folder, settings):

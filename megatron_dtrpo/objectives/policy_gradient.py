@@ -204,5 +204,4 @@ def shares(lengths: Tensor, group: Tensor, mean: str) -> tuple[Tensor, Tensor]:
         return 1 / length, one
     groups = int(group.max()) + 1
     tokens = torch.zeros(groups, dtype=torch.float64).index_add(0, group, length)
-    members = torch.zeros(groups, dtype=torch.float64).index_add(0, group, one)
-    return (members / tokens)[group], one
+    return (len(group) / groups / tokens)[group], one  # the divisor, the number of responses, is to be whole

@@ -280,6 +280,14 @@ def test_one_packed_forward_is_a_forward_for_every_step(rolled, choice):
     assert max(gradient.abs().max() for gradient in theirs.values()) > 1e-3
 
 
+def test_groups_weigh_alike_also_where_answers_have_no_reward():
+    lengths, group = torch.tensor([3, 5, 2, 6, 1]), torch.tensor([0, 0, 0, 1, 1])
+    loss = torch.tensor([1.0, -2.0, 4.0, 3.0, 7.0], dtype=torch.float64)
+    for mean, expected in (("group", (3 / 10 + 10 / 7) / 2), ("token", 13 / 17)):
+        share, count = shares(lengths, group, mean)
+        assert (share * loss).sum() / count.sum() == pytest.approx(expected)
+
+
 def test_the_trainer_computes_what_the_decoder_recorded(rolled):
     """All but the response that was cut by hand, whose token was written beside others."""
     settings = ObjectiveSettings(objective="policy_gradient")

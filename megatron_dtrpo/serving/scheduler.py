@@ -54,6 +54,7 @@ class Scheduler:
                 commands = Commands(self._released, self._admissions())
                 self._released = []
                 if commands or self._running or time.monotonic() - called > HEARTBEAT:
+                    self.counters.rounds += bool(self._running)  # else it is no pass: slots are given back, or nothing
                     self._deliver(self.worker.run(commands))
                     called = time.monotonic()
             self.worker.run(None)
@@ -118,7 +119,6 @@ class Scheduler:
             if progress.completion is not None:
                 self._give_back(progress.job)
                 self._count(len(progress.completion.tokens), progress.passes)
-        self.counters.rounds += 1
         if found:
             self.clients.report(Report(found))
 

@@ -16,6 +16,7 @@ import difflib
 import json
 import os
 import random
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ EXAMPLES = """
   torchrun --nproc-per-node 8 -m megatron_dtrpo evaluate --checkpoint RUN --tasks ifeval --apply-chat-template
 """
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
+CONFIRM = "add --confirm-run-unsafe-code if that is all right"
 SCORING = [name for name, one in ESTIMATORS.items() if "preference" in one.objectives and not one.needs_steps]
 
 
@@ -215,7 +217,10 @@ def _load_tasks(arguments: argparse.Namespace) -> dict:
     from megatron_dtrpo.evaluation.table import TASKS
 
     random.seed(0)  # the harness's own default: GPQA shuffles its choices while it is loaded
-    asked = TASKS if arguments.tasks.strip() == "paper" else arguments.tasks
+    is_paper = arguments.tasks.strip() == "paper"
+    if is_paper and not arguments.confirm_run_unsafe_code:
+        raise UserError(f"--tasks paper runs code that the model wrote: {CONFIRM}")
+    asked = TASKS if is_paper else arguments.tasks
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty: name a task, e.g. gsm8k")
@@ -232,20 +237,21 @@ def _load_tasks(arguments: argparse.Namespace) -> dict:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4)
             raise UserError(f"--tasks {name}: the harness has no such task; near ones: {', '.join(near) or 'none'}")
         for match in found:
-            tasks += _load_task(manager, match, arguments.confirm_run_unsafe_code)
+            others = ",".join(one for one in names if one != name) if is_paper else ""
+            tasks += _load_task(manager, match, arguments.confirm_run_unsafe_code, others)
     return {"tasks": tasks, "task_manager": manager}
 
 
-def _load_task(manager, name: str, confirmed: bool) -> list:
-    unsafe = UserError(
-        f"task {name} runs code that the model wrote: add --confirm-run-unsafe-code if that is all right"
-    )
+def _load_task(manager, name: str, confirmed: bool, others: str) -> list:
+    """``others``: the tasks that could be run without this one."""
+    unsafe = UserError(f"task {name} runs code that the model wrote: {CONFIRM}")
     try:
         loaded = manager.load([name])
     except Exception as error:  # data sets, the network, missing packages: whatever a task's own code meets
         if "HF_ALLOW_CODE_EVAL" in str(error) and not confirmed:
             raise unsafe from None
-        raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
+        advice = f"; without it: --tasks {others}" if others else ""
+        raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}{advice}") from None
     if not confirmed and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
         raise unsafe
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
@@ -274,7 +280,7 @@ def _report(results: dict, completions: list, source, options, arguments: argpar
 
     from megatron_dtrpo.evaluation.generation import efficiency
     from megatron_dtrpo.evaluation.harness import MODEL_NAME
-    from megatron_dtrpo.evaluation.table import cells_of
+    from megatron_dtrpo.evaluation.table import cells_of, unread
     from megatron_dtrpo.files import write_atomically
 
     names = ("estimator", "num_views", "steps_per_block", "block_start")
@@ -290,6 +296,12 @@ def _report(results: dict, completions: list, source, options, arguments: argpar
         except OSError as error:
             raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
     if arguments.table:
+        for line in unread(results):
+            print(f"warning: --table {arguments.table}: {line}", file=sys.stderr)
+        if arguments.limit is not None:
+            print(
+                f"warning: --table {arguments.table}: its numbers are of --limit {arguments.limit:g}", file=sys.stderr
+            )
         _write_row(arguments, cells_of(results))
     print(make_table(results))
     if results.get("groups"):

@@ -41,16 +41,27 @@ COLUMNS = (MODEL, *(one.title for one in BENCHMARKS), RATE)
 
 
 def cells_of(results: Mapping[str, Any]) -> dict[str, str]:
-    """What the harness's ``results`` say of the columns: percentages, and tokens per pass."""
-    found = {}
-    for one in BENCHMARKS:
-        scores = _scores(results["results"], one)
-        value = next((scores[metric] for metric in one.metrics if isinstance(scores.get(metric), (int, float))), None)
-        if value is not None:
-            found[one.title] = f"{100 * value:.1f}"
-    if rate := results.get("efficiency", {}).get("completions/tokens_per_pass"):
+    """What the harness's ``results`` say of the columns: percentages, and tokens per pass, if there are any."""
+    values = {one.title: _value(_scores(results["results"], one), one) for one in BENCHMARKS}
+    found = {title: f"{100 * value:.1f}" for title, value in values.items() if value is not None}
+    rate = results.get("efficiency", {}).get("completions/tokens_per_pass")
+    if found and rate:
         found[RATE] = f"{rate:.2f}"
     return found
+
+
+def unread(results: Mapping[str, Any]) -> list[str]:
+    """A line for each task of a column that has none of its numbers."""
+    found = {one: _scores(results["results"], one) for one in BENCHMARKS}
+    return [
+        f"{one.task} has no {' or '.join(one.metrics)}: the cell of {one.title} is left as it is"
+        for one, scores in found.items()
+        if scores and _value(scores, one) is None
+    ]
+
+
+def _value(scores: Mapping[str, Any], one: Benchmark) -> float | None:
+    return next((scores[metric] for metric in one.metrics if isinstance(scores.get(metric), (int, float))), None)
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]], one: Benchmark) -> Mapping[str, Any]:

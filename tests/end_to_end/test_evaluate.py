@@ -135,8 +135,7 @@ def test_the_row_of_the_papers_table(folder, results):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
     row = dict(zip(*cells, strict=True))
     assert row.pop("model") == str(folder / "run")
-    assert row.pop("tokens per pass") == f"{results['efficiency']['completions/tokens_per_pass']:.2f}"
-    assert set(row.values()) == {"–"} and "GSM8K" in row
+    assert set(row.values()) == {"–"} and "GSM8K" in row  # of the table no task is among them
 
 
 def answers_of(results: dict, task: str) -> list:

@@ -157,6 +157,12 @@ def test_every_column_that_the_harness_has_is_what_was_answered_right(run):
     assert len(results["results"]) == len(STANDINS) + 1  # and the group of MATH's parts
 
 
+def test_what_cannot_be_run_is_said_at_once(checkpoint, capsys):
+    assert evaluate.main(flags({"checkpoint": checkpoint, "tasks": "paper"})) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --tasks paper runs code that the model wrote: add --confirm-run-unsafe-code")
+
+
 def test_a_task_that_shuffles_does_it_alike_in_every_run(run):
     shuffled = []
     for name in ("once", "again"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_dtrpo.errors import UserError
-from megatron_dtrpo.evaluation.table import COLUMNS, NOTHING, cells_of, with_row
+from megatron_dtrpo.evaluation.table import COLUMNS, NOTHING, cells_of, unread, with_row
 
 RESULTS = {
     "results": {
@@ -25,6 +25,11 @@ def test_numbers_of_the_harness_by_column():
     found["tokens per pass"] = cells_of(RESULTS)["tokens per pass"]
     assert cells_of(RESULTS) == found and found["tokens per pass"] in ("2.35", "2.34")
     assert cells_of({"results": {}}) == {}
+    other = {"results": {"mmlu": {"acc,none": 0.3}, "gsm8k": {"exact_match,none": 0.4}}}
+    assert cells_of({**RESULTS, **other}) == {}  # tokens per pass are those of the row's tasks
+    (line,) = unread({**RESULTS, **other})
+    assert line.startswith("gsm8k has no exact_match,flexible-extract or ") and "GSM8K" in line
+    assert unread(RESULTS) == []
 
 
 def test_a_part_or_other_problems_fill_no_column():

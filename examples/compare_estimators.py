@@ -148,7 +148,7 @@ def once(path: Path, make) -> dict | list:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def folder(options: argparse.Namespace, row: str, seed: int) -> Path:

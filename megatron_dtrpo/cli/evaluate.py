@@ -211,12 +211,16 @@ def _load_tasks(arguments: argparse.Namespace) -> dict:
     if arguments.confirm_run_unsafe_code:
         os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # asked again, by the library that runs the code
     try:
+        import numpy as np
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"megatron-dtrpo evaluate needs the lm-evaluation-harness ({error}): {INSTALL}") from None
     from megatron_dtrpo.evaluation.table import TASKS
 
-    random.seed(0)  # the harness's own default: GPQA shuffles its choices while it is loaded
+    # As the harness does before it loads tasks: GPQA's choices are shuffled there.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
     is_paper = arguments.tasks.strip() == "paper"
     if is_paper and not arguments.confirm_run_unsafe_code:
         raise UserError(f"--tasks paper runs code that the model wrote: {CONFIRM}")

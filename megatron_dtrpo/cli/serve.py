@@ -123,6 +123,8 @@ def _serve(argv: list[str]) -> int | None:
 
     folders = [folder for folder in (arguments.checkpoint, arguments.compare) if folder]
     key = arguments.api_key or os.environ.get(KEY)
+    if key and not key.isascii():
+        raise UserError("the API key has characters that a header cannot carry: give one of ASCII alone")
     with ExitStack() as stack:
         where = listen(arguments.host, arguments.port) if rank() == 0 else None
         configs = [copy.deepcopy(config) for _ in folders]

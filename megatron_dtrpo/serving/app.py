@@ -110,9 +110,7 @@ class BodyLimit:
             await self.app(scope, counted, sent)
         except asyncio.CancelledError:  # the server stops, and this request has had its time
             if not begun:
-                await Json(replies.error("the server stops", "server_error", code="stopping"), 503)(
-                    scope, receive, send
-                )
+                await Json(_stopping(), 503)(scope, receive, send)
 
     def _words(self) -> str:
         return f"the request has more than {self.most} bytes: shorten it, or serve with another --max-request-bytes"
@@ -214,6 +212,10 @@ async def _read(service: Service, request: Request, admissions: Callable[[], T])
     return await asyncio.get_running_loop().run_in_executor(service.reader, admissions)
 
 
+def _stopping() -> dict:
+    return replies.error("the server stops", "server_error", code="stopping")
+
+
 async def _finished(ticket: Ticket, answers: Sequence[Answer]) -> None:
     async for _ in written(ticket, answers):
         pass
@@ -237,7 +239,7 @@ async def _events(
         if prompt_tokens is not None:
             held.append(replies.event(reply.usage_chunk(answers, prompt_tokens)))
     except Stopping:
-        held.append(replies.event(replies.error("the server stops", "server_error", code="stopping")))
+        held.append(replies.event(_stopping()))
     yield "".join([*held, replies.event("[DONE]")])
 
 
@@ -283,7 +285,7 @@ async def _watched(ticket: Ticket, served: Served, prompt: str, end_ids: frozens
                 pairs = zip(progress.tokens, progress.confidence, strict=True)
                 yield replies.event(event | {"written": [shown(*one) for one in pairs]})
     except Stopping:
-        yield replies.event(replies.error("the server stops", "server_error", code="stopping"))
+        yield replies.event(_stopping())
 
 
 async def _measured(service: Service) -> list[tuple[str, str, str, float]]:

@@ -376,6 +376,7 @@ MISTAKES = {
     "positions": ({"inference_max_seq_length": 300}, "the model's max_position_embeddings are 256"),
     "folder": ({"compare": "nothing"}, "no such folder"),
     "address": ({"host": "300.1.1.1"}, "cannot be listened on"),
+    "key": ({"api_key": "k\u00e9y"}, "characters that a header cannot carry"),
 }
 
 

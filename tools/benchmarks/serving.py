@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     arguments = parse_flags(build_parser(), argv)
-    rows = [json.loads(line) for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(arguments.prompts).open(encoding="utf-8")]
     prompts = [row["prompt"] for row in rows]
     shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.batch_size)]
     shared += ["--max-new-tokens", str(arguments.max_new_tokens), "--temperature", str(arguments.temperature)]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_dtrpo.diffusion.sampling import MEASURES, choose, most_probable, propose
+from megatron_dtrpo.diffusion.sampling import MEASURES, _nucleus, choose, most_probable, propose
 
 
 def nucleus(logits: list[float], temperature: float, top_p: float) -> dict[int, float]:
@@ -36,6 +36,25 @@ def test_draws_follow_the_cut_distribution(temperature, top_p):
         assert share[i] == pytest.approx(expected.get(i, 0.0), abs=2e-4)
     for t, c in zip(token[::997].tolist(), confidence[::997].tolist(), strict=True):
         assert c == pytest.approx(expected[t], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.9999])
+@pytest.mark.parametrize("size", [7, 32, 33, 300, 2500, 20000])
+def test_the_nucleus_is_that_of_a_whole_stable_sort(size, top_p, dtype):
+    """Sharp predictions and flat ones, with and without many equals, in one call."""
+    logits = torch.randn(40, size, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    logits *= torch.logspace(-3, 1.5, 40, dtype=dtype).unsqueeze(1)
+    logits[::2] = logits[::2].round()
+    logits[5], logits[6, 1:] = 0, -torch.inf
+    probability = torch.softmax(logits, -1)
+    for row, found in zip(probability, _nucleus(probability, top_p), strict=True):
+        order = row.sort(descending=True, stable=True).indices
+        before = row[order].cumsum(0) - row[order]
+        stays = torch.zeros(size, dtype=torch.bool)
+        stays[order[(before <= top_p) | (torch.arange(size) == 0)]] = True
+        assert torch.equal(found > 0, stays & (row > 0))
+        assert torch.allclose(found, torch.where(stays, row, 0) / row[stays].sum(), rtol=1e-6, atol=0)
 
 
 def test_extreme_draws_stay_inside_and_forbidden_tokens_are_never_drawn():

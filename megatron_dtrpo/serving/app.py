@@ -47,7 +47,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncIterator[str], ticket: Ticket):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.ticket = ticket
+        self.events, self.ticket = events, ticket
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -56,6 +56,15 @@ class EventStream(StreamingResponse):
             pass
         finally:
             self.ticket.cancel()
+
+    async def stream_response(self, send) -> None:
+        """The head goes with the first event."""
+        head = [{"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}]
+        async for event in self.events:
+            for message in (*head, {"type": "http.response.body", "body": event.encode(), "more_body": True}):
+                await send(message)
+            head = []
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
@@ -224,8 +233,8 @@ async def _finished(ticket: Ticket, answers: Sequence[Answer]) -> None:
 async def _events(
     ticket: Ticket, answers: Sequence[Answer], reply: replies.Reply, prompt_tokens: int | None
 ) -> AsyncIterator[str]:
-    """``prompt_tokens``: for a last chunk with the usage; None: there is none."""
-    held = [replies.event(chunk) for index in range(len(answers)) for chunk in reply.opening(index)]
+    """``prompt_tokens``: for a last chunk with the usage; None: there is none. Raises Stopping if nothing was said."""
+    begun, held = False, [replies.event(chunk) for index in range(len(answers)) for chunk in reply.opening(index)]
     try:
         async for index, text, scores in written(ticket, answers):
             finish = answers[index].finish
@@ -235,10 +244,12 @@ async def _events(
             if all(answer.finish for answer in answers):  # the rest of the stream goes with it
                 break
             yield "".join(held)
-            held = []
+            begun, held = True, []
         if prompt_tokens is not None:
             held.append(replies.event(reply.usage_chunk(answers, prompt_tokens)))
     except Stopping:
+        if not begun:  # a status says it
+            raise
         held.append(replies.event(_stopping()))
     yield "".join([*held, replies.event("[DONE]")])
 

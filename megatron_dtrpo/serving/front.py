@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dtrpo.errors import UserError
 from megatron_dtrpo.runtime import stop
+from megatron_dtrpo.runtime.garbage import settle
 from megatron_dtrpo.serving.messages import Report, Request
 from megatron_dtrpo.serving.wire import Frames, framed
 
@@ -74,6 +75,7 @@ class Front:
         """Clients are answered from here on: until SIGTERM, SIGUSR1 or Ctrl-C, and then `GRACE` for the responses that
         are being written. Returns what went wrong."""
         with stop.listening(), _interrupted() as interrupted:
+            settle()
             self.began = True
             self.report(Report())
             scheduler.run(lambda: interrupted.is_set() or stop.requested() is not None, GRACE)

@@ -9,10 +9,13 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from megatron_dtrpo.runtime.garbage import settle
 from megatron_dtrpo.serving.desk import Desk
 from megatron_dtrpo.serving.front import CLOSING
+from megatron_dtrpo.serving.gathered import GatheredProtocol
 
 UVICORN: dict[str, Any] = {
+    "http": GatheredProtocol,
     "lifespan": "off",
     "log_level": "warning",
     "access_log": False,
@@ -31,7 +34,9 @@ def talk(
         make_app: the application, of the desk that it gives its jobs to.
     """
     desk = Desk(places, waiting)
-    _Server(uvicorn.Config(make_app(desk), **UVICORN), desk, scheduler).run(sockets=[where])
+    server = _Server(uvicorn.Config(make_app(desk), **UVICORN), desk, scheduler)
+    settle()
+    server.run(sockets=[where])
 
 
 class _Server(uvicorn.Server):

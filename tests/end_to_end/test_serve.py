@@ -175,11 +175,12 @@ def test_clients_that_are_gone_leave_no_slot_behind(server):
     before = server.metrics()["responses_cancelled_total"]
     for number in range(200):
         asked = {"prompt": PROMPTS[number % 5], "max_tokens": 190, "seed": number, "temperature": 1.9, "n": 2}
-        connection, answer = server.stream("/v1/completions", **asked)
-        if number % 2:
+        connection = server.send("/v1/completions", stream=True, **asked)
+        if number % 2:  # after the first event; the others before it
+            answer = connection.getresponse()
             answer.readline()
+            answer.close()
         connection.sock and connection.sock.close()
-        answer.close()
         connection.close()
     server.wait_until_idle()
     assert server.metrics()["responses_cancelled_total"] > before + 200  # the others were finished
@@ -237,6 +238,28 @@ def test_refusals_say_what_is_wrong(server, name):
     status, answer = server.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
     assert (status == 200) == (words is None), answer
     assert words is None or words in answer["error"]["message"] and answer["error"]["param"] == param, answer
+
+
+def test_a_stream_that_waits_when_the_server_stops_is_refused_by_its_status(folder, tmp_path):
+    with serving(tmp_path / "serve.log", checkpoint=folder / "run", batch_size=1, max_new_tokens=NEW) as server:
+        asked = {"prompt": "x", "max_tokens": 200, "temperature": 1.9, "stream": True}
+        first, second = (server.send("/v1/completions", n=n, **asked) for n in (1, 2))
+        assert first.getresponse().readline().startswith(b"data: {")
+        server.job.process.send_signal(signal.SIGTERM)
+        answer = second.getresponse()
+        assert (answer.status, answer.getheader("Retry-After")) == (503, "1")
+        assert json.loads(answer.read())["error"]["code"] == "stopping"
+        assert server.job.wait(60).status == 0
+    assert "Traceback" not in (tmp_path / "serve.log").read_text()
+
+
+def test_a_streams_head_and_first_event_come_together(server):
+    body = json.dumps({"prompt": "x", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(f"{head}\r\n\r\n".encode() + body)
+        found = client.recv(2**16)
+    assert found.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\ndata: {" in found
 
 
 def test_a_client_that_still_sends_does_not_spoil_the_end(folder, tmp_path):

@@ -49,11 +49,16 @@ class Server:
 
     def stream(self, path: str, **body) -> tuple[socket.socket, http.client.HTTPResponse]:
         """A connection whose first chunks can be read, and the reader."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
+        connection = self.send(path, stream=True, **body)
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         return connection, answer
+
+    def send(self, path: str, **body) -> http.client.HTTPConnection:
+        """Asks, and does not wait for the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return connection
 
 
 def events(text: str) -> list:

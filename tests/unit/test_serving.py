@@ -20,6 +20,7 @@ from megatron_dtrpo.serving import replies
 from megatron_dtrpo.serving.answer import LEAST, Answer
 from megatron_dtrpo.serving.app import SHORT, _read
 from megatron_dtrpo.serving.desk import Desk, QueueFull, Stopping
+from megatron_dtrpo.serving.gathered import _Gathered
 from megatron_dtrpo.serving.messages import Admission, Commands, Counters, Ended, Progress, Report, Request
 from megatron_dtrpo.serving.scheduler import Scheduler
 from megatron_dtrpo.serving.wire import Frames, framed
@@ -235,6 +236,42 @@ def test_a_scheduler_that_never_begins_opens_no_desk():
         wired = Wired(places=1, limit=2)
         wired.far.close()
         assert not await wired.desk.open(wired.near, wired.closed.set) and wired.closed.is_set()
+
+    asyncio.run(check())
+
+
+class Transport:
+    """Keeps what is written."""
+
+    def __init__(self):
+        self.written, self.closed = [], False
+
+    def write(self, data):
+        self.written.append(data)
+
+    def is_closing(self):
+        return self.closed
+
+    def close(self):
+        self.closed = True
+
+
+def test_what_is_written_in_one_turn_goes_out_at_once():
+    async def check():
+        transport = Transport()
+        gathered = _Gathered(transport, asyncio.get_running_loop())
+        for data in (b"head ", b"first"):
+            gathered.write(data)
+        assert transport.written == []
+        await asyncio.sleep(0)
+        assert transport.written == [b"head first"] and not gathered.is_closing()
+        await asyncio.sleep(0)
+        gathered.write(b"last")
+        gathered.close()
+        assert transport.written == [b"head first", b"last"] and transport.closed
+        gathered.write(b"late")
+        await asyncio.sleep(0)
+        assert len(transport.written) == 2
 
     asyncio.run(check())
 

@@ -1,29 +1,31 @@
 """Times a server under many streaming clients beside `generate` on the same prompts, and looks for what it loses.
 
-Runs `generate`, `serve` and `generate` again with the same options. Every client streams one prompt after the other,
-with a seed of its own number; every text is compared with the one that the same seed gave before. A share of the
-requests is given up in the middle. Prints tokens per second of both, memory of both processes of the server meanwhile,
-slots that are not free at the end (0), and texts that differ (0).
+The machine's speed changes from minute to minute: the clients ask in spells, and `generate` runs with the same options
+before, between and after them, while the server waits. Every client streams one response after the other, each with a
+seed of its prompt's; every text is compared with the one that the same seed gave before. A share of the requests is
+given up in the middle. Prints tokens per second of both, memory of both processes of the server after each spell, slots
+that are not free at the end (0), and texts that differ (0).
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
-import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags
+from tools.benchmarks.stream_clients import Heard, ask
 
 EXAMPLES = "\n  python -m tools.benchmarks.serving --checkpoint RUN --prompts problems.jsonl --seconds 300\n"
 
@@ -35,62 +37,16 @@ def build_parser() -> Parser:
     parser.add_argument("--clients", type=int, default=64, help="At once. Default: %(default)s.")
     parser.add_argument("--batch-size", type=int, default=16, help="Of serve and of generate. Default: %(default)s.")
     parser.add_argument("--seconds", type=float, default=60, help="How long they ask. Default: %(default)s.")
+    parser.add_argument("--spells", type=int, default=4, help="In how many parts. Default: %(default)s.")
     parser.add_argument(
         "--given-up", type=int, default=0, metavar="N", help="Requests to give up. Default: %(default)s."
     )
     parser.add_argument(
-        "--responses", type=int, default=4096, help="Of generate, once before and once after. Default: %(default)s."
+        "--responses", type=int, default=4096, help="Of generate, each time that it runs. Default: %(default)s."
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Of a response. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Default: %(default)s.")
     return parser
-
-
-class Clients:
-    """What all clients share, under one lock."""
-
-    def __init__(self, port: int, prompts: list[str], arguments: argparse.Namespace):
-        self.port, self.prompts, self.arguments = port, prompts, arguments
-        self.lock = threading.Lock()
-        self.texts: dict[int, str] = {}
-        self.tokens = self.requests = self.differ = self.failed = 0
-        self.given_up = arguments.given_up
-        self.until = time.monotonic() + arguments.seconds
-
-    def run(self, number: int) -> None:
-        rng, connection = random.Random(number), http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        while time.monotonic() < self.until:
-            with self.lock:
-                gives_up = self.given_up > 0
-                self.given_up -= gives_up
-            try:
-                self._ask(connection, rng.randrange(len(self.prompts)), gives_up)
-            except (OSError, http.client.HTTPException, ValueError, KeyError):
-                connection.close()
-                with self.lock:
-                    self.failed += 1
-
-    def _ask(self, connection: http.client.HTTPConnection, number: int, gives_up: bool) -> None:
-        asked = {"prompt": self.prompts[number], "seed": number, "stream": True}
-        asked["stream_options"] = {"include_usage": True}
-        if gives_up:
-            asked["temperature"] = 2.0  # a long response
-        connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        if gives_up:
-            answer.readline()
-            answer.close()
-            connection.close()
-            return
-        lines = answer.read().decode().splitlines()
-        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-        if lines[-2:] != ["data: [DONE]", ""]:
-            raise ValueError("the stream is not whole")
-        text = "".join(choice["text"] for event in events for choice in event["choices"])
-        with self.lock:
-            self.requests += 1
-            self.tokens += events[-1]["usage"]["completion_tokens"]
-            self.differ += self.texts.setdefault(number, text) != text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,21 +55,38 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     arguments = parse_flags(build_parser(), argv)
-    rows = [json.loads(line) for line in Path(arguments.prompts).open(encoding="utf-8")]
-    prompts = [row["prompt"] for row in rows]
+    prompts = [json.loads(line)["prompt"] for line in Path(arguments.prompts).open(encoding="utf-8")]
     shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.batch_size)]
     shared += ["--max-new-tokens", str(arguments.max_new_tokens), "--temperature", str(arguments.temperature)]
-    with tempfile.TemporaryDirectory() as folder:
-        before = _generate(shared, arguments.responses, prompts, Path(folder))
-        served = _serve(shared, prompts, arguments, Path(folder))
-        after = _generate(shared, arguments.responses, prompts, Path(folder))
-    rate = served.tokens / arguments.seconds
-    print(f"serve     {rate:.1f} tokens per second, {served.requests} responses, {arguments.clients} clients")
-    print(f"generate  {before:.1f} and {after:.1f}; serve has {2 * rate / (before + after):.2f} of their mean")
-    print(f"texts that differ {served.differ}, requests that failed {served.failed}")
+    heard, spells = Heard(), arguments.spells
+    served, memory = [], []
+    with tempfile.TemporaryDirectory() as folder, _server(shared, Path(folder)) as (server, port):
+        generated = [_generate(shared, arguments.responses, prompts, Path(folder))]
+        for number in range(spells):
+            tokens, seconds = heard.tokens, heard.seconds
+            give_up = arguments.given_up * (number + 1) // spells - arguments.given_up * number // spells
+            ask(heard, port, prompts, arguments.clients, arguments.seconds / spells, give_up)
+            served.append((heard.tokens - tokens) / (heard.seconds - seconds))
+            memory.append(sum(one.memory_info().rss for one in (server, *server.children())) / 2**20)
+            generated.append(_generate(shared, arguments.responses, prompts, Path(folder)))
+        taken = _taken(port)
+    ratio = statistics.mean(served) / statistics.mean(generated)
+    print("tokens per second, of generate and serve in turn: " + _in_turn(generated, served))
+    print(f"serve has {ratio:.3f} of generate's: {statistics.mean(served):.0f} of {statistics.mean(generated):.0f}")
+    print(f"{heard.responses} responses in {heard.seconds:.0f} seconds, {arguments.clients} clients")
+    print(f"texts that differ {heard.differ}, requests that failed {heard.failed}, given up {heard.given_up}")
+    print("slots     " + taken)
+    print("memory    " + ", ".join(f"{size:.0f}" for size in memory) + " MiB")
 
 
-def _serve(shared: list[str], prompts: list[str], arguments: argparse.Namespace, folder: Path) -> Clients:
+def _in_turn(generated: list[float], served: list[float]) -> str:
+    pairs = [f"{one:.0f} [{other:.0f}]" for one, other in zip(generated, served, strict=False)]
+    return " ".join([*pairs, f"{generated[-1]:.0f}"])
+
+
+@contextmanager
+def _server(shared: list[str], folder: Path) -> Iterator[tuple[psutil.Process, int]]:
+    """Its process and port."""
     log = folder / "serve.log"
     with log.open("wb") as file:
         words = [sys.executable, "-m", "megatron_dtrpo", "serve", "--port", "0", *shared]
@@ -123,17 +96,7 @@ def _serve(shared: list[str], prompts: list[str], arguments: argparse.Namespace,
             if server.poll() is not None:
                 raise RuntimeError(log.read_text())
             time.sleep(0.1)
-        clients, process = Clients(int(found[1]), prompts, arguments), psutil.Process(server.pid)
-        threads = [threading.Thread(target=clients.run, args=(n,)) for n in range(arguments.clients)]
-        for thread in threads:
-            thread.start()
-        memory = []
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(max(1.0, arguments.seconds / 10))
-            memory.append(sum(one.memory_info().rss for one in (process, *process.children())) / 2**20)
-        print("memory    " + ", ".join(f"{size:.0f}" for size in memory) + " MiB")
-        print("slots     " + _taken(clients.port))
-        return clients
+        yield psutil.Process(server.pid), int(found[1])
     finally:
         server.terminate()
         server.wait(60)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -44,6 +45,12 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--responses", type=int, default=4096, help="Of generate, each time that it runs. Default: %(default)s."
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="torch's, of serve and of generate alike. Default: each takes what it takes, on a CPU serve leaves a core "
+        "to its clients.",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Of a response. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Default: %(default)s.")
     return parser
@@ -58,6 +65,8 @@ def _main(argv: list[str]) -> None:
     prompts = [json.loads(line)["prompt"] for line in Path(arguments.prompts).open(encoding="utf-8")]
     shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.batch_size)]
     shared += ["--max-new-tokens", str(arguments.max_new_tokens), "--temperature", str(arguments.temperature)]
+    if arguments.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     heard, spells = Heard(), arguments.spells
     served, memory = [], []
     with tempfile.TemporaryDirectory() as folder, _server(shared, Path(folder)) as (server, port):

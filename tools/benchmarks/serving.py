@@ -26,6 +26,7 @@ import psutil
 
 from megatron_dtrpo.cli.process import run_command
 from megatron_dtrpo.config.command_line import Parser, command_parser, parse_flags
+from megatron_dtrpo.errors import UserError
 from tools.benchmarks.stream_clients import Heard, ask
 
 EXAMPLES = "\n  python -m tools.benchmarks.serving --checkpoint RUN --prompts problems.jsonl --seconds 300\n"
@@ -65,6 +66,9 @@ def _main(argv: list[str]) -> None:
     prompts = [json.loads(line)["prompt"] for line in Path(arguments.prompts).open(encoding="utf-8")]
     shared = ["--checkpoint", arguments.checkpoint, "--batch-size", str(arguments.batch_size)]
     shared += ["--max-new-tokens", str(arguments.max_new_tokens), "--temperature", str(arguments.temperature)]
+    for name in ("clients", "spells", "responses"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: it must be at least 1")
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     heard, spells = Heard(), arguments.spells

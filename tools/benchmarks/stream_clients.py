@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import uvloop
 
+LONGEST = 2**26  # bytes of a stream
+
 
 @dataclass
 class Heard:
@@ -53,7 +55,7 @@ class _Spell:
             gives_up = self.given_up > 0
             self.given_up -= gives_up
             try:
-                connection = connection or await asyncio.open_connection("127.0.0.1", self.port)
+                connection = connection or await asyncio.open_connection("127.0.0.1", self.port, limit=LONGEST)
                 await self._ask(*connection, rng.randrange(len(self.prompts)), gives_up)
             except (OSError, EOFError, ValueError, LookupError):
                 self.heard.failed += 1
